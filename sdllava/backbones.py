@@ -14,7 +14,14 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from .configuration import SDLlavaDiffusionConfig
-from .taps import CutAway, Tap, cut_behind_taps, read_taps
+from .taps import CutAway, Tap, cut_behind_taps, read_taps, share_rows
+
+_BEFORE_CROSS_ATTENTION = (
+    "down_blocks.0.resnets.0",
+    "down_blocks.0.attentions.0.proj_in",
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1",
+)
+"""What a UNet computes before its first cross-attention: a ninth of the pass up to the papers' tap."""
 
 
 class StableDiffusionBackbone(nn.Module):
@@ -63,12 +70,29 @@ class StableDiffusionBackbone(nn.Module):
         Args:
             latents (`torch.Tensor` of shape `(n, 4, h, w)`): noisy latents x_t.
             timestep (`int`): 0..999.
-            prompts: from `encode_prompts`, n of them.
+            prompts: from `encode_prompts`; k times n of them read each latent k times, in blocks of n. What the UNet
+                computes before any prompt reaches it is then computed once, unless gradients are recorded.
 
         Returns:
-            `list[torch.Tensor]`: each tap's output as the module gives it.
+            `list[torch.Tensor]`: each tap's output for the k times n prompts, as the module gives it.
         """
-        return read_taps(self.unet, taps, lambda: self._denoise(self.unet, latents, timestep, prompts))
+        blocks = len(prompts["encoder_hidden_states"]) // len(latents)
+        repeated = latents.repeat(blocks, 1, 1, 1)
+        shared = self._modules_before_prompts() if blocks > 1 and not torch.is_grad_enabled() else []
+        with share_rows(shared, len(latents)):
+            return read_taps(self.unet, taps, lambda: self._denoise(self.unet, repeated, timestep, prompts))
+
+    def _modules_before_prompts(self) -> list[nn.Module]:
+        config = self.unet.config
+        if (
+            config.down_block_types[0] != "CrossAttnDownBlock2D"
+            or config.addition_embed_type is not None  # SDXL: the prompt enters the time embedding
+            or config.only_cross_attention
+            or config.dual_cross_attention
+        ):
+            return []
+        known = dict(self.unet.named_modules())
+        return [known[path] for path in _BEFORE_CROSS_ATTENTION if path in known]
 
     def cut(self, taps: Sequence[Tap]) -> None:
         """Remove the part of the UNet behind the last tap, and the VAE's decoder."""

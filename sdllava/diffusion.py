@@ -210,10 +210,9 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
             `torch.Tensor` of shape `(k * n, grid_size ** 2, channels)`: taps and timesteps side by side, tap first.
         """
         noise = self.noise(latents, noise_seed)
-        blocks = len(prompts["encoder_hidden_states"]) // len(latents)
         by_tap: list[list[torch.Tensor]] = [[] for _ in self.taps]
         for timestep in self.config.timesteps:
-            noisy = self.add_noise(latents, timestep, noise).repeat(blocks, 1, 1, 1)
+            noisy = self.add_noise(latents, timestep, noise)
             for features, read in zip(by_tap, self.backbone.read(noisy, timestep, prompts, self.taps)):
                 features.append(self._to_grid(read))
         return torch.cat([features for tap in by_tap for features in tap], dim=-1)

@@ -173,6 +173,29 @@ def read_taps(model: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any])
     return [read[tap.module_path] for tap in taps]
 
 
+@contextmanager
+def share_rows(modules: Sequence[nn.Module], rows: int) -> Iterator[None]:
+    """
+    Inside the context, each module computes the first `rows` rows of its batch and repeats the result for the others,
+    whose inputs are the same, block by block.
+    """
+    reader = threading.get_ident()
+    blocks: dict[nn.Module, int] = {}
+
+    def first_block(module, args):
+        if threading.get_ident() != reader:
+            return None
+        blocks[module] = len(args[0]) // rows
+        return tuple(x[:rows] for x in args)
+
+    def repeat(module, args, output):
+        return None if threading.get_ident() != reader else torch.cat([output] * blocks[module])
+
+    handles = [module.register_forward_pre_hook(first_block) for module in modules]
+    with _hooks([*handles, *(module.register_forward_hook(repeat) for module in modules)]):
+        yield
+
+
 class CutAway(nn.Module):
     """Stands, without weights, where a module behind the deepest tap was, and says so when it is used."""
 

@@ -9,6 +9,7 @@ from transformers import CLIPTokenizer
 
 from sdllava import SDLlavaDiffusionModel
 from sdllava.diffusion import guide, resize_grid
+from sdllava.taps import list_taps
 
 
 def tower(kind: str = "sd2", **fields) -> SDLlavaDiffusionModel:
@@ -120,6 +121,28 @@ def test_how_many_samples_pass_through_the_unet(scales, kept, expected):
     counted = samples_through_unet(model)
     ask(model, 3, unconditional_features=unconditional)
     assert counted == expected
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_what_no_prompt_has_reached_is_computed_once(kind):
+    """Prompts that share latents against each of them alone, at every tap, and the same with gradients recorded."""
+    model = tower(kind, truncate=False)
+    taps = list_taps(model.config.unet_config, 8)
+    latents = torch.randn(2, 4, 8, 8)
+    ids = tiny.prompt_ids(6)
+    prompts = model.encode_prompts(ids, ids if kind == "sdxl" else None)
+    attention = next(module for name, module in model.unet.named_modules() if name.endswith("attn1"))
+    rows = []
+    attention.to_q.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    with torch.no_grad():
+        shared = model.backbone.read(latents, 50, prompts, taps)
+        blocks = [{name: x[i : i + 2] for name, x in prompts.items()} for i in (0, 2, 4)]
+        alone = zip(*(model.backbone.read(latents, 50, block, taps) for block in blocks))
+    for tap, one, expected in zip(taps, shared, alone, strict=True):
+        torch.testing.assert_close(one, torch.cat(expected), rtol=0, atol=1e-5, msg=tap.name)
+    model.backbone.read(latents, 50, prompts, taps)
+    assert rows == [6 if kind == "sdxl" else 2, 2, 2, 2, 6]  # SDXL's prompt enters its time embedding
+    assert not any(m._forward_hooks for m in model.unet.modules())
 
 
 @pytest.mark.parametrize("conditioning", ["none", "question"])

@@ -116,7 +116,7 @@ def read_features(
     noise = tower.noise(latents)
     for timestep in tower.config.timesteps if timesteps is None else timesteps:
         _check_timestep(tower, timestep)
-        noisy = tower.add_noise(latents, timestep, noise).repeat(len(halves), 1, 1, 1)
+        noisy = tower.add_noise(latents, timestep, noise)
         for tap, read in zip(places, tower.backbone.read(noisy, timestep, joined, places)):
             parts: list[Any] = list(_as_map(read).chunk(len(halves)))
             unconditional, conditional = parts if len(parts) == 2 else (parts * 2)
