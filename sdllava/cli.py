@@ -54,6 +54,8 @@ def ask(
     from sdllava.image_loading import load_rgb
 
     picture = load_rgb(image)
+    if model == "mini":
+        say_if_photograph(picture)
     pipe = load_pipeline(model, device, dtype)
     from sdllava.pipeline import check_question
 
@@ -74,6 +76,15 @@ def ask(
             typer.echo(json.dumps({"image": image, "question": question, **answer}))
     if heatmap is not None:
         draw_heatmap(pipe, picture, questions[0], heatmap)
+
+
+def say_if_photograph(picture) -> None:
+    """Say beside the miniature's answer that it is not to be believed, where the picture is none that it knows."""
+    from sdllava.data.scenes import looks_rendered
+
+    if not looks_rendered(picture):
+        message = "This looks like no rendered scene, and the miniature knows nothing else: do not believe its answer."
+        typer.secho(message, fg="yellow", err=True)
 
 
 def load_pipeline(model: str, device: str | None, dtype: DType | None):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdllava.data.scenes import caption, sample_question, sample_scene
+from sdllava.data.scenes_language import describe
 from sdllava.miniature.images import contact_sheet
 from sdllava.miniature.judge import JudgePart, labels, quadrants
 from sdllava.miniature.llm import LlamaPart, llama_config, pack, packed_mask, scene_words
@@ -14,7 +15,7 @@ from sdllava.miniature.loop import Budget, Run, learning_rate, scene_numbers
 from sdllava.miniature.pretrain import CheckFailedError, build, pretrain, train_part
 from sdllava.miniature.scales import PARTS, SCALES, Gate
 from sdllava.miniature.text import clip_tokenizer, llm_tokenizer, words_in
-from sdllava.miniature.unet import prompt_for
+from sdllava.miniature.unet import close_up, prompt_for
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +114,14 @@ def test_the_parts_go_through_both_stages_and_the_result_answers(parts, tmp_path
     for name in ("checks.json", "diffusion", "clip", "llm"):
         (tmp_path / name).symlink_to(parts / name)
     result = CliRunner().invoke(app, ["train", "--scale", "smoke", "--out", str(tmp_path)], catch_exceptions=False)
-    assert result.exit_code == 0 and result.stdout.endswith(f"the model is in {tmp_path / 'finetune'}\n")
-    model = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "finetune")
-    processor = SDLlavaProcessor.from_pretrained(tmp_path / "finetune")
+    assert result.exit_code == 0 and result.stdout.endswith(f"the model is in {tmp_path / 'checkpoint'}\n")
+    model = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
+    processor = SDLlavaProcessor.from_pretrained(tmp_path / "checkpoint")
+    stored = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16} and model.dtype == torch.float32
+    assert not model.config.diffusion_config.truncate and not list((tmp_path / "checkpoint").glob("*.py"))
+    card = (tmp_path / "checkpoint" / "README.md").read_text(encoding="utf-8")
+    assert "It knows rendered scenes only" in card and "judge accuracy" in card
     content = [{"type": "image", "image": sample_image()}, {"type": "text", "text": "How many objects are there?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -244,6 +250,18 @@ def test_prompts_are_captions_questions_and_nothing():
         "question": sum(prompt.endswith("?") for prompt in prompts) / 2000,
     }
     assert shares == pytest.approx({"": 0.12, "caption": 0.58, "question": 0.3}, abs=0.03)
+
+
+def test_a_close_up_shows_the_object_that_it_describes():
+    scene = next(s for s in (sample_scene("train", seed) for seed in range(50)) if len(s.objects) == 3)
+    pixels = torch.arange(3 * 64 * 64).view(3, 64, 64)
+    for seed in range(40):
+        quadrant, prompt = close_up(scene, pixels, random.Random(seed))
+        top, left = divmod(int(quadrant[0, 0, 0]), 64)
+        shown = next(
+            o for o in scene.objects if o.cell == f"{'bottom' if top else 'top'} {'right' if left else 'left'}"
+        )
+        assert quadrant.shape == (3, 32, 32) and prompt in ("", describe(shown))
 
 
 def test_the_rate_warms_up_stays_and_falls():

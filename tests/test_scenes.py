@@ -16,6 +16,7 @@ from sdllava.data.scenes import (
     Scene,
     ask,
     caption,
+    looks_rendered,
     minimal_pair,
     render,
     render_array,
@@ -235,3 +236,18 @@ def test_the_page_of_examples_holds_every_pattern(tmp_path):
     page = (tmp_path / "scenes.html").read_text(encoding="utf-8")
     assert page.count("<img") == 2 * len(PATTERNS) and all(f"<h2>{pattern}</h2>" in page for pattern in PATTERNS)
     assert minimal_pair("text", "train", 0).question in page
+
+
+def test_scenes_are_told_from_photographs_at_any_size():
+    from io import BytesIO
+
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    others = [Image.fromarray(noise), Image.new("RGB", (64, 64), (127, 127, 127)), Image.new("L", (8, 8), 255)]
+    assert not any(looks_rendered(image) for image in others)
+    for seed in range(100):
+        picture = render(sample_scene("test", seed))
+        compressed = BytesIO()
+        picture.resize((256, 256)).save(compressed, "JPEG", quality=60)
+        assert looks_rendered(picture) and looks_rendered(Image.open(compressed))

@@ -11,13 +11,13 @@ from pathlib import Path
 from PIL import Image
 
 from sdllava.data.scenes_language import KINDS, MinimalPair, Question, ask, caption, minimal_pair, sample_question
-from sdllava.data.scenes_render import SIZE, render, render_array
+from sdllava.data.scenes_render import SIZE, looks_rendered, render, render_array
 from sdllava.data.scenes_world import HELD_OUT_PAIRS, PATTERNS, SPLITS, Scene, SceneObject, sample_scene
 
 __all__ = [
     "HELD_OUT_PAIRS", "KINDS", "PATTERNS", "SIZE", "SPLITS", "MinimalPair", "Question", "Scene", "SceneObject", "ask",
-    "caption", "minimal_pair", "render", "render_array", "sample_question", "sample_scene", "scene_dataset",
-    "write_examples",
+    "caption", "looks_rendered", "minimal_pair", "render", "render_array", "sample_question", "sample_scene",
+    "scene_dataset", "write_examples",
 ]  # fmt: skip
 
 

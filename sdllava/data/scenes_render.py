@@ -20,6 +20,7 @@ _RGB = {
 }
 _SKY, _FLOOR, _BLACK, _WHITE = (214, 226, 238), (178, 162, 142), (20, 20, 20), (250, 250, 250)
 _HORIZON = {"above": 10, "front": 32, "below": 54}
+_TOLERANCE, _LEAST_GROUND = 12, 0.45  # of a channel, as JPEG blurs; of the pixels, as four objects cover half
 _QUADRANT = SIZE // 2
 _CENTRE = SPRITE / 2
 
@@ -105,3 +106,10 @@ def render_array(scene: Scene) -> np.ndarray:
 def render(scene: Scene) -> Image.Image:
     """A scene as a 64x64 RGB image."""
     return Image.fromarray(render_array(scene))
+
+
+def looks_rendered(image: Image.Image) -> bool:
+    """Whether an image may be one of these scenes, of any size: most of its pixels have the colours of their ground."""
+    pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.NEAREST), dtype=np.int16)
+    grounds = (np.abs(pixels - np.array(ground)).max(axis=-1) <= _TOLERANCE for ground in (_SKY, _FLOOR))
+    return bool(np.logical_or(*grounds).mean() >= _LEAST_GROUND)

@@ -34,18 +34,20 @@ def train(
     """Train the parts, each checked before the next builds on it, then both stages. Stop and run it again at will."""
     from sdllava.miniature.pretrain import CheckFailedError, pretrain
     from sdllava.miniature.scales import PARTS
+    from sdllava.miniature.ship import write_checkpoint
     from sdllava.miniature.stages import STAGES, train_stage
 
     try:
         checks = pretrain(scale.value, out, tuple(part or PARTS), seed, device)
-        models = [] if part else [train_stage(stage, scale.value, out, seed, device) for stage in STAGES]
+        for stage in () if part else STAGES:
+            train_stage(stage, scale.value, out, seed, device)
     except (CheckFailedError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
     for name, metrics in checks.items():
         typer.echo(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in metrics.items()))
-    for model in models[-1:]:
-        typer.echo(f"the model is in {model}")
+    if not part:
+        typer.echo(f"the model is in {write_checkpoint(out)}")
 
 
 @app.command()

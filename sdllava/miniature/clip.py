@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from sdllava.data.scenes import SIZE, caption, sample_scene
 from sdllava.miniature.images import to_pixels
-from sdllava.miniature.loop import scene_numbers
+from sdllava.miniature.loop import mixed_precision, scene_numbers
 from sdllava.miniature.text import clip_tokenizer, write_clip_tokenizer
 
 PATCH = 8
@@ -60,7 +60,7 @@ class ClipPart:
 
     def loss(self, step: int, batch_size: int) -> Tensor:
         batch = self._batch("train", scene_numbers(self.seed, step, batch_size))
-        with torch.autocast(self.model.device.type, torch.bfloat16):
+        with mixed_precision(self.model.device):
             return self.model(**batch, return_loss=True).loss
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdllava.data.scenes import KINDS, PATTERNS, Scene, ask, caption, sample_question, sample_scene
 from sdllava.data.scenes_world import CELLS
-from sdllava.miniature.loop import scene_numbers
+from sdllava.miniature.loop import mixed_precision, scene_numbers
 from sdllava.miniature.text import llm_tokenizer, words_in
 
 GRID = 4
@@ -138,7 +138,7 @@ class LlamaPart:
         embeddings = torch.cat([embeddings[:, :start], image, embeddings[:, start + image.shape[1] :]], dim=1)
         mask = torch.where(packed_mask(segments), 0.0, torch.finfo(torch.float32).min)[:, None]
         predicts = labels[:, 1:] != -100
-        with torch.autocast(mask.device.type, torch.bfloat16):
+        with mixed_precision(mask.device):
             decoder = self.model.llama.model
             hidden = decoder(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions).last_hidden_state
             logits = self.model.llama.lm_head(hidden[:, :-1][predicts])

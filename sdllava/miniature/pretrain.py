@@ -40,7 +40,7 @@ def build(name: str, scale: Scale, folder: Path, seed: int) -> AnyPart:
     if name == "llm":
         return LlamaPart(llama_config(*scale.llm), scale.budgets["llm"].steps, seed)
     vae = AutoencoderKL.from_pretrained(folder / "diffusion" / "vae")
-    return UnetPart(vae, scale.unet_channels, *scale.text_encoder, seed)
+    return UnetPart(vae, scale.unet_channels, *scale.text_encoder, scale.budgets["unet"].steps, seed)
 
 
 def _check(part: AnyPart, scale: Scale, folder: Path, seed: int) -> dict[str, float]:

@@ -56,7 +56,7 @@ def train_stage(stage: str, scale: str, folder: str | os.PathLike, seed: int = 0
     _write_scenes(folder / "data" / f"{stage}.parquet", STAGES[stage], budget, seed)
     arguments = _arguments(stage, budget, folder, seed, device)
     features = folder / "cache" / stage
-    # Static, not conditional: with a question drawn anew each epoch that would be four times as large.
-    cache(arguments, str(features), kind="static", dtype="bfloat16", batch_size=budget.batch_size)
+    kind = "static" if stage == "align" else "conditional"
+    cache(arguments, str(features), kind=kind, dtype="bfloat16", batch_size=budget.batch_size)
     train([*arguments, "--feature_cache", str(features)])
     return folder / stage

@@ -16,6 +16,7 @@ DIFFUSION_FIELDS = (
     "noise_seed",
     "conditioning",
     "implicit_caption_tokens",
+    "truncate",
 )
 MODEL_FIELDS = ("fusion", "fusion_grid_size", "spatial_merge_size", "vision_image_size", "fusion_num_attention_heads")
 
@@ -57,6 +58,7 @@ class ModelArguments:
         default=None, metadata={"help": "What the diffusion model is asked at inference."}
     )
     implicit_caption_tokens: int | None = field(default=None, metadata={"help": "Prompt tokens made by CLIP; 0: none."})
+    truncate: bool | None = field(default=None, metadata={"help": "Cut away what lies behind the deepest tap."})
     fusion: Literal["cross_attention", "concat", "concat_tokens", "gated", "none"] | None = field(
         default=None, metadata={"help": "How both encoders' features become one sequence."}
     )
