@@ -73,14 +73,12 @@ def load_matcher(
 
 def _tower_fields(source: str) -> dict[str, Any]:
     """The image size that the UNet was published for (512 for SD 2.1-base), and a tap that it has."""
-    from diffusers import UNet2DConditionModel
-
-    from sdllava.sources import split_revision
+    from sdllava.components import read_diffusion_config
     from sdllava.taps import list_taps
 
-    unet = UNet2DConditionModel.load_config(subfolder="unet", **split_revision(source))
-    taps = [tap.name for tap in list_taps(unet) if tap.name.endswith("Cross-Q")]
-    return {"image_size": 8 * unet["sample_size"], "taps": taps[-1:]}
+    config = read_diffusion_config(source)
+    taps = [tap.name for tap in list_taps(config.unet_config) if tap.name.endswith("Cross-Q")]
+    return {"image_size": config.unet_config["sample_size"] * config.vae_scale_factor, "taps": taps[-1:]}
 
 
 def match(
