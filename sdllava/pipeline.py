@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
@@ -13,7 +14,41 @@ from .image_loading import load_rgb
 from .modeling_sdllava import SDLlavaImageEncodings
 
 NUM_KEPT_IMAGES = 8
-"""How many images' encodings a pipeline keeps, so that a follow-up question costs one conditional pass."""
+"""How many images' encodings are kept, so that a follow-up question costs one conditional pass."""
+
+
+class KeptEncodings:
+    """What a model computed of the images that it saw last, and that does not depend on the question."""
+
+    def __init__(self, model: Any, size: int = NUM_KEPT_IMAGES):
+        self.model, self.size = model, size
+        self._kept: OrderedDict[str, SDLlavaImageEncodings] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def replace_pixels(self, images: Sequence[Image], inputs: Any) -> None:
+        """
+        Put `image_encodings` in the place of the pixels in a processor's output; each new image is encoded once.
+
+        Args:
+            images: as they were given to the processor, in order.
+            inputs: with `pixel_values`, `diffusion_pixel_values` or both, `(n, 3, height, width)`; changed in place.
+        """
+        pixels = {name: inputs.pop(name) for name in ("pixel_values", "diffusion_pixel_values") if name in inputs}
+        device = self.model.device
+        weights = f"{self.model.dtype} {device} "
+        keys = [weights + hashlib.sha256(repr(i.size).encode() + i.tobytes()).hexdigest() for i in images]
+        new = {key: row for row, key in enumerate(keys) if key not in self._kept}
+        rows = list(new.values())
+        if rows:
+            given = {name: x[rows].to(device) for name, x in pixels.items()}
+            self._kept.update(zip(new, self.model.encode_images(**given).rows()))
+        inputs["image_encodings"] = SDLlavaImageEncodings.cat([self._kept[key] for key in keys])
+        for key in keys:
+            self._kept.move_to_end(key)
+        while len(self._kept) > self.size:
+            self._kept.popitem(last=False)
 
 
 def check_question(question: Any) -> str:
@@ -46,7 +81,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._kept: OrderedDict[str, SDLlavaImageEncodings] = OrderedDict()
+        self._kept = KeptEncodings(self.model)
 
     def _sanitize_parameters(self, top_k: int | None = None, guidance_scales=None, **generate_kwargs):
         forward = dict(generate_kwargs)
@@ -130,22 +165,5 @@ class VisualQuestionAnsweringPipeline(Pipeline):
             processor_kwargs={"padding": True},
         )
         if hasattr(self.model, "encode_images"):
-            pixels = {name: inputs.pop(name, None) for name in ("pixel_values", "diffusion_pixel_values")}
-            inputs["image_encodings"] = self._encodings(images, pixels)
+            self._kept.replace_pixels(images, inputs)
         return inputs
-
-    def _encodings(self, images: Sequence, pixels: dict[str, torch.Tensor | None]) -> SDLlavaImageEncodings:
-        """What does not depend on the question, kept from earlier calls where these images were seen."""
-        weights = f"{self.model.dtype} {self.device} "
-        keys = [weights + hashlib.sha256(repr(i.size).encode() + i.tobytes()).hexdigest() for i in images]
-        new = {key: row for row, key in enumerate(keys) if key not in self._kept}
-        rows = list(new.values())
-        if rows:
-            given = {name: x[rows].to(self.device) for name, x in pixels.items() if x is not None}
-            self._kept.update(zip(new, self.model.encode_images(**given).rows()))
-        encodings = SDLlavaImageEncodings.cat([self._kept[key] for key in keys])
-        for key in keys:
-            self._kept.move_to_end(key)
-        while len(self._kept) > NUM_KEPT_IMAGES:
-            self._kept.popitem(last=False)
-        return encodings

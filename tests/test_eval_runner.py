@@ -6,7 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from evaluation_fixtures import tiny_llava, write_blink, write_captions, write_mmvp, write_naturalbench  # noqa: F401
+from evaluation_fixtures import make_image, tiny_llava, write_blink, write_captions, write_mmvp, write_naturalbench  # noqa: F401
 
 from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.evaluation.benchmarks.base import open_image
@@ -46,6 +46,34 @@ def test_replies_equal_transformers_own_generate(loaded, tmp_path, name, batch_s
         replies.add(expected)
     assert len(replies) > 2  # the random model does look at its input
     assert results["samples"] == len(records)
+
+
+def test_questions_on_one_image_share_its_encoding(composed, tmp_path):
+    from sdllava.evaluation.benchmarks.base import Sample
+    from sdllava.evaluation.responder import Responder, load_model
+    from sdllava.evaluation.runner import _batching_order
+
+    model, processor = load_model(str(composed))
+    images = {name: make_image(seed) for name, seed in (("a.png", 1), ("b.png", 2))}
+    samples = [
+        Sample(f"{name} {i}", "is it red? " + "so " * i, (image,), image_ids=(name,))
+        for i in range(3)
+        for name, image in images.items()
+    ]
+    samples.sort(key=_batching_order(samples))
+    assert [sample.id for sample in samples] == [f"{name} {i}" for name in images for i in range(3)]
+    encoded = []
+    hook = model.model.diffusion_tower.vae.encoder.register_forward_pre_hook(lambda m, a: encoded.append(len(a[0])))
+    generation = {"do_sample": False, "max_new_tokens": 4}
+    questions = [[sample.prompt] for sample in samples]
+    responder = Responder(model, processor)
+    together = []
+    for i in (0, 2, 4):
+        together += responder.reply(samples[i : i + 2], generation, questions[i : i + 2])
+    assert encoded == [1, 1]
+    alone = [Responder(model, processor).reply([s], generation, [q])[0] for s, q in zip(samples, questions)]
+    hook.remove()
+    assert together == alone
 
 
 def test_results_folder(loaded, tmp_path):

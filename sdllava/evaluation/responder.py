@@ -67,6 +67,11 @@ class Responder:
             if len(guidance_scales) != len(own):
                 raise ValueError(f"--guidance takes {len(own)} scale(s) for this model, not {len(guidance_scales)}.")
         self.guidance_scales = None if guidance_scales is None else [float(scale) for scale in guidance_scales]
+        self.kept = None
+        if hasattr(model, "encode_images"):
+            from ..pipeline import KeptEncodings
+
+            self.kept = KeptEncodings(model)
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -94,11 +99,14 @@ class Responder:
         if self.diffusion and questions is not None:
             options["question"] = [question for group in questions for question in group]
         inputs = self.processor(images=images, text=texts, **options)
-        return {
+        given = {
             # the VAE wants float32 pixels whatever the language model's dtype
             key: value.to(self.model.device, self.model.dtype if key == "pixel_values" else None)
             for key, value in inputs.items()
         }
+        if self.kept is not None:
+            self.kept.replace_pixels([image for group in images for image in group], given)
+        return given
 
     @torch.inference_mode()
     def reply(

@@ -61,7 +61,7 @@ def answer_samples(
     mine = [sample for number, sample in enumerate(samples) if number % processes == folder.rank]
     done = {record["id"]: record for record in folder.finished()}
     todo = [sample for sample in mine if sample.id not in done]
-    todo.sort(key=lambda sample: (len(sample.images), len(sample.prompt), sample.id))
+    todo.sort(key=_batching_order(todo))
     sampled = benchmark.generation.get("do_sample", False)
     size = 1 if sampled else batch_size
     for start in range(0, len(todo), size):
@@ -85,6 +85,14 @@ def answer_samples(
             progress(len(mine) - len(todo) + start + len(batch), len(mine))
     # parsed anew, so that what a judge once said of a reply is not taken for the parser's verdict
     return [make_record(benchmark, sample, done[sample.id]["reply"], questions) for sample in mine]
+
+
+def _batching_order(samples: Sequence[Sample]) -> Callable[[Sample], tuple]:
+    """By length, with the questions on one image side by side, so that its encoding serves them all."""
+    longest: dict[tuple, int] = {}
+    for sample in samples:
+        longest[sample.image_ids] = max(len(sample.prompt), longest.get(sample.image_ids, 0))
+    return lambda s: (len(s.images), longest[s.image_ids], s.image_ids, len(s.prompt), s.id)
 
 
 def make_record(benchmark: Benchmark, sample: Sample, reply: str, questions: dict[str, list[str]] | None) -> dict:
