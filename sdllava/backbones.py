@@ -9,7 +9,7 @@ A backbone turns pixels into latents, prompts into conditioning, and noisy laten
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -31,12 +31,12 @@ class StableDiffusionBackbone(nn.Module):
         super().__init__()
         self.config = config
         self.unet = UNet2DConditionModel.from_config(dict(config.unet_config))
-        self.vae = AutoencoderKL.from_config(dict(config.vae_config))
+        self.vae = (AutoencoderTiny if config.has_tiny_vae else AutoencoderKL).from_config(dict(config.vae_config))
         self.text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(config.text_encoder_config)))
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        The mode of the VAE's posterior, scaled.
+        The mode of the VAE's posterior, scaled; what a tiny autoencoder, which has no posterior, gives in its place.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(n, 3, height, width)`): in [-1, 1].
@@ -45,8 +45,9 @@ class StableDiffusionBackbone(nn.Module):
             `torch.Tensor` of shape `(n, 4, height / 8, width / 8)`: the latents z0, float32.
         """
         with torch.autocast(pixel_values.device.type, enabled=False):
-            posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-        return (posterior.mode() * self.vae.config.scaling_factor).float()
+            encoded = self.vae.encode(pixel_values.to(self.vae.dtype))
+        latents = encoded.latents if self.config.has_tiny_vae else encoded.latent_dist.mode()
+        return (latents * self.vae.config.scaling_factor).float()
 
     def encode_prompts(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor | None = None) -> dict:
         """
@@ -102,7 +103,13 @@ class StableDiffusionBackbone(nn.Module):
             latents = torch.empty(1, unet.config.in_channels, size, size)
             prompts = self._empty_prompts(unet)
         cut_behind_taps(self.unet, unet, taps, lambda: self._denoise(unet, latents, 0, prompts))
-        self.vae.decoder, self.vae.post_quant_conv = CutAway(self.vae.decoder), CutAway(self.vae.post_quant_conv)
+        self.cut_decoder()
+
+    def cut_decoder(self) -> None:
+        """Remove the VAE's decoder."""
+        self.vae.decoder = CutAway(self.vae.decoder)
+        if not self.config.has_tiny_vae:
+            self.vae.post_quant_conv = CutAway(self.vae.post_quant_conv)
 
     def _empty_prompts(self, unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
         return {"encoder_hidden_states": torch.empty(1, 1, unet.config.cross_attention_dim)}

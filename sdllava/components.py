@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
@@ -178,6 +178,29 @@ def load_tower(diffusion: str, config: SDLlavaDiffusionConfig, dtype: torch.dtyp
     tower.config.dtype = dtype
     tower.freeze()
     return tower.eval()
+
+
+def load_tiny_vae(
+    source: str, config: SDLlavaDiffusionConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[AutoencoderTiny, dict[str, Any]]:
+    """A tiny autoencoder and its configuration; see [`~sdllava.diffusion.SDLlavaDiffusionModel.use_tiny_vae`]."""
+    where = split_revision(source)
+    try:
+        found = _published(AutoencoderTiny.load_config(**where))
+        if "encoder_block_out_channels" not in found:
+            raise ValueError(f"{source!r} is no tiny autoencoder: give a diffusers AutoencoderTiny, such as TAESD")
+        channels, scale = found["latent_channels"], 2 ** (len(found["encoder_block_out_channels"]) - 1)
+        if (channels, scale) != (config.unet_config.get("in_channels", 4), config.vae_scale_factor):
+            raise ValueError(
+                f"{source!r} makes latents of {channels} channels at 1/{scale} of an image's size, which this UNet does"
+                " not take: give one that was made for this diffusion model"
+            )
+        vae = AutoencoderTiny.from_pretrained(use_safetensors=True, torch_dtype=dtype, **where)
+    except (OSError, HFValidationError) as error:
+        refuse_pickle(source, error)
+        raise missing(source, "tiny autoencoder", error) from error
+    found.pop("block_out_channels", None)  # diffusers writes it and does not read it
+    return vae.to(device), found
 
 
 def load_vision(vision: str, config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:

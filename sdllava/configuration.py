@@ -110,7 +110,7 @@ class SDLlavaDiffusionConfig(VersionedConfig):
     Args:
         unet_config, vae_config, text_encoder_config, text_encoder_2_config, scheduler_config (`dict`, *optional*):
             The published configurations of the parts, as in the repository's folders. All default to Stable Diffusion
-            2.1-base; `text_encoder_2_config` makes it SDXL.
+            2.1-base; `text_encoder_2_config` makes it SDXL. `vae_config` may be an `AutoencoderTiny`'s.
         taps (`list[str]`): where the UNet is read, see [`~sdllava.taps.list_taps`]. Default: the papers' tap,
             `U-L1-R1-B0-Cross-Q`, for SDXL `U-L0-R0-B7-Out`.
         timesteps (`list[int]`): noise levels, 0..999 on the training schedule; larger means more noise.
@@ -203,7 +203,14 @@ class SDLlavaDiffusionConfig(VersionedConfig):
 
     @property
     def vae_scale_factor(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        return 2 ** (
+            len(self.vae_config["encoder_block_out_channels" if self.has_tiny_vae else "block_out_channels"]) - 1
+        )
+
+    @property
+    def has_tiny_vae(self) -> bool:
+        """Whether `vae_config` describes diffusers' `AutoencoderTiny`."""
+        return "encoder_block_out_channels" in self.vae_config
 
     @property
     def raw_channels(self) -> int:

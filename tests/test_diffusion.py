@@ -3,11 +3,11 @@
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from sdllava import SDLlavaDiffusionModel
+from sdllava import SDLlavaDiffusionModel, SDLlavaForConditionalGeneration
 from sdllava.diffusion import guide, resize_grid
 from sdllava.taps import list_taps
 
@@ -22,6 +22,10 @@ def ask(model: SDLlavaDiffusionModel, n: int = 2, seed: int = 0, **kwargs):
     ids_2 = ids if model.config.text_encoder_2_config is not None else None
     with torch.no_grad():
         return model(inputs["diffusion_pixel_values"], ids, ids_2, **kwargs)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def samples_through_unet(model: SDLlavaDiffusionModel) -> list[int]:
@@ -121,6 +125,33 @@ def test_how_many_samples_pass_through_the_unet(scales, kept, expected):
     counted = samples_through_unet(model)
     ask(model, 3, unconditional_features=unconditional)
     assert counted == expected
+
+
+def test_a_tiny_autoencoder_takes_the_vaes_place_and_is_saved(composed, tmp_path):
+    fields = {"encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
+    AutoencoderTiny(**fields).save_pretrained(tmp_path / "taesd")
+    model = SDLlavaForConditionalGeneration.from_pretrained(composed)
+    tiny_tower = model.model.diffusion_tower
+    size = count_parameters(tiny_tower.vae)
+    tiny_tower.use_tiny_vae(str(tmp_path / "taesd"))
+    assert count_parameters(tiny_tower.vae) < size and not any(
+        p.requires_grad for p in tiny_tower.backbone.parameters()
+    )
+    pixels = tiny.image_inputs(2)["diffusion_pixel_values"]
+    with torch.no_grad():
+        expected = AutoencoderTiny.from_pretrained(tmp_path / "taesd").encode(pixels).latents
+    assert torch.equal(tiny_tower.encode_latents(pixels), expected)
+    model.save_pretrained(tmp_path / "model")
+    loaded = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "model").model.diffusion_tower
+    torch.testing.assert_close(ask(loaded).last_hidden_state, ask(tiny_tower).last_hidden_state)
+
+
+def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
+    AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path / "taef1")
+    with pytest.raises(ValueError, match="makes latents of 16 channels at 1/8"):
+        tower().use_tiny_vae(str(tmp_path / "taef1"))
+    with pytest.raises(OSError, match="cannot read the tiny autoencoder from"):
+        tower().use_tiny_vae(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])

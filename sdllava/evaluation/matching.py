@@ -134,6 +134,8 @@ class DiffusionMatcher:
     ):
         if tower.config.truncate:
             raise ValueError("Matching needs the whole UNet: load the tower with truncate=False.")
+        if tower.config.has_tiny_vae:
+            raise ValueError("Matching samples latents, which a tiny autoencoder cannot: load the tower with its VAE.")
         self.tower, self.tokenizers, self.options, self.batch_size = tower, list(tokenizers), options, batch_size
         self.layers = attention_layers(tower.unet, options.layers)
         paths = [f"{layer}.{projection}" for layer in self.layers for projection in ("to_q", "to_k")]
