@@ -177,9 +177,8 @@ def main(
                 kept = {f"a follow-up question, (b) whole UNet, batch {n}": subject.stock_follow_up}
                 (row,) = bench.time(kept, reference=first.name, per_call=n).values()
                 follow_up.note = f"{row.median / follow_up.median:.2f}x of (b)"
-                expected = subject.stock_question()
-                expected = subject.ours._to_grid(expected)
-                ours.note = difference(subject.our_question(), expected)
+                expected = subject.ours._to_grid(bench.results[first.name])
+                ours.note = difference(bench.results[ours.name], expected)
     bench.report()
 
 

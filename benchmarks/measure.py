@@ -79,6 +79,7 @@ class Bench:
         results = Path(__file__).parent / "results" / f"{name}-{size}-{self.device.type}.json"
         self.output = output or results
         self.rows: list[Row] = []
+        self.results: dict[str, Any] = {}
         self.settings = {"size": size, "device": device, "dtype": dtype, "repeats": repeats, **settings}
         self.console = Console()
         self.console.width = max(self.console.width, 150)
@@ -97,7 +98,7 @@ class Bench:
         """
         Time calls in rounds, one of each a round, so that a change of the machine meets all alike.
 
-        The first call of each, untimed, warms it up and counts its operations.
+        The first call of each, untimed, warms it up, counts its operations and gives its entry in `results`.
 
         Args:
             calls: by row name.
@@ -107,7 +108,7 @@ class Bench:
         rows = {name: Row(name, reference or names[0], per_call=per_call) for name in names}
         for name, call in calls.items():
             self.console.print(f"warming up: {name}", style="dim")
-            rows[name].gflop = count_gflop(call)
+            rows[name].gflop, self.results[name] = count_gflop(call)
         for _ in range(self.repeats):
             for name, call in calls.items():
                 self._reset_peak()
@@ -177,8 +178,8 @@ class Bench:
         self.console.print(f"wrote {self.output}")
 
 
-def count_gflop(call: Call) -> float:
-    """Operations of one call in units of 10^9; the fused attention of CPUs is counted as that of GPUs is."""
+def count_gflop(call: Call) -> tuple[float, Any]:
+    """Operations of one call in units of 10^9, and its result; fused attention counts on CPUs as on GPUs."""
     aten = torch.ops.aten
 
     def attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -186,8 +187,8 @@ def count_gflop(call: Call) -> float:
 
     mapping = {aten._scaled_dot_product_flash_attention_for_cpu: attention}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        call()
-    return counter.get_total_flops() / 1e9
+        result = call()
+    return counter.get_total_flops() / 1e9, result
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> str:

@@ -160,7 +160,7 @@ def build(make, config, device: torch.device, dtype: torch.dtype) -> Any:
 def _buffer(module: nn.Module, name: str, buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
     if name == "position_ids":
         return torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-    return module.compute_default_rope_parameters(module.config, device)[0]  # a rotary embedding's frequencies
+    return getattr(type(module)(module.config), name).to(device)  # a rotary embedding's frequencies
 
 
 def build_tower(model: str, size: str, device: torch.device, dtype: torch.dtype, **fields) -> SDLlavaDiffusionModel:
