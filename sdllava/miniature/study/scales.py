@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Training:
-    """Scenes of a stage, passes over them, and the batch."""
+    """Scenes of a stage, passes over them, the batch, and the most questions on a scene."""
 
     scenes: int
     epochs: int
     batch_size: int = 64
+    turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ STUDY_SCALES = {
         match_items=9,
         match_trials=1,
         align=Training(4, 1, 4),
-        finetune=Training(4, 1, 4),
+        finetune=Training(4, 1, 4, turns=2),
         questions=24,
         captions=Training(4, 1, 4),
         described=4,
@@ -65,7 +66,7 @@ STUDY_SCALES = {
         match_items=113,
         match_trials=3,
         align=Training(4000, 2),
-        finetune=Training(12000, 5),
+        finetune=Training(12000, 5, turns=2),
         questions=900,
         captions=Training(3000, 4),
         described=300,

@@ -1,0 +1,105 @@
+"""Trains the study's variants with the package's own cache and train command; what is finished is left as it is."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdllava.data.scenes import scene_dataset
+from sdllava.miniature.checkpoint import SHAPE
+from sdllava.miniature.stages import RECIPES
+from sdllava.miniature.study.scales import Training
+
+SEED = 0
+TOWER_FIELDS = ("taps", "image_size", "grid_size")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which encoders a model has, how they are fused, and how strongly the diffusion model is guided."""
+
+    name: str
+    encoders: tuple[str, ...]
+    fusion: str = "none"
+    guidance: float = 0.0
+
+    @property
+    def diffuses(self) -> bool:
+        return "diffusion" in self.encoders
+
+
+def write_scenes(file: Path, task: str, budget: Training) -> None:
+    """A stage's scenes as training data."""
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".part")
+    scene_dataset("train", budget.scenes, SEED, task, budget.turns).to_parquet(aside)
+    os.replace(aside, file)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one variant: where it starts, what it reads, where it is written, and where features are kept."""
+
+    variant: Variant
+    start: dict[str, Path]
+    name: str
+    data: Path
+    output: Path
+    budget: Training
+    heads: int
+    features: Path | None = None
+    kind: str = "static"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def arguments(self, **changes: Any) -> list[str]:
+        """The train command's arguments."""
+        import torch
+
+        values: dict[str, Any] = {
+            **self.start,
+            "config": RECIPES / f"study-{self.name}.yaml",
+            "train_data": self.data,
+            "output_dir": self.output,
+            "num_train_epochs": self.budget.epochs,
+            "per_device_train_batch_size": self.budget.batch_size,
+            "seed": SEED,
+            "bf16": torch.accelerator.is_available(),
+            "fusion": self.variant.fusion,
+        }
+        if self.variant.diffuses:
+            values |= {name: SHAPE[name] for name in TOWER_FIELDS} | {"guidance_scales": self.variant.guidance}
+        if self.variant.fusion == "cross_attention":
+            values["fusion_num_attention_heads"] = self.heads
+        values |= dict(self.options) | changes
+        return [word for key, value in values.items() for word in (f"--{key}", *_words(value))]
+
+    def train(self, **cached_as: Any) -> Path:
+        """
+        Caches the features that are not kept yet, and trains.
+
+        Args:
+            cached_as: arguments under which the features are cached where they differ from the run's own, so that
+                variants of one family share them: asked at s = 4, though this variant runs at s = 0.
+        """
+        from sdllava.train.run import cache, train
+
+        if (self.output / "config.json").exists():
+            return self.output
+        arguments = self.arguments()
+        if self.features is not None:
+            cache(self.arguments(**cached_as), str(self.features), self.kind, "bfloat16", self.budget.batch_size)
+            arguments += ["--feature_cache", str(self.features)]
+        train(arguments)
+        return self.output
+
+
+def part_folders(parts: Path, variant: Variant) -> dict[str, Path]:
+    """Where the train command finds the variant's parts."""
+    known = {"diffusion": "diffusion", "vision": "clip", "language_model": "llm"}
+    return {name: parts / known[name] for name in (*variant.encoders, "language_model")}
+
+
+def _words(value: Any) -> list[str]:
+    return [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)]
