@@ -125,10 +125,8 @@ def read_out_leakage(parts: Path, scale: StudyScale) -> dict[str, Units]:
     found = {}
     for s in READ_SCALES:
         trained, tested = guide(*read["train"], s), guide(*read["test"], s)
-        for title, features in (
-            (f"s = {s:g}", trained),
-            (f"s = {s:g}, dropout", _drop(trained, read["train"], dropped)),
-        ):
+        with_dropout = torch.where(dropped, read["train"][0], trained)
+        for title, features in ((f"s = {s:g}", trained), (f"s = {s:g}, dropout", with_dropout)):
             scores = fit_readout(features, shown["train"].float())(tested)
             found[title] = ordered_pairs(scores, told & absent, ~told & absent)
     return found
