@@ -56,9 +56,9 @@ _MINI = Scale(
     budgets={
         "judge": Budget(800, 64, 2e-3, warmup=50),
         "vae": Budget(1600, 32, 1.5e-3, ema=0.99),
-        "clip": Budget(1200, 128, 1e-3, ema=0.99, warmup=100),
+        "clip": Budget(850, 128, 1e-3, ema=0.99, warmup=100),
         "llm": Budget(10000, 12, 1.5e-3),
-        "unet": Budget(3400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
+        "unet": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
     },
     gates={
         "judge": Gate("accuracy", 0.97),

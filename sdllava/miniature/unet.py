@@ -19,7 +19,7 @@ from sdllava.miniature.text import clip_tokenizer
 
 LATENT_SIZE = SIZE // 2
 _NULL_SHARE, _QUESTION_SHARE = 0.12, 0.3
-_CLOSE_UPS_UNTIL = 0.45  # of the budget
+_CLOSE_UPS_UNTIL = 0.5625  # of the budget
 
 
 def unet_config(channels: tuple[int, int, int, int], text_width: int) -> dict:
