@@ -96,3 +96,18 @@ def scene(
     rng = random.Random(seed)
     for question in {q.text: q for q in (ask(sampled, rng) for _ in range(4)) if q}.values():
         typer.echo(f"  {question.text} {question.answer}")
+
+
+@app.command()
+def study(
+    source: Annotated[Path, typer.Option("--from", help="What `mini train` left; numbers are kept in its study/.")],
+    out: Annotated[Path, typer.Option(help="Folder of the page miniature.md and its pictures.")] = Path("docs"),
+    part: Annotated[list[str] | None, typer.Option(help="a to f; several times, or none for all.")] = None,
+    scale: Annotated[ScaleName, typer.Option(help="smoke or mini.")] = ScaleName.mini,
+) -> None:
+    """Measure the papers' tables in small, part by part, and write the page. Stop and run it again at will."""
+    from sdllava.evaluation.cli import one_sentence
+    from sdllava.miniature.study.run import run_study
+
+    with one_sentence():
+        typer.echo(f"wrote {run_study(source, out, scale.value, tuple(part or ()))}")
