@@ -54,6 +54,17 @@ def composed(published, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smoke_miniature(tmp_path_factory) -> Path:
+    """The miniature's parts at the smoke scale, which have learnt nothing."""
+    from sdllava.miniature.pretrain import pretrain
+    from sdllava.miniature.scales import PARTS
+
+    folder = tmp_path_factory.mktemp("miniature")
+    assert set(pretrain("smoke", folder)) == set(PARTS)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def photographs() -> Path:
     folder = SHARED_DATA / "images"
     if not folder.is_dir():

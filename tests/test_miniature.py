@@ -18,12 +18,9 @@ from sdllava.miniature.text import clip_tokenizer, llm_tokenizer, words_in
 from sdllava.miniature.unet import close_up, prompt_for
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    checks = pretrain("smoke", folder)
-    assert set(checks) == set(PARTS)
-    return folder
+@pytest.fixture
+def parts(smoke_miniature):
+    return smoke_miniature
 
 
 class StoppedError(Exception):

@@ -54,7 +54,7 @@ def _train(parts: Path, work: Path, variant: Variant, dropout: float, scale: Stu
         part_folders(parts, variant),
         "align",
         data,
-        work / "models" / folder_name(variant.name).replace(",", ""),
+        work / "models" / folder_name(variant.name),
         scale.captions,
         scale.heads,
         work / "cache" if variant.diffuses else None,
@@ -68,7 +68,7 @@ def _train(parts: Path, work: Path, variant: Variant, dropout: float, scale: Stu
 def _describe(model: LoadedModel, variant: Variant, work: Path, scale: StudyScale) -> dict[str, Any]:
     """Caption scores with the image's caption as prompt, without, and with a wrong one; and the leakage found."""
     options = EvaluationOptions(protocol="plain", limit=scale.described, batch_size=32)
-    folder = work / "described" / folder_name(variant.name).replace(",", "")
+    folder = work / "described" / folder_name(variant.name)
     with progress_bar(f"captions, {variant.name}") as progress:
         if not variant.diffuses:
             evaluate(model, "mini_captions", folder / "no-text", options, progress=progress)
@@ -87,7 +87,7 @@ def _scores(folder: Path) -> dict[str, Any]:
 
 def _units(work: Path, name: str, run: str) -> Units:
     variant = next(variant for variant in VARIANTS if variant.name == name)
-    folder = work / "described" / folder_name(name).replace(",", "")
+    folder = work / "described" / folder_name(name)
     folder = folder / "sweep" / RUNS[run].format(variant.guidance) if variant.diffuses else folder / "no-text"
     return get_benchmark("mini_captions", "plain").units(load_results(folder)[0][1])
 

@@ -191,8 +191,8 @@ def _guidance(found: NUMBER) -> list[str]:
     ]
     return [
         f"One linear read-out answers all questions from the features at {DEFAULT_TAP}, t = {DEFAULT_TIMESTEP}, "
-        f"averaged over quadrants; it is not told the question, the diffusion model is. {budget[0]} questions to learn, "
-        f"{budget[1]} held-out ones to test, one noise map. Percent right. As guidance is linear, the mean over "
+        f"averaged over quadrants; it is not told the question, the diffusion model is. {budget[0]} questions to "
+        f"learn, {budget[1]} held-out ones to test, one noise map. Percent right. As guidance is linear, the mean over "
         "s = 0, 1, 4 is s = 5/3, and three scales side by side hold no more than two:",
         table(["features", "mean", *patterns], lines),
     ]

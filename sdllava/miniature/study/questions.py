@@ -31,7 +31,7 @@ KEPT = ("scores", "intervals_95", "samples", "chance")
 
 def folder_name(name: str) -> str:
     """A folder's name for a variant's."""
-    return name.replace(", s = ", "-s").replace(" ", "-").lower()
+    return name.replace(" = ", "").replace(",", "").replace(" ", "-").lower()
 
 
 def train_variant(parts: Path, work: Path, variant: Variant, scale: StudyScale) -> Path:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,25 @@ from sdllava.evaluation.results import write_json
 from sdllava.evaluation.runner import versions
 from sdllava.miniature.study.scales import STUDY_SCALES
 
+
+@dataclass(frozen=True)
+class StudyPart:
+    """The module that measures a part, the budgets that it spends, and the miniature's parts that it reads."""
+
+    module: str
+    budgets: tuple[str, ...]
+    weights: tuple[str, ...] = ("diffusion/vae", "diffusion/unet", "diffusion/text_encoder", "clip")
+
+
+TRAINED_ON = (*StudyPart.weights, "llm")
 PARTS = {
-    "a": "taps",
-    "b": "matching",
-    "c": "questions",
-    "d": "captions",
-    "e": "guidance",
-    "f": "similarity",
+    "a": StudyPart("taps", ("readout",)),
+    "b": StudyPart("matching", ("match_items", "match_trials")),
+    "c": StudyPart("questions", ("align", "finetune", "questions", "heads"), TRAINED_ON),
+    "d": StudyPart("captions", ("captions", "described", "leakage"), TRAINED_ON),
+    "e": StudyPart("guidance", ("asked",)),
+    "f": StudyPart("similarity", ("pairs", "groups", "group_size")),
 }
-"""Each part and the module that measures it."""
-WEIGHTS = ("diffusion/vae", "diffusion/unet", "clip", "llm")
 
 
 def _finite(value: Any) -> Any:
@@ -35,15 +44,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _settings(folder: Path, scale: str) -> dict[str, Any]:
-    """What a part's numbers depend on: the weights of the miniature's parts, and the budgets."""
-    missing = [name for name in WEIGHTS if weights_fingerprint(folder / name) is None]
-    if missing:
+def _settings(part: StudyPart, folder: Path, scale: str) -> dict[str, Any]:
+    """What a part's numbers depend on: the budgets, and the weights of the miniature's parts."""
+    weights = {name: weights_fingerprint(folder / name) for name in part.weights}
+    if missing := [name for name, found in weights.items() if found is None]:
         raise FileNotFoundError(
             f"{folder} holds no trained {missing[0]}: make the miniature's parts first, with `sdllava mini train`."
         )
-    weights = {name: weights_fingerprint(folder / name) for name in WEIGHTS}
-    return {"scale": scale, "budgets": asdict(STUDY_SCALES[scale]), "weights": weights}
+    budgets = asdict(STUDY_SCALES[scale])
+    settings = {"scale": scale, "weights": weights, "budgets": {name: budgets[name] for name in part.budgets}}
+    return json.loads(json.dumps(settings))
 
 
 def finished_part(folder: Path, part: str) -> dict[str, Any] | None:
@@ -52,25 +62,24 @@ def finished_part(folder: Path, part: str) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _run_part(part: str, folder: Path, scale: str) -> None:
-    settings = json.loads(json.dumps(_settings(folder, scale)))
-    known = finished_part(folder, part)
-    if known is not None:
-        changed = [key for key, value in settings.items() if known["settings"][key] != value]
-        if changed:
-            raise ValueError(
-                f"{folder / 'study' / f'{part}.json'} was measured with other {changed[0]}: remove {folder / 'study'} "
-                "to measure anew."
-            )
+def _run_part(name: str, folder: Path, scale: str) -> None:
+    """Measures a part unless it is finished; what an earlier run of other settings left is refused."""
+    settings = _settings(PARTS[name], folder, scale)
+    work, finished = folder / "study" / name, folder / "study" / f"{name}.json"
+    record = work / "settings.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else settings
+    if changed := [key for key, value in settings.items() if known[key] != value]:
+        raise ValueError(f"{work} was measured with other {changed[0]}: remove it and {finished.name} to measure anew.")
+    if finished.exists():
         return
-    module = importlib.import_module(f"sdllava.miniature.study.{PARTS[part]}")
+    write_json(record, settings)
     started = time.process_time()
-    work = folder / "study" / part
-    work.mkdir(parents=True, exist_ok=True)
-    numbers = module.measure(folder, work, STUDY_SCALES[scale])
+    numbers = importlib.import_module(f"sdllava.miniature.study.{PARTS[name].module}").measure(
+        folder, work, STUDY_SCALES[scale]
+    )
     seconds = round(time.process_time() - started)
     found = {"settings": settings, "cpu_seconds": seconds, "versions": versions(), **_finite(numbers)}
-    write_json(folder / "study" / f"{part}.json", found)
+    write_json(finished, found)
 
 
 def run_study(folder: str | os.PathLike, out: str | os.PathLike, scale: str = "mini", parts: tuple[str, ...] = ()):
