@@ -7,6 +7,7 @@ from sdllava.evaluation.benchmarks.base import unit_means
 from sdllava.evaluation.bootstrap import Scores, Units, difference, intervals
 
 HOLDS, REVERSED, UNDECIDED, UNMEASURED = "Holds", "Does not hold", "Undecided within the interval", "Cannot be told"
+DIGITS = {"points": 1, "CIDEr": 1}
 
 
 def claim(trend: str, lower: Units, higher: Units, scores: Scores, metric: str, unit: str = "points") -> dict[str, Any]:
@@ -47,5 +48,6 @@ def sentence(found: dict[str, Any]) -> str:
     if told == UNMEASURED:
         return f"**{told}**: {found['trend']} (the features do not vary, or the budget is too small)"
     low, high = found["interval"]
-    numbers = f"{found['difference']:+.3g} {found['unit']} [{low:+.3g}, {high:+.3g}]"
+    digits = DIGITS.get(found["unit"], 3)
+    numbers = f"{found['difference']:+.{digits}f} {found['unit']} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"**{told}**: {found['trend']}: {numbers}"

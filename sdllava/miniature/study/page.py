@@ -1,5 +1,6 @@
 """The study's page: tables, pictures and verdicts, all from the parts' numbers and nothing else."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from sdllava.miniature.judge import ATTRIBUTES
 from sdllava.miniature.study.claims import HOLDS, REVERSED, UNDECIDED, UNMEASURED, sentence, verdict
 from sdllava.miniature.study.guidance import GUESS
 from sdllava.miniature.study.pictures import draw
+from sdllava.miniature.study.scales import STUDY_SCALES
 from sdllava.miniature.study.similarity import GUIDANCE
 from sdllava.miniature.study.taps import DEFAULT_TAP, DEFAULT_TIMESTEP, TAPS, TIMESTEPS
 
@@ -36,7 +38,9 @@ sdllava mini study --from FOLDER --out docs{scale}
 
 from the numbers in `FOLDER/study`, where FOLDER is what `sdllava mini train` left. Brackets hold 95% bootstrap
 intervals over held-out scenes, questions or pairs. Each verdict is computed: a trend *holds* where the whole interval
-of the paired difference lies above zero, *does not hold* where it lies below, and is *undecided* otherwise.
+of the paired difference lies above zero, *does not hold* where it lies below, and is *undecided* otherwise. (b) has
+{trials} noise draws; all else is read under one noise map, and in (c) and (d) every model is trained from one seed:
+their intervals do not hold what another training would have changed.
 """
 SMOKE = "**These are the numbers of a smoke test, with parts that have learnt nothing: they are no result.**\n"
 
@@ -238,6 +242,23 @@ def _overview(found: dict[str, NUMBER]) -> str:
     return table(["part", "trends that hold", "that do not", "undecided", "not measurable", "CPU minutes"], rows)
 
 
+def _trials(found: dict[str, NUMBER]) -> str:
+    count = found["b"]["rows"]["UNet"]["trials"] if "b" in found else STUDY_SCALES["mini"].match_trials
+    return {1: "one", 2: "two", 3: "three"}.get(count, str(count))
+
+
+def _reached(found: dict[str, NUMBER]) -> list[str]:
+    """What the miniature's parts had learnt when they were measured."""
+    checks = next(iter(found.values()))["checks"]
+    rows = [[part, ", ".join(f"{name} {value:.3g}" for name, value in told.items())] for part, told in checks.items()]
+    return ["On held-out scenes the parts had reached:", table(["part", "check"], rows)] if rows else []
+
+
+def _wrapped(block: str) -> str:
+    """Paragraphs of one line in lines of at most 120 characters."""
+    return block if "\n" in block or block.startswith(("!", "-")) else textwrap.fill(block, 120)
+
+
 def page(found: dict[str, NUMBER], pictures: dict[str, str]) -> str:
     """
     The page as Markdown.
@@ -248,13 +269,18 @@ def page(found: dict[str, NUMBER], pictures: dict[str, str]) -> str:
     """
     scales = {numbers["settings"]["scale"] for numbers in found.values()}
     scale = "" if scales == {"mini"} else f" --scale {min(scales)}" if len(scales) == 1 else ""
-    blocks = [HEAD.format(scale=scale), *([SMOKE] if "smoke" in scales else []), _overview(found)]
+    blocks = [
+        HEAD.format(scale=scale, trials=_trials(found)),
+        *([SMOKE] if "smoke" in scales else []),
+        *_reached(found),
+        _overview(found),
+    ]
     for part, numbers in found.items():
         blocks += [f"## {TITLES[part]}", *SECTIONS[part](numbers)]
         if part in pictures:
             blocks.append(f"![{TITLES[part]}]({pictures[part]})")
         blocks.append("\n".join(f"- {sentence(claim)}" for claim in numbers["claims"]))
-    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+    return "\n\n".join(_wrapped(block.strip("\n")) for block in blocks) + "\n"
 
 
 def write_page(found: dict[str, NUMBER], out: Path) -> Path:

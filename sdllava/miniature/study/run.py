@@ -56,6 +56,12 @@ def _settings(part: StudyPart, folder: Path, scale: str) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
+def _checks(folder: Path) -> dict[str, dict[str, float]]:
+    """What each of the miniature's parts had reached on held-out scenes when it was trained."""
+    file = folder / "checks.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
 def finished_part(folder: Path, part: str) -> dict[str, Any] | None:
     """What a finished part measured, or None."""
     file = folder / "study" / f"{part}.json"
@@ -78,7 +84,8 @@ def _run_part(name: str, folder: Path, scale: str) -> None:
         folder, work, STUDY_SCALES[scale]
     )
     seconds = round(time.process_time() - started)
-    found = {"settings": settings, "cpu_seconds": seconds, "versions": versions(), **_finite(numbers)}
+    measured = {"settings": settings, "checks": _checks(folder), "cpu_seconds": seconds, "versions": versions()}
+    found = {**measured, **_finite(numbers)}
     write_json(finished, found)
 
 
