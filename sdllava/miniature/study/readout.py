@@ -25,15 +25,16 @@ class Readout:
         return (features.float() - self.mean) / self.deviation @ self.weights + self.bias
 
 
-def _solve(features: Tensor, targets: Tensor, strength: float) -> Readout:
+def _solutions(features: Tensor, targets: Tensor, strengths: Sequence[float]) -> list[Readout]:
     features = features.float()
     mean, deviation = features.mean(dim=0), features.std(dim=0, unbiased=False).clamp(min=1e-6)
     bias = targets.mean(dim=0)
     standard = (features - mean) / deviation
     gram = (standard.T @ standard / len(standard)).double()
-    gram.diagonal().add_(strength)
     products = (standard.T @ (targets - bias) / len(standard)).double()
-    return Readout(mean, deviation, torch.cholesky_solve(products, torch.linalg.cholesky(gram)).float(), bias)
+    ridges = [gram + strength * torch.eye(len(gram), dtype=gram.dtype) for strength in strengths]
+    weights = [torch.cholesky_solve(products, torch.linalg.cholesky(ridge)).float() for ridge in ridges]
+    return [Readout(mean, deviation, solved, bias) for solved in weights]
 
 
 def fit_readout(features: Tensor, targets: Tensor) -> Readout:
@@ -44,13 +45,9 @@ def fit_readout(features: Tensor, targets: Tensor) -> Readout:
     all rows are used.
     """
     kept = max(1, len(features) * 4 // 5)
-
-    def held_out_error(strength: float) -> float:
-        return float(
-            (_solve(features[:kept], targets[:kept], strength)(features[kept:]) - targets[kept:]).square().sum()
-        )
-
-    return _solve(features, targets, min(STRENGTHS, key=held_out_error))
+    tried = _solutions(features[:kept], targets[:kept], STRENGTHS)
+    errors = [float((readout(features[kept:]) - targets[kept:]).square().sum()) for readout in tried]
+    return _solutions(features, targets, [STRENGTHS[errors.index(min(errors))]])[0]
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

@@ -63,7 +63,7 @@ STUDY_SCALES = {
     ),
     "mini": StudyScale(
         readout=(800, 400),
-        match_items=113,
+        match_items=90,
         match_trials=3,
         align=Training(4000, 2),
         finetune=Training(12000, 5, turns=2),
