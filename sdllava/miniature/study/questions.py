@@ -8,7 +8,7 @@ from typing import Any
 from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.evaluation.bootstrap import Units
 from sdllava.evaluation.cli import progress_bar
-from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate
+from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate_samples, load_samples
 from sdllava.evaluation.results import read_records
 from sdllava.miniature.study.claims import claim
 from sdllava.miniature.study.scales import StudyScale
@@ -64,17 +64,15 @@ def train_variant(parts: Path, work: Path, variant: Variant, scale: StudyScale) 
     ).train(**({"guidance_scales": ASKED} if variant.diffuses else {}))
 
 
-def _answer(model: LoadedModel, variant: Variant, folder: Path, scale: StudyScale) -> dict[str, dict]:
+def _answer(model: LoadedModel, variant: Variant, folder: Path, samples: tuple) -> dict[str, dict]:
     """Results with the image's own question, and where the prompt matters with none and with a wrong one."""
     found = {}
     for name, choice in PROMPTS.items():
         if name != "own question" and not variant.guidance:
             continue
-        options = EvaluationOptions(
-            limit=scale.questions, diffusion_prompt=choice, batch_size=32, blind=choice == "question"
-        )
+        options = EvaluationOptions(diffusion_prompt=choice, batch_size=32, blind=choice == "question")
         with progress_bar(f"{variant.name}, {name}") as progress:
-            found[name] = evaluate(model, "mini", folder / choice, options, progress=progress)
+            found[name] = evaluate_samples(model, *samples, folder / choice, options, progress=progress)
     return found
 
 
@@ -89,12 +87,13 @@ def _parts_of(folder: Path) -> dict[str, Units]:
 
 def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
     """Trains and questions every variant: scores by prompt, and blind."""
+    samples = load_samples("mini", EvaluationOptions(limit=scale.questions))
     rows = {}
     for variant in VARIANTS:
         trained = train_variant(parts, work, variant, scale)
         model = LoadedModel.load(os.fspath(trained))
         model = replace(model, name=variant.name)
-        results = _answer(model, variant, work / "answers" / folder_name(variant.name), scale)
+        results = _answer(model, variant, work / "answers" / folder_name(variant.name), samples)
         rows[variant.name] = {
             "prompts": {name: {key: result[key] for key in KEPT} for name, result in results.items()},
             "blind": results["own question"]["blind"],
@@ -118,7 +117,7 @@ def _claims(answers: Path) -> list[dict]:
             units = [_parts_of(answers / folder_name(name) / "question")[part] for name in (lower, higher)]
             found.append(claim(f"{part}: {trend}", *units, get_benchmark("mini").scores, part))
         for name, choice in list(PROMPTS.items())[1:]:
-            units = [_parts_of(answers / folder_name(best) / choice)[part] for choice in (choice, "question")]
+            units = [_parts_of(answers / folder_name(best) / asked)[part] for asked in (choice, "question")]
             trend = f"{part}: with cross-attention at s = 4, the {name} is worse than the own question"
             found.append(claim(trend, *units, get_benchmark("mini").scores, part))
     return found
