@@ -8,7 +8,7 @@ The papers' rates on one H100: 558k samples in 4 hours of four, 9.7 a second and
     python benchmarks/training.py --lengths lengths.txt  # counted lengths, one number of text tokens a line
 
 Weights, gradients and AdamW's moments are in one dtype (no float32 copies), the language model's activations are
-recomputed, and batches are made of samples of similar length, as LLaVA makes them.
+recomputed, and every batch holds samples of all lengths, padded to its longest.
 """
 
 from pathlib import Path
@@ -100,7 +100,7 @@ def main(
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
         tokens = text_lengths(name, steps * batch, lengths)
-        groups = [make_batch(model, tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
+        groups = [make_batch(model, tokens[i::steps]) for i in range(steps)]
         label = f"{name}, batches of {batch}"
         row = bench.time({label: epoch(model, optimizer, groups)}, per_call=len(tokens))[label]
         rate = len(tokens) / row.median

@@ -1,0 +1,76 @@
+"""The benchmarks: what they count is right, their models have the published sizes, and each runs at its small size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+@pytest.mark.parametrize(("model", "count"), [("sd15", 859_520_964), ("sd21", 865_910_724), ("sdxl", 2_567_463_684)])
+def test_models_have_the_published_sizes(model, count):
+    import models
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(models.diffusion_config(model, "full").unet_config))
+    assert sum(p.numel() for p in unet.parameters()) == count
+
+
+def test_operations_of_products_and_of_fused_attention_are_counted():
+    from measure import count_gflop
+
+    x, q = torch.randn(20, 30), torch.randn(2, 3, 50, 8)
+    assert count_gflop(lambda: x @ x.T)[0] == pytest.approx(2 * 20 * 30 * 20 / 1e9)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with torch.no_grad():
+        assert count_gflop(lambda: attend(q, q, q))[0] == pytest.approx(4 * 2 * 3 * 50 * 50 * 8 / 1e9)
+
+
+def test_features_are_those_of_stock_diffusers_with_fewer_operations(tmp_path):
+    import features
+
+    parts = [features.Part.guided, features.Part.question]
+    features.main("sd21", parts, [2], "mini", "cpu", "float32", 1, tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    gflop = {name: row["gflop"] for name, row in rows.items()}
+    assert gflop["UNet, both halves, ours, batch 2"] < 0.6 * gflop["UNet, both halves, whole with a hook, batch 2"]
+    assert gflop["a follow-up question, ours, batch 2"] < gflop["a question, ours, batch 2"]
+    assert float(rows["a question, ours, batch 2"]["note"].split()[-1]) < 1e-4  # s = 4 enlarges what rounding does
+    assert found["matrix_peak_gflops"] > 0 and all(len(row["seconds"]) == 1 for row in rows.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_leaves_frozen_parts_without_gradient_and_optimizer_state(tmp_path):
+    import training
+
+    training.main(None, 2, 1, None, "mini", "cpu", "float32", 1, tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["align, batches of 2", "finetune, batches of 2"]
+    lengths = training.text_lengths("finetune", 100, None)
+    assert lengths == sorted(lengths) and abs(lengths[50] - 220) < 10 and lengths[-1] <= training.LONGEST_TEXT
+
+
+def test_the_papers_model_fits_small_gpus():
+    import memory
+    import models
+
+    config, dtype = models.model_config("full"), torch.bfloat16
+    whole, quantized = (memory.part_bytes(config, dtype, four_bit) for four_bit in (False, True))
+    assert whole["language_model"] == 2 * 6_607_605_760
+    results = memory.peak_results(config, dtype)
+    assert sum(whole.values()) + results < 24e9 and sum(quantized.values()) + results < 12e9
+
+
+def test_a_missing_gpu_gets_one_sentence(monkeypatch):
+    import features
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device cuda: this machine has no CUDA GPU that torch can use"):
+        features.main(device="cuda")
