@@ -59,7 +59,7 @@ def _train(parts: Path, work: Path, variant: Variant, dropout: float, scale: Stu
         scale.heads,
         work / "cache" if variant.diffuses else None,
         "conditional",
-        tuple(options.items()),
+        options=tuple(options.items()),
     )
     asked = {"guidance_scales": 4.0, "diffusion_prompt": "caption", "prompt_dropout": DROPOUT}
     return stage.train(**(asked if variant.diffuses else {}))

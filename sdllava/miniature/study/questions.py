@@ -53,7 +53,7 @@ def train_variant(parts: Path, work: Path, variant: Variant, scale: StudyScale) 
     ).train()
     return Stage(
         variant,
-        {"init_from": aligned},
+        part_folders(parts, variant),
         "finetune",
         data,
         work / "finetune" / folder_name(variant.name),
@@ -61,6 +61,7 @@ def train_variant(parts: Path, work: Path, variant: Variant, scale: StudyScale) 
         scale.heads,
         work / "cache" / f"finetune-{encoders}" if variant.diffuses else None,
         "conditional",
+        aligned,
     ).train(**({"guidance_scales": ASKED} if variant.diffuses else {}))
 
 

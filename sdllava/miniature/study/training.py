@@ -40,10 +40,13 @@ def write_scenes(file: Path, task: str, budget: Training) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one variant: where it starts, what it reads, where it is written, and where features are kept."""
+    """One stage of one variant: where it starts, what it reads, where it is written, and where features are kept.
+
+    Features are always computed by the assembled parts, so that variants of other trained weights share them.
+    """
 
     variant: Variant
-    start: dict[str, Path]
+    parts: dict[str, Path]
     name: str
     data: Path
     output: Path
@@ -51,14 +54,14 @@ class Stage:
     heads: int
     features: Path | None = None
     kind: str = "static"
+    init_from: Path | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
     def arguments(self, **changes: Any) -> list[str]:
-        """The train command's arguments."""
+        """The train command's arguments, from the parts on unless `init_from` is among the changes."""
         import torch
 
         values: dict[str, Any] = {
-            **self.start,
             "config": RECIPES / f"study-{self.name}.yaml",
             "train_data": self.data,
             "output_dir": self.output,
@@ -73,6 +76,7 @@ class Stage:
         if self.variant.fusion == "cross_attention":
             values["fusion_num_attention_heads"] = self.heads
         values |= dict(self.options) | changes
+        values |= {} if "init_from" in changes else self.parts
         return [word for key, value in values.items() for word in (f"--{key}", *_words(value))]
 
     def train(self, **cached_as: Any) -> Path:
@@ -87,7 +91,7 @@ class Stage:
 
         if (self.output / "config.json").exists():
             return self.output
-        arguments = self.arguments()
+        arguments = self.arguments(**({"init_from": self.init_from} if self.init_from else {}))
         if self.features is not None:
             cache(self.arguments(**cached_as), str(self.features), self.kind, "bfloat16", self.budget.batch_size)
             arguments += ["--feature_cache", str(self.features)]
