@@ -69,8 +69,8 @@ _MINI = Scale(
     },
     check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "unet": 64},
     stages={
-        "align": StageBudget(scenes=30_000, epochs=4, batch_size=64),
-        "finetune": StageBudget(scenes=60_000, epochs=6, batch_size=64, turns=4),
+        "align": StageBudget(scenes=10_000, epochs=3, batch_size=64),
+        "finetune": StageBudget(scenes=24_000, epochs=5, batch_size=64, turns=4),
     },
 )
 
