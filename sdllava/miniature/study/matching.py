@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sdllava.evaluation.benchmarks import get_matching_benchmark
+from sdllava.evaluation.bootstrap import Units
 from sdllava.evaluation.evaluate import weights_fingerprint
 from sdllava.evaluation.match import load_matcher, match
 from sdllava.evaluation.matching import MatchingOptions
@@ -35,9 +36,15 @@ def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
     return {
         "rows": {name: {key: result[key] for key in kept} for name, result in results.items()},
         "claims": [
-            claim(trend, units["CLIP"], units["UNet"], benchmark.scores, metric) for metric, trend in trends.items()
+            claim(trend, _of(units["CLIP"], metric), _of(units["UNet"], metric), benchmark.scores, metric)
+            for metric, trend in trends.items()
         ],
     }
+
+
+def _of(units: Units, metric: str) -> Units:
+    """The units that a score is made of, so that no resample is without any."""
+    return units if metric == "average" else {k: values for k, values in units.items() if f"count {metric}" in values}
 
 
 def _progress(name: str):
