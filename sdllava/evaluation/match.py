@@ -73,12 +73,15 @@ def load_matcher(
 
 def _tower_fields(source: str) -> dict[str, Any]:
     """The image size that the UNet was published for (512 for SD 2.1-base), and a tap that it has."""
-    from sdllava.components import read_diffusion_config
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from sdllava.sources import split_revision
     from sdllava.taps import list_taps
 
-    config = read_diffusion_config(source)
-    taps = [tap.name for tap in list_taps(config.unet_config) if tap.name.endswith("Cross-Q")]
-    return {"image_size": config.unet_config["sample_size"] * config.vae_scale_factor, "taps": taps[-1:]}
+    unet = UNet2DConditionModel.load_config(subfolder="unet", **split_revision(source))
+    vae = AutoencoderKL.load_config(subfolder="vae", **split_revision(source))
+    taps = [tap.name for tap in list_taps(unet) if tap.name.endswith("Cross-Q")]
+    return {"image_size": unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1), "taps": taps[-1:]}
 
 
 def match(
