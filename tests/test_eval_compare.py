@@ -33,6 +33,16 @@ def test_pairing_cancels_what_both_runs_share():
     assert not apart["paired"] and apart["interval"][0] < -3 < 5 < apart["interval"][1]
 
 
+def test_resamples_without_a_unit_of_the_score_are_left_out():
+    first = {"a": {"x": 1.0, "n": 1.0}, "b": {"x": 0.0, "n": 0.0}}
+    second = {"a": {"x": 3.0, "n": 1.0}, "b": {"x": 0.0, "n": 0.0}}
+
+    def scores(means):
+        return {"x": means["x"] / means["n"]} if means["n"] else {}
+
+    assert difference(first, second, scores, "x") == {"difference": 2.0, "interval": [2.0, 2.0], "paired": True}
+
+
 def test_intervals_cover_the_truth():
     """Of 200 samples of a coin with 40%, the 95% intervals hold 40 in about 95%."""
     generator = np.random.default_rng(1)

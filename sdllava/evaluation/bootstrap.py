@@ -51,7 +51,7 @@ def difference(first: Units, second: Units, scores: Scores, metric: str, seed: i
     """Second minus first in one score, with its 95% interval.
 
     Where both have the same units, they are resampled together (paired), so that what is common to both cancels;
-    otherwise each is resampled on its own.
+    otherwise each is resampled on its own. Resamples that drew no unit of the score are left out.
 
     Returns:
         `{"difference", "interval", "paired"}`.
@@ -62,8 +62,9 @@ def difference(first: Units, second: Units, scores: Scores, metric: str, seed: i
     weights = _weights(len(first), seed)
     a = _replicates(first, scores, weights)
     b = _replicates(second, scores, weights if paired else _weights(len(second), seed + 1))
+    drawn = [y[metric] - x[metric] for x, y in zip(a, b, strict=True) if metric in x and metric in y]
     return {
         "difference": _plain(second, scores)[metric] - _plain(first, scores)[metric],
-        "interval": _percentiles([y[metric] - x[metric] for x, y in zip(a, b, strict=True)]),
+        "interval": _percentiles(drawn),
         "paired": paired,
     }
