@@ -2,8 +2,6 @@
 
 from enum import StrEnum
 
-import typer
-
 
 class DType(StrEnum):
     """Types of weights and features."""
@@ -14,19 +12,12 @@ class DType(StrEnum):
 
 
 def model_path(model: str) -> str:
-    """The folder or repository that `--model` names; says so where the miniature is not trained."""
+    """The folder or repository that `--model` names."""
     if model != "mini":
         return model
-    from .miniature.checkpoint import is_trained, mini_path
+    from .miniature.checkpoint import mini_path
 
-    path = mini_path()
-    if not is_trained(path):
-        typer.secho(
-            "The miniature is not trained yet: its weights are random and so are its answers. Give --model.",
-            fg="yellow",
-            err=True,
-        )
-    return str(path)
+    return str(mini_path())
 
 
 def default_device() -> str:

@@ -224,7 +224,9 @@ def _text(records: Records) -> dict[str, Any]:
         "summary": records.author.get("summary") or _summary(config, bool(adapter)),
         "untrained": not records.stages,
         "system": _system(config),
-        "components": [{"id": None, "revision": None, "license": None, **part} for part in components],
+        "components": [
+            {"id": None, "revision": None, "license": None, **part} for part in components if part.keys() > {"name"}
+        ],
         "published_parts": any(part.get("id") for part in components),
         "openrail": rail,
         "left_out": list(config.get("left_out") or ()),

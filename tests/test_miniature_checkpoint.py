@@ -1,0 +1,47 @@
+"""The checkpoint that the package brings: what it answers, what it says of itself, and how large it is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sdllava import mini_path
+from sdllava.cli import app
+from sdllava.data.scenes import render, sample_question
+
+STORED = json.loads((Path(__file__).parent / "data" / "miniature_answers.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    from transformers import pipeline
+
+    return pipeline("visual-question-answering", model=str(mini_path()))
+
+
+def test_twenty_stored_scenes_are_answered_as_stored(pipe):
+    assert len(STORED) == 20
+    for stored in STORED:
+        scene, question = sample_question("test", stored["seed"])
+        assert question.text == stored["question"]
+        (answer,) = pipe(image=render(scene), question=question.text, max_new_tokens=8)
+        assert answer["answer"] == stored["answer"], stored
+
+
+def test_it_is_small_and_read_as_float32(pipe):
+    assert sum(file.stat().st_size for file in mini_path().rglob("*")) < 40e6
+    assert pipe.model.dtype.is_floating_point and str(pipe.model.dtype) == "torch.float32"
+
+
+@pytest.mark.parametrize("photograph", [True, False])
+def test_the_command_says_of_a_photograph_alone_that_the_miniature_does_not_know_it(photograph, tmp_path):
+    picture = render(sample_question("test", 0)[0])
+    if photograph:
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    picture.save(tmp_path / "picture.png")
+    result = CliRunner().invoke(app, ["ask", str(tmp_path / "picture.png"), "How many objects are there?"])
+    assert result.exit_code == 0 and result.stdout.strip()
+    assert ("looks like no rendered scene" in result.stderr) == photograph
