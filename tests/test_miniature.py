@@ -111,13 +111,13 @@ def test_the_parts_go_through_both_stages_and_the_result_answers(parts, tmp_path
     for name in ("checks.json", "diffusion", "clip", "llm"):
         (tmp_path / name).symlink_to(parts / name)
     result = CliRunner().invoke(app, ["train", "--scale", "smoke", "--out", str(tmp_path)], catch_exceptions=False)
-    assert result.exit_code == 0 and result.stdout.endswith(f"the model is in {tmp_path / 'checkpoint'}\n")
-    model = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
-    processor = SDLlavaProcessor.from_pretrained(tmp_path / "checkpoint")
-    stored = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert result.exit_code == 0 and result.stdout.endswith(f"the model is in {tmp_path / 'sdllava-mini'}\n")
+    model = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "sdllava-mini")
+    processor = SDLlavaProcessor.from_pretrained(tmp_path / "sdllava-mini")
+    stored = load_file(tmp_path / "sdllava-mini" / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16} and model.dtype == torch.float32
-    assert not model.config.diffusion_config.truncate and not list((tmp_path / "checkpoint").glob("*.py"))
-    card = (tmp_path / "checkpoint" / "README.md").read_text(encoding="utf-8")
+    assert not model.config.diffusion_config.truncate and not list((tmp_path / "sdllava-mini").glob("*.py"))
+    card = (tmp_path / "sdllava-mini" / "README.md").read_text(encoding="utf-8")
     assert "It knows rendered scenes only" in card and "judge accuracy" in card
     content = [{"type": "image", "image": sample_image()}, {"type": "text", "text": "How many objects are there?"}]
     inputs = processor.apply_chat_template(

@@ -14,4 +14,4 @@ SHAPE = {
 
 def mini_path() -> Path:
     """Folder of the embedded miniature: model, processor and card, as `from_pretrained` takes them."""
-    return Path(__file__).parent / "checkpoint"
+    return Path(__file__).parent / "sdllava-mini"

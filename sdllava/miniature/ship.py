@@ -32,7 +32,7 @@ def _author(checks: dict[str, dict[str, float]]) -> dict:
 
 
 def write_checkpoint(folder: str | os.PathLike) -> Path:
-    """Write `checkpoint/` from the finished second stage.
+    """Write `sdllava-mini/` from the finished second stage.
 
     The weights are kept in float16 and read back as float32, which every CPU computes fast. The code that otherwise
     travels with a checkpoint is left out, as this one never travels without the package.
@@ -43,7 +43,7 @@ def write_checkpoint(folder: str | os.PathLike) -> Path:
     from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
 
     folder = Path(folder)
-    source, target, aside = folder / "finetune", folder / "checkpoint", folder / "checkpoint.part"
+    source, target, aside = folder / "finetune", folder / "sdllava-mini", folder / "sdllava-mini.part"
     shutil.rmtree(aside, ignore_errors=True)
     SDLlavaForConditionalGeneration.from_pretrained(source).half().save_pretrained(aside)
     SDLlavaProcessor.from_pretrained(source).save_pretrained(aside)
