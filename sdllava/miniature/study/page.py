@@ -259,6 +259,11 @@ def _wrapped(block: str) -> str:
     return block if "\n" in block or block.startswith(("!", "-")) else textwrap.fill(block, 120)
 
 
+def _unmeasured(found: dict[str, NUMBER]) -> list[str]:
+    missing = [title for part, title in TITLES.items() if part not in found]
+    return [f"Not measured yet: {'; '.join(missing)}."] if missing else []
+
+
 def page(found: dict[str, NUMBER], pictures: dict[str, str]) -> str:
     """
     The page as Markdown.
@@ -274,6 +279,7 @@ def page(found: dict[str, NUMBER], pictures: dict[str, str]) -> str:
         *([SMOKE] if "smoke" in scales else []),
         *_reached(found),
         _overview(found),
+        *_unmeasured(found),
     ]
     for part, numbers in found.items():
         blocks += [f"## {TITLES[part]}", *SECTIONS[part](numbers)]
