@@ -20,6 +20,7 @@ QUESTION_TOKENS = 48
 
 
 def text_inputs(config: Any, image_tokens: int, n: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Conversations of random tokens around an image, `(n, QUESTION_TOKENS + image_tokens)`."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.text_config.vocab_size - 1, (n, QUESTION_TOKENS + image_tokens), generator=draw)
     ids[:, 8 : 8 + image_tokens] = config.image_token_index
@@ -60,11 +61,13 @@ class Subjects:
 
 
 def generation(model: Any, inputs: dict[str, Any], new_tokens: int) -> Call:
+    """Greedy decoding of exactly `new_tokens`."""
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     return lambda: model.generate(**inputs, **length)
 
 
 def measure(bench: Bench, subjects: Subjects, n: int) -> None:
+    """Adds the rows of `n` questions at once: the first token of each way, then decoding alone."""
     ways = subjects.ways(n)
     first = bench.time(
         {f"first token, {name}, batch {n}": generation(*way, 1) for name, way in ways.items()},
@@ -92,6 +95,7 @@ def main(
     repeats: Repeats = 5,
     output: Output = None,
 ) -> None:
+    """Time to the first token and tokens a second, beside transformers' LLaVA."""
     bench = Bench(f"answering, {size}", size, device, dtype, repeats, output, new_tokens=NEW_TOKENS)
     subjects = Subjects(size, bench.device, bench.dtype)
     with torch.inference_mode():

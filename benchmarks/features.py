@@ -65,6 +65,7 @@ class Subject:
         return ours.eval()
 
     def set_batch(self, n: int) -> None:
+        """Random images, latents and prompts, `n` of each."""
         config, weight = self.stock.config, self.stock.unet.conv_in.weight
         draw = torch.Generator().manual_seed(0)
         size, clip_size = config.image_size, self.vision.config.image_size
@@ -79,6 +80,7 @@ class Subject:
         self.n = n
 
     def own_ids(self) -> dict[str, torch.Tensor]:
+        """The questions' token ids `(n, 77)`, by the argument's name."""
         names = ["input_ids", "input_ids_2"][: len(self.null_ids)]
         return dict.fromkeys(names, self.ids)
 
@@ -110,15 +112,18 @@ class Subject:
         return self.hooked_unet(self.latents, prompts)
 
     def our_question(self) -> torch.Tensor:
+        """A first question with our tower: CLIP, VAE, both prompts, the UNet up to its tap."""
         self.vision(self.clip_pixels, output_hidden_states=True)
         return self.ours(self.pixels, **self.own_ids()).last_hidden_state
 
     def our_follow_up(self) -> Call:
+        """A question on an image whose latents and unconditional features are kept."""
         kept = self.ours(latents=self.latents).unconditional_features
         return lambda: self.ours(latents=self.latents, unconditional_features=kept, **self.own_ids())
 
 
 def unet_calls(subject: Subject, halves: int) -> dict[str, Call]:
+    """The UNet alone on one prompt or on both halves of the guidance, whole and cut."""
     tower, n = subject.ours, subject.n
     prompts = tower.encode_prompts(*subject.own_ids().values())
     prompts = {name: torch.cat([x] * halves) for name, x in prompts.items()}
@@ -130,6 +135,7 @@ def unet_calls(subject: Subject, halves: int) -> dict[str, Call]:
 
 
 def encoder_calls(subject: Subject, size: str) -> dict[str, Call]:
+    """The VAE's encoder and a tiny autoencoder's."""
     vae, pixels = subject.stock.vae, subject.pixels
     tiny = models.build_tiny_vae(size, pixels.device, pixels.dtype)
     return {
@@ -139,6 +145,7 @@ def encoder_calls(subject: Subject, size: str) -> dict[str, Call]:
 
 
 def question_calls(subject: Subject) -> dict[str, Call]:
+    """Whole questions: reference (a), ours, and ours when the image is known."""
     n = subject.n
     return {
         f"a question, (a) everything anew, batch {n}": subject.stock_question,
@@ -157,6 +164,7 @@ def main(
     repeats: Repeats = 5,
     output: Output = None,
 ) -> None:
+    """The UNet, the encoders and whole questions, beside stock diffusers."""
     parts = part or list(Part)
     title = f"features, {model}, {size}"
     bench = Bench(title, size, device, dtype, repeats, output, model=model, parts=list(parts))

@@ -127,6 +127,7 @@ def main(
     dtype: DType = DEFAULT_DTYPE,
     output: Path = Path(__file__).parent / "results" / "memory.json",
 ) -> None:
+    """A table of GiB by part, with and without 4-bit weights in the language model."""
     if measure and not device.startswith("cuda"):
         raise SystemExit("--measure needs a GPU: give --device cuda, or leave it out for what the meta device tells")
     config = models.model_config(size)

@@ -19,6 +19,7 @@ from sdllava.processors import diffusion_image_processor
 
 
 def load_tower(model: str, dtype: torch.dtype) -> SDLlavaDiffusionModel:
+    """The tower of a checkpoint of ours, or one around a diffusers repository."""
     if Path(model, "model_index.json").exists() or not Path(model).is_dir():
         return SDLlavaDiffusionModel.from_component_pretrained(model, truncate=True, dtype=dtype)
     return SDLlavaDiffusionModel.from_pretrained(model, dtype=dtype)
@@ -33,6 +34,7 @@ def main(
     repeats: Repeats = 3,
     output: Output = None,
 ) -> None:
+    """The time of both encoders on the images, and the distance of the features that follow."""
     bench = Bench("tiny autoencoder", "given", device, dtype, repeats, output, images=len(images))
     tower = load_tower(model, bench.dtype).to(bench.device).eval()
     process = diffusion_image_processor(tower.config)

@@ -60,6 +60,8 @@ def make_batch(model: Any, lengths: list[int]) -> dict[str, torch.Tensor]:
 
 
 def epoch(model: Any, optimizer: torch.optim.Optimizer, batches: list[dict[str, torch.Tensor]]) -> Call:
+    """One optimizer step on each batch."""
+
     def call() -> None:
         for batch in batches:
             model(**batch).loss.backward()
@@ -89,6 +91,7 @@ def main(
     repeats: Repeats = 3,
     output: Output = None,
 ) -> None:
+    """Samples a second of whole optimizer steps, and what the optimizer holds."""
     assumed = None if lengths else ASSUMED_LENGTHS
     bench = Bench(f"training, {size}", size, device, dtype, repeats, output, batch=batch, steps=steps, lengths=assumed)
     model = models.build_ours(models.build_llava(size, bench.device, bench.dtype), size).train()
