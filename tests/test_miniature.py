@@ -29,7 +29,8 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_killed_training_ends_with_the_same_weights(name, parts, tmp_path, monkeypatch):
-    (tmp_path / "diffusion").symlink_to(parts / "diffusion")
+    for trained_before in ("diffusion", "clip"):
+        (tmp_path / trained_before).symlink_to(parts / trained_before)
     scale = SCALES["smoke"]
     part = build(name, scale, tmp_path, seed=0)
     run = Run(part, scale.budgets[name], tmp_path / "state")
@@ -138,17 +139,11 @@ def test_the_parts_go_through_both_stages_and_the_result_answers(parts, tmp_path
 def test_every_tap_of_the_papers_table_exists_and_the_default_one_is_8x8(parts):
     from diffusers import UNet2DConditionModel
 
+    from sdllava.miniature.study.taps import TAPS
     from sdllava.taps import list_taps
 
     taps = {tap.name: tap for tap in list_taps(UNet2DConditionModel.from_pretrained(parts / "diffusion/unet").config)}
-    for name in (
-        "D-L2-R0-B0-Cross-Q",
-        "U-L1-R1-B0-Cross-Q",
-        "U-L1-R1-B0-Out",
-        "U-L1-R2-B0-Cross-Q",
-        "U-L2-R1-B0-Cross-Q",
-        "U-L2-R2-Res-Out",
-    ):
+    for name in TAPS:
         assert name in taps
     assert (taps["U-L1-R1-B0-Cross-Q"].height, taps["U-L1-R1-B0-Cross-Q"].width) == (8, 8)
 

@@ -1,7 +1,9 @@
 """The small Llama, taught on symbolic scenes: in place of image tokens it sees the words of each object, summed.
 
 A curriculum comes first, as looking an object up by its colour is learnt suddenly and only from enough questions of its
-own kind. Questions on one scene are packed behind one image; a mask keeps them from seeing one another.
+own kind. At first each token also tells its place; in the end the order of the tokens has to do, as a vision encoder
+need not tell its tokens' places. Questions on one scene are packed behind one image; a mask keeps them from seeing one
+another.
 """
 
 import random
@@ -25,28 +27,33 @@ _CAPTION_EVERY = 5
 
 @dataclass(frozen=True)
 class Phase:
-    """Up to which share of the budget, with what patterns (one named twice counts twice) and kinds of question."""
+    """Up to which share of the budget, with what patterns (one named twice counts twice) and kinds of question.
+
+    `placed` adds a learnt vector to each symbolic token, which tells its place.
+    """
 
     until: float
     patterns: tuple[str, ...] = PATTERNS
     kinds: tuple[str, ...] = KINDS
+    placed: bool = True
 
 
 _HARD = ("position", "colour", "count", "presence")
 _BY_CELL = ("colour at", "shape at", "where")
 CURRICULUM = (
-    Phase(0.04, ("structure",)),
-    Phase(0.08, ("structure", "colour", "text")),
-    Phase(0.3),
-    Phase(0.525, (*PATTERNS, *_HARD * 2, "orientation", "structure")),
-    Phase(0.6, ("position", "colour", "structure"), _BY_CELL),
-    Phase(0.675, ("orientation", "count", "colour"), ("points", "how many of", *_BY_CELL)),
-    Phase(1.0, (*PATTERNS, *_HARD, "orientation", "structure")),
+    Phase(0.025, ("structure",)),
+    Phase(0.05, ("structure", "colour", "text")),
+    Phase(0.19),
+    Phase(0.325, (*PATTERNS, *_HARD * 2, "orientation", "structure")),
+    Phase(0.375, ("position", "colour", "structure"), _BY_CELL),
+    Phase(0.42, ("orientation", "count", "colour"), ("points", "how many of", *_BY_CELL)),
+    Phase(0.625, (*PATTERNS, *_HARD, "orientation", "structure")),
+    Phase(1.0, (*PATTERNS, *_HARD * 2, "position", "position", "orientation", "structure"), placed=False),
 )
 
 
 class SymbolicLlama(nn.Module):
-    """A Llama, and one learnt vector per cell of the grid that tells its symbolic tokens where they are."""
+    """A Llama, and one learnt vector per cell of the grid that at first tells its symbolic tokens where they are."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -97,7 +104,7 @@ class LlamaPart:
     def _ids(self, text: str) -> list[int]:
         return [self.vocabulary[word] for word in words_in(text)]
 
-    def _image(self, scenes: list[Scene]) -> Tensor:
+    def _image(self, scenes: list[Scene], placed: bool = False) -> Tensor:
         """Symbolic image tokens (n_scenes, 16, hidden_size)."""
         places = [[self.vocabulary[word] for word in words] for scene in scenes for words in scene_words(scene)]
         device = self.model.places.device
@@ -105,7 +112,8 @@ class LlamaPart:
         offsets = torch.tensor([0, *(len(place) for place in places[:-1])], device=device).cumsum(0)
         table = self.model.llama.get_input_embeddings().weight
         sums = nn.functional.embedding_bag(flat, table, offsets, mode="sum")
-        return sums.view(len(scenes), GRID * GRID, -1) + self.model.places
+        tokens = sums.view(len(scenes), GRID * GRID, -1)
+        return tokens + self.model.places if placed else tokens
 
     def phase(self, step: int) -> Phase:
         return next(phase for phase in CURRICULUM if step < phase.until * self.steps)
@@ -134,7 +142,7 @@ class LlamaPart:
         )
         start = int((tokens[0] == -1).nonzero()[0])
         embeddings = self.model.llama.get_input_embeddings()(tokens.clamp(min=0))
-        image = self._image(scenes)
+        image = self._image(scenes, self.phase(step).placed)
         embeddings = torch.cat([embeddings[:, :start], image, embeddings[:, start + image.shape[1] :]], dim=1)
         mask = torch.where(packed_mask(segments), 0.0, torch.finfo(torch.float32).min)[:, None]
         predicts = labels[:, 1:] != -100

@@ -23,28 +23,28 @@ class Gate:
 
 @dataclass(frozen=True)
 class StageBudget:
-    """The data of a stage, how often it is seen, and the heads of the fusion that it trains."""
+    """Scenes of a stage, passes over them, the batch, and the most questions on a scene."""
 
     scenes: int
     epochs: int
-    batch_size: int
+    batch_size: int = 64
     turns: int = 1
-    fusion_heads: int = 6
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Widths of the parts, their budgets and gates, how many held-out scenes a check reads, and the two stages."""
+    """Widths of the parts, their budgets and gates, how many held-out scenes a check reads, the fusion's heads, and the
+    two stages."""
 
     judge_width: int
     vae_channels: tuple[int, ...]
     clip: tuple[int, int, int, int]
     llm: tuple[int, int, int]
     unet_channels: tuple[int, int, int, int]
-    text_encoder: tuple[int, int]
     budgets: dict[str, Budget]
     gates: dict[str, Gate]
     check_scenes: dict[str, int]
+    fusion_heads: int
     stages: dict[str, StageBudget]
 
 
@@ -54,13 +54,12 @@ _MINI = Scale(
     clip=(192, 4, 128, 3),
     llm=(160, 4, 4),
     unet_channels=(16, 48, 96, 128),
-    text_encoder=(128, 2),
     budgets={
         "judge": Budget(800, 64, 2e-3, warmup=50),
         "vae": Budget(1600, 32, 1.5e-3, ema=0.99),
         "clip": Budget(850, 128, 1e-3, ema=0.99, warmup=100),
-        "llm": Budget(10000, 12, 1.5e-3),
-        "unet": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
+        "llm": Budget(16000, 12, 1.5e-3),
+        "unet": Budget(3200, 32, 1e-3, ema=0.995, save_every=100),
     },
     gates={
         "judge": Gate("accuracy", 0.97),
@@ -69,9 +68,10 @@ _MINI = Scale(
         "llm": Gate("accuracy", 0.95),
     },
     check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "unet": 64},
+    fusion_heads=6,
     stages={
-        "align": StageBudget(scenes=10_000, epochs=3, batch_size=64),
-        "finetune": StageBudget(scenes=24_000, epochs=5, batch_size=64, turns=4),
+        "align": StageBudget(scenes=10_000, epochs=3),
+        "finetune": StageBudget(scenes=24_000, epochs=5, turns=4),
     },
 )
 
@@ -82,13 +82,13 @@ SCALES = {
         clip=(32, 1, 32, 1),
         llm=(32, 1, 2),
         unet_channels=(8, 8, 16, 16),
-        text_encoder=(32, 1),
         budgets={name: Budget(4, 2, 1e-3, ema=0.9 if name == "unet" else 0.0, save_every=2) for name in PARTS},
         gates={},
         check_scenes=dict.fromkeys(PARTS, 2),
+        fusion_heads=2,
         stages={
-            "align": StageBudget(scenes=8, epochs=1, batch_size=4, fusion_heads=2),
-            "finetune": StageBudget(scenes=8, epochs=1, batch_size=4, turns=2, fusion_heads=2),
+            "align": StageBudget(scenes=8, epochs=1, batch_size=4),
+            "finetune": StageBudget(scenes=8, epochs=1, batch_size=4, turns=2),
         },
     ),
     "mini": _MINI,

@@ -4,14 +4,15 @@ import os
 from pathlib import Path
 
 from sdllava.data.scenes import scene_dataset
-from sdllava.miniature.scales import SCALES, StageBudget
+from sdllava.miniature.scales import SCALES, Scale, StageBudget
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = {"align": "captions", "finetune": "questions"}
 """Each stage and what its scenes are told: captions, or conversations of questions."""
 
 
-def _write_scenes(file: Path, task: str, budget: StageBudget, seed: int) -> None:
+def write_scenes(file: Path, task: str, budget: StageBudget, seed: int) -> None:
+    """A stage's scenes as training data, unless they are there."""
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -21,20 +22,21 @@ def _write_scenes(file: Path, task: str, budget: StageBudget, seed: int) -> None
     os.replace(aside, file)
 
 
-def _arguments(stage: str, budget: StageBudget, folder: Path, seed: int, device: str) -> list[str]:
+def _arguments(stage: str, scale: Scale, folder: Path, seed: int, device: str) -> list[str]:
     """The train command's arguments. The first stage puts the parts together, the second goes on from it."""
     if stage == "align":
         parts = {"diffusion": "diffusion", "vision": "clip", "language_model": "llm"}
         start = {name: folder / subfolder for name, subfolder in parts.items()}
     else:
         start = {"init_from": folder / "align"}
+    budget = scale.stages[stage]
     options = start | {
         "config": RECIPES / f"{stage}.yaml",
         "train_data": folder / "data" / f"{stage}.parquet",
         "output_dir": folder / stage,
         "num_train_epochs": budget.epochs,
         "per_device_train_batch_size": budget.batch_size,
-        "fusion_num_attention_heads": budget.fusion_heads,
+        "fusion_num_attention_heads": scale.fusion_heads,
         "seed": seed,
         "use_cpu": device == "cpu",
         "bf16": device != "cpu",
@@ -53,8 +55,8 @@ def train_stage(stage: str, scale: str, folder: str | os.PathLike, seed: int = 0
     folder, budget = Path(folder), SCALES[scale].stages[stage]
     if (folder / stage / "config.json").exists():
         return folder / stage
-    _write_scenes(folder / "data" / f"{stage}.parquet", STAGES[stage], budget, seed)
-    arguments = _arguments(stage, budget, folder, seed, device)
+    write_scenes(folder / "data" / f"{stage}.parquet", STAGES[stage], budget, seed)
+    arguments = _arguments(stage, SCALES[scale], folder, seed, device)
     features = folder / "cache" / stage
     kind = "static" if stage == "align" else "conditional"
     cache(arguments, str(features), kind=kind, dtype="bfloat16", batch_size=budget.batch_size)

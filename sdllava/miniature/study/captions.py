@@ -21,12 +21,13 @@ from sdllava.evaluation.diffusion_prompts import derangement
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate, load_samples
 from sdllava.evaluation.leakage import LeakageSetting, leakage_sweep
 from sdllava.evaluation.results import load_results
+from sdllava.miniature.stages import write_scenes
 from sdllava.miniature.study.claims import claim, claim_above_zero
 from sdllava.miniature.study.guidance import asked_features
 from sdllava.miniature.study.questions import folder_name
 from sdllava.miniature.study.readout import auc, fit_readout, ordered_pairs
 from sdllava.miniature.study.scales import StudyScale
-from sdllava.miniature.study.training import Stage, Variant, part_folders, write_scenes
+from sdllava.miniature.study.training import SEED, Stage, Variant, part_folders
 
 DROPOUT = 0.3
 CLIP, PLAIN = "CLIP", "no captions"
@@ -45,7 +46,7 @@ READ_SCALES = (0.0, 1.0, 1.5, 4.0, 7.0)
 def _train(parts: Path, work: Path, variant: Variant, dropout: float, scale: StudyScale) -> Path:
     """The first stage alone; all diffusion variants share the features of each caption and of the empty prompt."""
     data = work / "data" / "captions.parquet"
-    write_scenes(data, "captions", scale.captions)
+    write_scenes(data, "captions", scale.captions, SEED)
     options: dict[str, Any] = {}
     if variant.guidance:
         options = {"diffusion_prompt": "caption", "prompt_dropout": dropout}

@@ -10,9 +10,10 @@ from sdllava.evaluation.bootstrap import Units
 from sdllava.evaluation.cli import progress_bar
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate_samples, load_samples
 from sdllava.evaluation.results import read_records
+from sdllava.miniature.stages import write_scenes
 from sdllava.miniature.study.claims import claim
 from sdllava.miniature.study.scales import StudyScale
-from sdllava.miniature.study.training import Stage, Variant, part_folders, write_scenes
+from sdllava.miniature.study.training import SEED, Stage, Variant, part_folders
 
 BOTH = ("diffusion", "vision")
 ASKED = 4.0
@@ -37,8 +38,8 @@ def folder_name(name: str) -> str:
 def train_variant(parts: Path, work: Path, variant: Variant, scale: StudyScale) -> Path:
     """Both stages; the first is shared by the guidance scales of one architecture."""
     align_data, data = work / "data" / "align.parquet", work / "data" / "finetune.parquet"
-    write_scenes(align_data, "captions", scale.align)
-    write_scenes(data, "questions", scale.finetune)
+    write_scenes(align_data, "captions", scale.align, SEED)
+    write_scenes(data, "questions", scale.finetune, SEED)
     encoders = "-".join(variant.encoders)
     plain = replace(variant, guidance=0.0)
     aligned = Stage(

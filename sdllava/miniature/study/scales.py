@@ -2,15 +2,7 @@
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Training:
-    """Scenes of a stage, passes over them, the batch, and the most questions on a scene."""
-
-    scenes: int
-    epochs: int
-    batch_size: int = 64
-    turns: int = 1
+from sdllava.miniature.scales import StageBudget
 
 
 @dataclass(frozen=True)
@@ -31,10 +23,10 @@ class StudyScale:
     readout: tuple[int, int]
     match_items: int
     match_trials: int
-    align: Training
-    finetune: Training
+    align: StageBudget
+    finetune: StageBudget
     questions: int
-    captions: Training
+    captions: StageBudget
     described: int
     leakage: tuple[int, int]
     asked: tuple[int, int]
@@ -49,10 +41,10 @@ STUDY_SCALES = {
         readout=(6, 4),
         match_items=9,
         match_trials=1,
-        align=Training(4, 1, 4),
-        finetune=Training(4, 1, 4, turns=2),
+        align=StageBudget(4, 1, 4),
+        finetune=StageBudget(4, 1, 4, turns=2),
         questions=24,
-        captions=Training(4, 1, 4),
+        captions=StageBudget(4, 1, 4),
         described=4,
         leakage=(6, 6),
         asked=(12, 12),
@@ -65,10 +57,10 @@ STUDY_SCALES = {
         readout=(800, 400),
         match_items=90,
         match_trials=3,
-        align=Training(4000, 2),
-        finetune=Training(12000, 5, turns=2),
+        align=StageBudget(4000, 2),
+        finetune=StageBudget(12000, 5, turns=2),
         questions=900,
-        captions=Training(3000, 4),
+        captions=StageBudget(3000, 4),
         described=300,
         leakage=(1200, 800),
         asked=(2400, 1200),

@@ -1,14 +1,12 @@
 """Trains the study's variants with the package's own cache and train command; what is finished is left as it is."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdllava.data.scenes import scene_dataset
 from sdllava.miniature.checkpoint import SHAPE
+from sdllava.miniature.scales import StageBudget
 from sdllava.miniature.stages import RECIPES
-from sdllava.miniature.study.scales import Training
 
 SEED = 0
 TOWER_FIELDS = ("taps", "image_size", "grid_size")
@@ -28,16 +26,6 @@ class Variant:
         return "diffusion" in self.encoders
 
 
-def write_scenes(file: Path, task: str, budget: Training) -> None:
-    """A stage's scenes as training data."""
-    if file.exists():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".part")
-    scene_dataset("train", budget.scenes, SEED, task, budget.turns).to_parquet(aside)
-    os.replace(aside, file)
-
-
 @dataclass(frozen=True)
 class Stage:
     """One stage of one variant: where it starts, what it reads, where it is written, and where features are kept.
@@ -50,7 +38,7 @@ class Stage:
     name: str
     data: Path
     output: Path
-    budget: Training
+    budget: StageBudget
     heads: int
     features: Path | None = None
     kind: str = "static"
