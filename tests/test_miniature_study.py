@@ -109,6 +109,17 @@ def test_a_finished_part_is_read_not_measured_and_told_as_it_is(parts, monkeypat
         run_study(parts, parts / "docs", "smoke", ("e",))
 
 
+def test_the_time_of_a_run_that_was_stopped_counts_in_the_next(parts, monkeypatch):
+    clock = iter([0.0, 40.0, 100.0, 102.0])
+    monkeypatch.setattr("sdllava.miniature.study.run.time.process_time", lambda: next(clock))
+    monkeypatch.setattr(guidance, "measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_study(parts, parts / "docs", "smoke", ("e",))
+    monkeypatch.setattr(guidance, "measure", lambda *_: {"rows": {}, "claims": []})
+    monkeypatch.setattr("sdllava.miniature.study.page.write_page", lambda found, out: found["e"]["cpu_seconds"])
+    assert run_study(parts, parts / "docs", "smoke", ("e",)) == 42
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 SHAPE = {
-    "taps": ["U-L1-R1-B0-Cross-Q", "U-L2-R1-B0-Cross-Q"],
+    "taps": ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"],
     "image_size": 64,
     "grid_size": 8,
     "spatial_merge_size": 2,

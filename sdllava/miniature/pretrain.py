@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModel
 
 from sdllava.data.scenes import caption, sample_scene
 from sdllava.miniature.clip import ClipPart
@@ -41,8 +40,7 @@ def build(name: str, scale: Scale, folder: Path, seed: int) -> AnyPart:
     if name == "llm":
         return LlamaPart(llama_config(*scale.llm), scale.budgets["llm"].steps, seed)
     vae = AutoencoderKL.from_pretrained(folder / "diffusion" / "vae")
-    text_encoder = CLIPTextModel.from_pretrained(folder / "clip")
-    return UnetPart(vae, text_encoder, scale.unet_channels, scale.budgets["unet"].steps, seed)
+    return UnetPart(vae, scale.unet_channels, *scale.text_encoder, scale.budgets["unet"].steps, seed)
 
 
 def _check(part: AnyPart, scale: Scale, folder: Path, seed: int) -> dict[str, float]:

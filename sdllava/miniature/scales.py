@@ -41,6 +41,7 @@ class Scale:
     clip: tuple[int, int, int, int]
     llm: tuple[int, int, int]
     unet_channels: tuple[int, int, int, int]
+    text_encoder: tuple[int, int]
     budgets: dict[str, Budget]
     gates: dict[str, Gate]
     check_scenes: dict[str, int]
@@ -54,12 +55,13 @@ _MINI = Scale(
     clip=(192, 4, 128, 3),
     llm=(160, 4, 4),
     unet_channels=(16, 48, 96, 128),
+    text_encoder=(128, 2),
     budgets={
         "judge": Budget(800, 64, 2e-3, warmup=50),
         "vae": Budget(1600, 32, 1.5e-3, ema=0.99),
         "clip": Budget(850, 128, 1e-3, ema=0.99, warmup=100),
         "llm": Budget(16000, 12, 1.5e-3),
-        "unet": Budget(3200, 32, 1e-3, ema=0.995, save_every=100),
+        "unet": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
     },
     gates={
         "judge": Gate("accuracy", 0.97),
@@ -70,8 +72,8 @@ _MINI = Scale(
     check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "unet": 64},
     fusion_heads=6,
     stages={
-        "align": StageBudget(scenes=10_000, epochs=3),
-        "finetune": StageBudget(scenes=24_000, epochs=5, turns=4),
+        "align": StageBudget(scenes=8_000, epochs=4, batch_size=32),
+        "finetune": StageBudget(scenes=18_000, epochs=8, batch_size=32, turns=4),
     },
 )
 
@@ -82,6 +84,7 @@ SCALES = {
         clip=(32, 1, 32, 1),
         llm=(32, 1, 2),
         unet_channels=(8, 8, 16, 16),
+        text_encoder=(32, 1),
         budgets={name: Budget(4, 2, 1e-3, ema=0.9 if name == "unet" else 0.0, save_every=2) for name in PARTS},
         gates={},
         check_scenes=dict.fromkeys(PARTS, 2),

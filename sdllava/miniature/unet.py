@@ -1,4 +1,4 @@
-"""The small text-conditional UNet with CLIP's text encoder, in the block layout of Stable Diffusion 2."""
+"""The small text-conditional UNet with its own text encoder, in the block layout of Stable Diffusion 2."""
 
 import random
 import tempfile
@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdllava.data.scenes import SIZE, Scene, ask, caption, sample_scene
 from sdllava.data.scenes_language import describe
@@ -19,7 +19,7 @@ from sdllava.miniature.text import clip_tokenizer
 
 LATENT_SIZE = SIZE // 2
 _NULL_SHARE, _QUESTION_SHARE = 0.12, 0.3
-_CLOSE_UPS_UNTIL = 0.3  # of the budget
+_CLOSE_UPS_UNTIL = 0.5625  # of the budget
 
 
 def unet_config(channels: tuple[int, int, int, int], text_width: int) -> dict:
@@ -38,13 +38,25 @@ def unet_config(channels: tuple[int, int, int, int], text_width: int) -> dict:
     }
 
 
-def noise_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, and the velocity as target, as in Stable Diffusion 2.1.
+def text_config(width: int, layers: int, tokenizer) -> CLIPTextConfig:
+    """The text encoder that conditions the UNet: width in channels, depth in layers."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
-    The error of predicted noise tells next to nothing of what a noisy image should show, so a prompt is hardly heeded.
-    """
+
+def noise_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
     return DDIMScheduler(
-        prediction_type="v_prediction",
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -79,9 +91,8 @@ def close_up(scene: Scene, pixels: Tensor, rng: random.Random) -> tuple[Tensor, 
 class UnetPart:
     """Learns to take noise off the latents of scenes, told their prompts. The VAE is trained before, and frozen.
 
-    The text encoder is trained before, too, as CLIP's, and learns on: it has to tell questions that CLIP never read.
-    Close-ups come first: a step on them costs two thirds, and one object with one description tells sooner what the
-    words look like.
+    Close-ups come first: a step on them costs a third, and one object with one description tells sooner what the words
+    look like.
     """
 
     name = "unet"
@@ -89,17 +100,19 @@ class UnetPart:
     def __init__(
         self,
         vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
         channels: tuple[int, int, int, int],
+        text_width: int,
+        text_layers: int,
         steps: int,
         seed: int = 0,
     ):
         self.steps, self.seed = steps, seed
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer = clip_tokenizer(folder, pad_token="!")
-        self.vae, self.text_encoder = vae.requires_grad_(False), text_encoder
-        self.unet = UNet2DConditionModel(**unet_config(channels, text_encoder.config.hidden_size))
+        self.vae = vae.requires_grad_(False)
+        self.unet = UNet2DConditionModel(**unet_config(channels, text_width))
         self.unet.set_attn_processor(AttnProcessor())  # on a CPU twice as fast as the fused kernel, at these sizes
+        self.text_encoder = CLIPTextModel(text_config(text_width, text_layers, self.tokenizer))
         self.model = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder, "vae": self.vae})
         self.scheduler = noise_scheduler()
 
@@ -108,29 +121,28 @@ class UnetPart:
         return self.text_encoder(ids.to(self.unet.device)).last_hidden_state
 
     def _batch(self, step: int, batch_size: int) -> tuple[Tensor, list[str]]:
-        """Pixels of this step's close-ups or, half as many, scenes, and their prompts."""
-        close_ups = step < _CLOSE_UPS_UNTIL * self.steps
-        numbers = scene_numbers(self.seed, step, batch_size)[:: 1 if close_ups else 2]
+        """Pixels of this step's close-ups or scenes, and their prompts."""
+        numbers = scene_numbers(self.seed, step, batch_size)
         scenes = [sample_scene("train", number) for number in numbers]
         draws = [random.Random(f"prompt {number}") for number in numbers]
         pixels = to_pixels(scenes)
-        if not close_ups:
+        if step >= _CLOSE_UPS_UNTIL * self.steps:
             return pixels, [prompt_for(scene, rng) for scene, rng in zip(scenes, draws, strict=True)]
         pairs = [close_up(*one) for one in zip(scenes, pixels, draws, strict=True)]
         return torch.stack([quadrant for quadrant, _ in pairs]), [prompt for _, prompt in pairs]
 
     def loss(self, step: int, batch_size: int) -> Tensor:
-        """Mean squared error of the predicted velocity on this step's images, at random timesteps."""
+        """Mean squared error of the predicted noise on this step's images, at random timesteps."""
         pixels, prompts = self._batch(step, batch_size)
         pixels = pixels.to(self.unet.device)
         with mixed_precision(pixels.device):
             with torch.no_grad():
                 latents = self.vae.encode(pixels).latent_dist.mode().float() * self.vae.config.scaling_factor
             noise = torch.randn(latents.shape).to(latents.device)
-            timesteps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(pixels),)).to(latents.device)
+            timesteps = torch.randint(0, self.scheduler.config.num_train_timesteps, (batch_size,)).to(latents.device)
             noisy = self.scheduler.add_noise(latents, noise, timesteps)
             predicted = self.unet(noisy, timesteps, self._encode_prompts(prompts)).sample
-        return nn.functional.mse_loss(predicted.float(), self.scheduler.get_velocity(latents, noise, timesteps))
+        return nn.functional.mse_loss(predicted.float(), noise)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The parts as a pipeline, which samples and which saves the published layout."""

@@ -249,7 +249,7 @@ def _trials(found: dict[str, NUMBER]) -> str:
 
 def _reached(found: dict[str, NUMBER]) -> list[str]:
     """What the miniature's parts had learnt when they were measured."""
-    checks = next(iter(found.values()))["checks"]
+    checks = {part: told for numbers in found.values() for part, told in numbers["checks"].items()}
     rows = [[part, ", ".join(f"{name} {value:.3g}" for name, value in told.items())] for part, told in checks.items()]
     return ["On held-out scenes the parts had reached:", table(["part", "check"], rows)] if rows else []
 

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,16 +58,32 @@ def _settings(part: StudyPart, folder: Path, scale: str) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _checks(folder: Path) -> dict[str, dict[str, float]]:
-    """What each of the miniature's parts had reached on held-out scenes when it was trained."""
+def _checks(part: StudyPart, folder: Path) -> dict[str, dict[str, float]]:
+    """What the miniature's parts that this one reads had reached on held-out scenes when they were trained."""
     file = folder / "checks.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    checks = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    read = {Path(name).name for name in part.weights}
+    return {name: reached for name, reached in checks.items() if name in read}
 
 
 def finished_part(folder: Path, part: str) -> dict[str, Any] | None:
     """What a finished part measured, or None."""
     file = folder / "study" / f"{part}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+@contextmanager
+def _counted(file: Path) -> Iterator[Callable[[], int]]:
+    """Adds the CPU seconds of the block to those in `file`, as a part may be measured in several runs."""
+
+    def spent() -> int:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else 0
+
+    started = time.process_time()
+    try:
+        yield spent
+    finally:
+        write_json(file, spent() + round(time.process_time() - started))
 
 
 def _run_part(name: str, folder: Path, scale: str) -> None:
@@ -79,14 +97,13 @@ def _run_part(name: str, folder: Path, scale: str) -> None:
     if finished.exists():
         return
     write_json(record, settings)
-    started = time.process_time()
-    numbers = importlib.import_module(f"sdllava.miniature.study.{PARTS[name].module}").measure(
-        folder, work, STUDY_SCALES[scale]
-    )
-    seconds = round(time.process_time() - started)
-    measured = {"settings": settings, "checks": _checks(folder), "cpu_seconds": seconds, "versions": versions()}
-    found = {**measured, **_finite(numbers)}
-    write_json(finished, found)
+    with _counted(work / "cpu_seconds.json") as spent:
+        numbers = importlib.import_module(f"sdllava.miniature.study.{PARTS[name].module}").measure(
+            folder, work, STUDY_SCALES[scale]
+        )
+    checks = _checks(PARTS[name], folder)
+    measured = {"settings": settings, "checks": checks, "cpu_seconds": spent(), "versions": versions()}
+    write_json(finished, {**measured, **_finite(numbers)})
 
 
 def run_study(folder: str | os.PathLike, out: str | os.PathLike, scale: str = "mini", parts: tuple[str, ...] = ()):
