@@ -53,7 +53,7 @@ def main(
     repeats: Repeats = 3,
     output: Output = None,
 ) -> None:
-    """One, two and four of each, and how many times one they cost."""
+    """Seconds for one, two and four questions, images, taps, timesteps and scales, beside one."""
     bench = Bench(f"growth, {model}, {size}", size, device, dtype, repeats, output, model=model)
     taps = TAPS_SDXL if model == "sdxl" else TAPS
 

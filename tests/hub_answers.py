@@ -21,16 +21,15 @@ def _inputs(processor):
     )
 
 
-def align(model):
-    """The model, its weights copied to where torch allocates: a file's place in memory decides a sum's last bits."""
+def move_weights(model) -> None:
+    """Copies the weights to where torch allocates: a file's place in memory decides a sum's last bits."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-    return model
 
 
 def ask_logits(model, processor) -> torch.Tensor:
     """Logits of the prompt, `(1, sequence, vocab_size)`, bit for bit a function of the weights."""
-    align(model)
+    move_weights(model)
     with torch.no_grad():
         return model(**_inputs(processor)).logits.clone()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.modules["sdllava"] = None  # as where the package is not installed
 
 import torch
-from hub_answers import QUESTION, align, answers, ask_logits, picture
+from hub_answers import QUESTION, answers, ask_logits, move_weights, picture
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
@@ -22,7 +22,7 @@ for repository in ("tester/sharded", "tester/whole", "tester/left-out"):
     assert torch.equal(ask_logits(model, processor), expected), repository
     assert answers(model, processor) == (memory / "answers.txt").read_text().split("\n"), repository
     vqa = pipeline("visual-question-answering", model=repository, trust_remote_code=True)
-    align(vqa.model)
+    move_weights(vqa.model)
     said.append(vqa(image=picture(), question=QUESTION, max_new_tokens=8))
 assert said[0] == said[1] == said[2] and isinstance(said[0][0]["answer"], str), said
 Path(memory, "pipeline.txt").write_text(repr(said[0]))

@@ -23,6 +23,11 @@ def parts(smoke_miniature):
     return smoke_miniature
 
 
+def scene_of(count):
+    """A scene of so many objects."""
+    return next(s for s in (sample_scene("train", seed) for seed in range(50)) if len(s.objects) == count)
+
+
 class StoppedError(Exception):
     pass
 
@@ -197,14 +202,14 @@ def test_packed_questions_equal_single_ones():
 
 def test_symbolic_tokens_of_one_content_differ_only_while_they_tell_their_places():
     part = LlamaPart(llama_config(32, 1, 2), steps=16)
-    scene = next(s for s in (sample_scene("train", seed) for seed in range(50)) if len(s.objects) == 1)
+    scene = scene_of(1)
     for step, distinct in ((0, 16), (15, 2)):  # an object on four tokens, nothing on twelve
         tokens = part._image([scene], part.phase(step).placed)[0]
         assert len(tokens.unique(dim=0)) == distinct
 
 
 def test_symbolic_tokens_tell_every_object_in_its_own_quadrant():
-    scene = next(s for s in (sample_scene("train", seed) for seed in range(50)) if len(s.objects) == 2)
+    scene = scene_of(2)
     words = scene_words(scene)
     for item in scene.objects:
         row, column = ("bottom" in item.cell), ("right" in item.cell)
@@ -252,7 +257,7 @@ def test_prompts_are_captions_questions_and_nothing():
 
 
 def test_a_close_up_shows_the_object_that_it_describes():
-    scene = next(s for s in (sample_scene("train", seed) for seed in range(50)) if len(s.objects) == 3)
+    scene = scene_of(3)
     pixels = torch.arange(3 * 64 * 64).view(3, 64, 64)
     for seed in range(40):
         quadrant, prompt = close_up(scene, pixels, random.Random(seed))

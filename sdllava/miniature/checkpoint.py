@@ -1,15 +1,9 @@
-"""The embedded miniature: where it is, and how its parts are put together."""
+"""The embedded miniature: where it is, and how its diffusion model is read."""
 
 from pathlib import Path
 
-SHAPE = {
-    "taps": ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"],
-    "image_size": 64,
-    "grid_size": 8,
-    "spatial_merge_size": 2,
-    "fusion_num_attention_heads": 6,
-}
-"""How the miniature's parts are put together: 8x8 features, joined 2x2 to 16 image tokens."""
+TOWER = {"taps": ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"], "image_size": 64, "grid_size": 8}
+"""Where and how finely the miniature's diffusion model is read."""
 
 
 def mini_path() -> Path:

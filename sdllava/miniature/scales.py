@@ -27,7 +27,7 @@ class StageBudget:
 
     scenes: int
     epochs: int
-    batch_size: int = 64
+    batch_size: int
     turns: int = 1
 
 

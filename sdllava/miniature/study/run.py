@@ -5,8 +5,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 from sdllava.evaluation.evaluate import weights_fingerprint
 from sdllava.evaluation.results import write_json
 from sdllava.evaluation.runner import versions
+from sdllava.miniature.checkpoint import TOWER
 from sdllava.miniature.study.scales import STUDY_SCALES
 
 
@@ -55,14 +54,16 @@ def _settings(part: StudyPart, folder: Path, scale: str) -> dict[str, Any]:
         )
     budgets = asdict(STUDY_SCALES[scale])
     settings = {"scale": scale, "weights": weights, "budgets": {name: budgets[name] for name in part.budgets}}
+    if "llm" in part.weights:
+        settings["tower"] = TOWER
     return json.loads(json.dumps(settings))
 
 
 def _checks(part: StudyPart, folder: Path) -> dict[str, dict[str, float]]:
-    """What the miniature's parts that this one reads had reached on held-out scenes when they were trained."""
+    """What the miniature's parts that this one reads, and the judge of the UNet, had reached on held-out scenes."""
     file = folder / "checks.json"
     checks = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    read = {Path(name).name for name in part.weights}
+    read = {"judge", *(Path(name).name for name in part.weights)}
     return {name: reached for name, reached in checks.items() if name in read}
 
 
@@ -72,18 +73,18 @@ def finished_part(folder: Path, part: str) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-@contextmanager
-def _counted(file: Path) -> Iterator[Callable[[], int]]:
-    """Adds the CPU seconds of the block to those in `file`, as a part may be measured in several runs."""
-
-    def spent() -> int:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else 0
-
+def _measure(name: str, folder: Path, work: Path, scale: str) -> dict[str, Any]:
+    """A part's numbers, and the CPU seconds of all the runs that it took."""
+    module = importlib.import_module(f"sdllava.miniature.study.{PARTS[name].module}")
+    file = work / "cpu_seconds.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else 0
     started = time.process_time()
     try:
-        yield spent
+        numbers = module.measure(folder, work, STUDY_SCALES[scale])
     finally:
-        write_json(file, spent() + round(time.process_time() - started))
+        spent = before + round(time.process_time() - started)
+        write_json(file, spent)
+    return {"cpu_seconds": spent, **numbers}
 
 
 def _run_part(name: str, folder: Path, scale: str) -> None:
@@ -97,12 +98,8 @@ def _run_part(name: str, folder: Path, scale: str) -> None:
     if finished.exists():
         return
     write_json(record, settings)
-    with _counted(work / "cpu_seconds.json") as spent:
-        numbers = importlib.import_module(f"sdllava.miniature.study.{PARTS[name].module}").measure(
-            folder, work, STUDY_SCALES[scale]
-        )
-    checks = _checks(PARTS[name], folder)
-    measured = {"settings": settings, "checks": checks, "cpu_seconds": spent(), "versions": versions()}
+    numbers = _measure(name, folder, work, scale)
+    measured = {"settings": settings, "checks": _checks(PARTS[name], folder), "versions": versions()}
     write_json(finished, {**measured, **_finite(numbers)})
 
 

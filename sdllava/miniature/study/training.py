@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdllava.miniature.checkpoint import SHAPE
+from sdllava.miniature.checkpoint import TOWER
 from sdllava.miniature.scales import StageBudget
 from sdllava.miniature.stages import RECIPES
 
 SEED = 0
-TOWER_FIELDS = ("taps", "image_size", "grid_size")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Stage:
             "fusion": self.variant.fusion,
         }
         if self.variant.diffuses:
-            values |= {name: SHAPE[name] for name in TOWER_FIELDS} | {"guidance_scales": self.variant.guidance}
+            values |= TOWER | {"guidance_scales": self.variant.guidance}
         if self.variant.fusion == "cross_attention":
             values["fusion_num_attention_heads"] = self.heads
         values |= dict(self.options) | changes
