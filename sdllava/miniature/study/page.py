@@ -138,8 +138,8 @@ def _questions(found: NUMBER) -> list[str]:
     return [
         f"Every variant is trained alike, one seed: stage 1 on {align['scenes']} captions, {align['epochs']} times; "
         f"stage 2 on {finetune['scenes']} scenes with up to {finetune['turns']} questions, {finetune['epochs']} times "
-        f"(the diffusion model, read at {_taps_read(found)}, is asked the last). `sdllava evaluate --benchmark mini` on "
-        f"{next(iter(rows.values()))['prompts']['own question']['samples']} samples; blind is the same model with grey "
+        f"(the diffusion model, read at {_taps_read(found)}, is asked the last). `sdllava evaluate "
+        f"--benchmark mini` on {next(iter(rows.values()))['prompts']['own question']['samples']} samples; blind is the same model with grey "
         "images. Percent right; both of a pair must be:",
         table(["variant", *parts, "questions, blind", "pairs, blind"], overview),
         "With another prompt for the diffusion model in place of the question:",
@@ -179,7 +179,8 @@ def _captions(found: NUMBER) -> list[str]:
     captions, leakage = budgets["captions"], budgets["leakage"]
     return [
         f"The projector alone is trained, on {captions['scenes']} captions, {captions['epochs']} times, one seed; the "
-        f"diffusion model, read at {_taps_read(found)}, is told the caption at scale s, dropped for 30% with dropout. {metric} on held-out scenes, "
+        f"diffusion model, read at {_taps_read(found)}, is told the caption at scale s, dropped for 30% with dropout. "
+        f"{metric} on held-out scenes, "
         "told their caption, nothing, or another scene's (scored against that wrong caption); the excess is over what "
         "the model says without a caption, the gain is in nats a token of the wrong caption:",
         table(["training", *(f"told {prompt}" for prompt in prompts), "excess", "likelihood gain"], lines),
