@@ -139,8 +139,8 @@ def _questions(found: NUMBER) -> list[str]:
         f"Every variant is trained alike, one seed: stage 1 on {align['scenes']} captions, {align['epochs']} times; "
         f"stage 2 on {finetune['scenes']} scenes with up to {finetune['turns']} questions, {finetune['epochs']} times "
         f"(the diffusion model, read at {_taps_read(found)}, is asked the last). `sdllava evaluate "
-        f"--benchmark mini` on {next(iter(rows.values()))['prompts']['own question']['samples']} samples; blind is the same model with grey "
-        "images. Percent right; both of a pair must be:",
+        f"--benchmark mini` on {next(iter(rows.values()))['prompts']['own question']['samples']} samples; blind is the "
+        "same model with grey images. Percent right; both of a pair must be:",
         table(["variant", *parts, "questions, blind", "pairs, blind"], overview),
         "With another prompt for the diffusion model in place of the question:",
         table(["variant", "diffusion prompt", *parts], prompts),
