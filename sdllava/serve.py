@@ -7,9 +7,63 @@ asks of a model is there as well: one row an image for every processor output, `
 untried.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 REQUIRED = ("fastapi", "uvicorn", "openai", "pydantic")
+
+
+def media(body: Any) -> Iterator[Any]:
+    """Every image, video and sound that a request names."""
+    if isinstance(body, list):
+        for entry in body:
+            yield from media(entry)
+    elif isinstance(body, dict):
+        for key, value in body.items():
+            if key in ("image_url", "video_url", "audio_url"):
+                yield value.get("url") if isinstance(value, dict) else value
+            else:
+                yield from media(value)
+
+
+def refuse_what_cannot_be_read(app: Any) -> Any:
+    """Makes the server answer 400, with a sentence, where a request names a file of this machine or an image is bad."""
+    from fastapi import Request
+    from fastapi.responses import JSONResponse
+
+    def refusal(message: str) -> JSONResponse:
+        return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
+
+    @app.middleware("http")
+    async def media_by_value(request: Request, call_next: Any) -> Any:
+        try:
+            named = list(media(await request.json()))
+        except ValueError:  # no JSON, which is the route's to judge
+            named = []
+        for source in named:
+            if not str(source).startswith(("data:", "https://", "http://")):
+                return refusal(f"{str(source)[:80]!r} is no URL and no data URL, which a request has to bring")
+        return await call_next(request)
+
+    @app.exception_handler(ValueError)
+    async def told(_: Request, error: ValueError) -> JSONResponse:
+        return refusal(str(error))
+
+    return app
+
+
+@contextmanager
+def guarded_server() -> Iterator[None]:
+    """While a server of transformers is built here, it is one that refuses."""
+    from transformers.cli.serving import server
+
+    build = server.build_server
+    server.build_server = lambda *args, **kwargs: refuse_what_cannot_be_read(build(*args, **kwargs))
+    try:
+        yield
+    finally:
+        server.build_server = build
 
 
 def serve(
@@ -23,8 +77,8 @@ def serve(
     """
     Serve a model until interrupted: `POST /v1/chat/completions`, with images, streamed or not.
 
-    The diffusion model is asked the last user turn behind each image, as everywhere. The server accepts images as
-    URLs, base64 and local paths, so it should be reachable by those alone who may read this machine's files.
+    The diffusion model is asked the last user turn behind each image, as everywhere. Images come as URLs or as data
+    URLs (base64); a request that names a file of this machine is refused.
 
     Args:
         model (`str`): a folder or repository id; a request that names another model is refused.
@@ -53,4 +107,5 @@ def serve(
     found = AutoConfig.from_pretrained(model).model_type
     if found != SDLlavaConfig.model_type:
         raise ValueError(f"{model!r} is a {found!r}, which `transformers serve` serves; this command is for sdllava's")
-    return Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=non_blocking)
+    with guarded_server():
+        return Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=non_blocking)

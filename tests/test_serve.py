@@ -116,6 +116,21 @@ def test_another_model_than_the_served_one_is_refused(client):
     assert "pinned" in refused.value.response.text
 
 
+CUT = io.BytesIO()
+IMAGE.save(CUT, format="JPEG")
+CUT = "data:image/jpeg;base64," + base64.b64encode(CUT.getvalue()[:300]).decode()
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [("/etc/hostname", "'/etc/hostname' is no URL"), ("file:///etc/hostname", "is no URL"), (CUT, "truncated")],
+)
+def test_a_request_reaches_no_file_and_a_bad_image_is_told(client, checkpoint, url, told):
+    image = {"type": "image_url", "image_url": {"url": url}}
+    with pytest.raises(openai.BadRequestError, match=told):
+        client.chat.completions.create(model=str(checkpoint), messages=turns("What?", image=image), max_tokens=2)
+
+
 def test_it_listens_on_loopback_unless_told_otherwise():
     import inspect
 
