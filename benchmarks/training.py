@@ -8,7 +8,8 @@ The papers' rates on one H100: 558k samples in 4 hours of four, 9.7 a second and
     python benchmarks/training.py --lengths lengths.txt  # counted lengths, one number of text tokens a line
 
 Weights, gradients and AdamW's moments are in one dtype (no float32 copies), the language model's activations are
-recomputed, and every batch holds samples of all lengths, padded to its longest.
+recomputed. Batches are padded to their longest sample: they hold samples of all lengths, or of alike ones, as with
+`train_sampling_strategy: group_by_length`.
 """
 
 from pathlib import Path
@@ -103,14 +104,18 @@ def main(
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
         tokens = text_lengths(name, steps * batch, lengths)
-        groups = [make_batch(model, tokens[i::steps]) for i in range(steps)]
         label = f"{name}, batches of {batch}"
-        row = bench.time({label: epoch(model, optimizer, groups)}, per_call=len(tokens))[label]
-        rate = len(tokens) / row.median
-        row.note = f"{rate:.2f} samples/s, {check_frozen(model, optimizer)}"
-        if size == "full":
-            row.note += f", {rate / PAPER_RATES[name]:.2f}x the papers' rate on one H100"
-        del optimizer, groups
+        groups = {
+            label: [make_batch(model, tokens[i::steps]) for i in range(steps)],
+            f"{label} by length": [make_batch(model, tokens[i * batch : (i + 1) * batch]) for i in range(steps)],
+        }
+        calls = {way: epoch(model, optimizer, batches) for way, batches in groups.items()}
+        for row in bench.time(calls, per_call=len(tokens), reference=label).values():
+            rate = len(tokens) / row.median
+            row.note = f"{rate:.2f} samples/s, {check_frozen(model, optimizer)}"
+            if size == "full":
+                row.note += f", {rate / PAPER_RATES[name]:.2f}x the papers' rate on one H100"
+        del optimizer, groups, calls
     bench.report()
 
 

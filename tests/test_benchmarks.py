@@ -52,7 +52,8 @@ def test_training_leaves_frozen_parts_without_gradient_and_optimizer_state(tmp_p
 
     training.main(None, 2, 1, None, "mini", "cpu", "float32", 1, tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["align, batches of 2", "finetune, batches of 2"]
+    ways = ["align, batches of 2", "finetune, batches of 2"]
+    assert [row["name"] for row in rows] == [name for way in ways for name in (way, f"{way} by length")]
     lengths = training.text_lengths("finetune", 100, None)
     assert lengths == sorted(lengths) and abs(lengths[50] - 220) < 10 and lengths[-1] <= training.LONGEST_TEXT
 

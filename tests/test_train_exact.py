@@ -1,5 +1,6 @@
 """Runs that should be equal are, frozen parts stay, and gradients through the frozen UNet are right."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,22 @@ def test_half_precision_holds_what_trains_in_float32_and_saves_it_in_half(work):
     assert checkpoint["lm_head.weight"].dtype == torch.float32
     assert checkpoint["model.vision_tower.post_layernorm.weight"].dtype == torch.bfloat16
     assert losses(work / "half")[-1] < losses(work / "half")[0]
+
+
+def test_batches_by_length_hold_alike_samples(work, monkeypatch):
+    samples = json.loads((work / "data" / "colours.json").read_text())[:8] * 8
+    for i, sample in enumerate(samples):
+        answer = sample["conversations"][1]["value"] + " red" * (i % 3 * 10)
+        samples[i] = {**sample, "conversations": [sample["conversations"][0], {"from": "gpt", "value": answer}]}
+    (work / "data" / "lengths.json").write_text(json.dumps(samples))
+    batches = []
+    collate = SDLlavaCollator.__call__
+    monkeypatch.setattr(SDLlavaCollator, "__call__", lambda self, rows: batches.append(rows) or collate(self, rows))
+    data = {"train_data": work / "data" / "lengths.json", "train_sampling_strategy": "group_by_length"}
+    train(command(work, "by-length", **data, per_device_train_batch_size=2, max_steps=8))
+    kinds = [{len(row["messages"][-1]["content"].split()) // 10 for row in batch} for batch in batches[:8]]
+    # the sampler sorts 16 samples at a time, so three kinds meet in two of eight batches at most
+    assert set.union(*kinds) == {0, 1, 2} and sum(len(kind) > 1 for kind in kinds) <= 2
 
 
 def test_streams_need_max_steps(work):

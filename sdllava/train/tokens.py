@@ -1,6 +1,7 @@
 """A conversation as token ids and labels, with the loss on answers alone."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,12 @@ def tokens_at_most(processor: "SDLlavaProcessor", record: Record) -> int:
     before = record["messages"][: max(record["supervised_from"], 2) + 1]
     text = sum(len(message["content"].encode()) + 64 for message in before)
     return 1024 + text + len(record["images"]) * processor.num_image_tokens
+
+
+def tokens_about(processor: "SDLlavaProcessor", row: Mapping[str, Any]) -> int:
+    """About how long a row of a source is, at four characters a token; for sorting, needs no tokenizer."""
+    text = sum(len(message["content"]) for message in row["messages"])
+    return text // 4 + len(row["images"]) * processor.num_image_tokens
 
 
 def _chat_message(message: Any) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from trl import SFTTrainer
 
 from ..hub import push_folder
 from ..hub_card import write_card
 from .adapters import merge_unet_lora, unet_adapter, write_unet_adapter
 from .collator import SDLlavaCollator
+from .tokens import tokens_about
 
 ASIDE = ".unfinished"
 
@@ -43,6 +45,15 @@ class SDLlavaTrainer(SFTTrainer):
         self.n_sample_answers = n_sample_answers
         self._aside: str | None = None
         self.add_callback(EpochCallback(data_collator))
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Also `train_sampling_strategy="group_by_length"`, which knows no lengths of rows that are tokenized later."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        lengths = [tokens_about(self.data_collator.processor, row) for row in dataset]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch_size, lengths=lengths)
 
     def get_eval_dataloader(self, eval_dataset=None):
         train_collator = self.data_collator
