@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from sdllava.data.scenes import caption, sample_question, sample_scene
 from sdllava.data.scenes_language import describe
-from sdllava.miniature.images import contact_sheet
+from sdllava.miniature.images import contact_sheet, to_pixels
 from sdllava.miniature.judge import JudgePart, labels, quadrants
 from sdllava.miniature.llm import LlamaPart, llama_config, pack, packed_mask, scene_words
 from sdllava.miniature.loop import Budget, Run, learning_rate, scene_numbers
@@ -34,7 +35,8 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_killed_training_ends_with_the_same_weights(name, parts, tmp_path, monkeypatch):
-    (tmp_path / "diffusion").symlink_to(parts / "diffusion")
+    for folder in ("diffusion", "clip", "denoiser"):
+        (tmp_path / folder).symlink_to(parts / folder)
     scale = SCALES["smoke"]
     part = build(name, scale, tmp_path, seed=0)
     run = Run(part, scale.budgets[name], tmp_path / "state")
@@ -86,7 +88,6 @@ def test_unknown_names_are_answered_with_the_known_ones(arguments, sentence, tmp
 
 
 def test_the_parts_are_in_the_published_layouts(parts):
-    from diffusers import StableDiffusionPipeline
     from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     pipeline = StableDiffusionPipeline.from_pretrained(parts / "diffusion")
@@ -99,6 +100,30 @@ def test_the_parts_are_in_the_published_layouts(parts):
     assert CLIPTokenizer.from_pretrained(parts / "clip").pad_token_id == clip.config.text_config.eos_token_id
     llama = AutoModelForCausalLM.from_pretrained(parts / "llm")
     assert llama.config.vocab_size == len(AutoTokenizer.from_pretrained(parts / "llm"))
+
+
+@pytest.mark.parametrize("name", ["denoiser", "unet"])
+def test_the_denoiser_predicts_noise_and_the_unet_goes_on_with_the_velocity(name, parts):
+    part = build(name, SCALES["smoke"], parts, seed=0)
+    pixels, told = to_pixels([scene_of(2), scene_of(3)]), ["", ""]
+    if name == "unet":
+        learnt = load_file(parts / "denoiser" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(value, learnt[key]) for key, value in part.unet.state_dict().items())
+    part.unet.conv_out.requires_grad_(False).weight.zero_()
+    part.unet.conv_out.bias.zero_()  # what predicts nothing errs by the whole target
+    timesteps = torch.tensor([20, 700])
+    torch.manual_seed(0)
+    error = part._error(pixels, told, timesteps)
+    torch.manual_seed(0)
+    latents = part.vae.encode(pixels).latent_dist.mode() * part.vae.config.scaling_factor
+    noise = torch.randn(latents.shape)
+    kept = part.scheduler.alphas_cumprod[timesteps].view(2, 1, 1, 1)
+    target = noise if name == "denoiser" else kept.sqrt() * noise - (1 - kept).sqrt() * latents
+    torch.testing.assert_close(error, target.square().mean())
+    assert part.check(2)["wrong_caption_ratio"] == 1  # nor does it heed a caption
+    assert StableDiffusionPipeline.from_pretrained(parts / part.folder).scheduler.config.prediction_type == (
+        "epsilon" if name == "denoiser" else "v_prediction"
+    )
 
 
 def sample_image():
@@ -198,6 +223,28 @@ def test_packed_questions_equal_single_ones():
     with torch.no_grad():
         singly = torch.cat([logits([turn]) for turn in turns])
         torch.testing.assert_close(logits(turns), singly, atol=1e-5, rtol=1e-5)
+
+
+def test_the_judge_finds_objects_where_they_are_told_or_anywhere():
+    judge = JudgePart(4)
+    scenes = [scene_of(2), scene_of(3)]
+    record = labels(scenes)
+
+    def shows(scene_rows):
+        """A judge that reads these rows of the scenes' own quadrants."""
+        read = {
+            name: torch.nn.functional.one_hot(values.clamp(min=0)[scene_rows], 9).float()
+            for name, values in record.items()
+        }
+        judge.model.forward = lambda pixels: read
+        return judge.agreement(torch.zeros(2, 3, 64, 64), scenes)
+
+    own = torch.arange(8)
+    assert set(shows(own).values()) == {1.0}
+    moved = shows(own.view(2, 4).flip(1).flatten())  # every object in the opposite quadrant
+    assert moved["anywhere"] == 1.0 and moved["object"] < 1.0
+    other = shows(own.view(2, 4).flip(0).flatten())  # the other scene
+    assert other["anywhere"] < 1.0
 
 
 def test_symbolic_tokens_of_one_content_differ_only_while_they_tell_their_places():

@@ -84,12 +84,23 @@ class JudgePart:
 
     @torch.no_grad()
     def agreement(self, pixels: Tensor, scenes: list[Scene]) -> dict[str, float]:
-        """Share of quadrants, by attribute, that show what the scene's record says; "object" is colour and shape."""
+        """
+        Share of quadrants, by attribute, that show what the scene's record says.
+
+        "object" is colour and shape together, and "anywhere" the share of objects whose colour and shape some quadrant
+        shows, though it may be another than told.
+        """
         read, true = self.model(pixels.to(self.device)), labels(scenes)
-        right = {name: (read[name].argmax(dim=1).cpu() == true[name]) for name in ATTRIBUTES}
-        shares = {name: right[name][true[name] != _NO_LABEL].float().mean().item() for name in ATTRIBUTES}
-        both = (right["colour"] & right["shape"])[true["shape"] != _NO_LABEL]
-        return shares | {"object": both.float().mean().item()}
+        shown = {name: scores.argmax(dim=1).cpu() for name, scores in read.items()}
+        known = {name: values != _NO_LABEL for name, values in true.items()}
+        shares = {name: (shown[name] == true[name])[known[name]].float().mean().item() for name in ATTRIBUTES}
+
+        def same(name: str) -> Tensor:  # (scene, quadrant of the record, quadrant that is shown)
+            return true[name].view(-1, 4, 1) == shown[name].view(-1, 1, 4)
+
+        told, objects = same("colour") & same("shape"), known["shape"].view(-1, 4)
+        found = {"object": told.diagonal(dim1=1, dim2=2), "anywhere": told.any(dim=2)}
+        return shares | {name: right[objects].float().mean().item() for name, right in found.items()}
 
     def check(self, count: int) -> dict[str, float]:
         """The least agreement, over attributes, with held-out rendered scenes."""

@@ -1,7 +1,8 @@
 """Trains the parts one after the other, each checked before the next builds on it.
 
 A folder holds `state/` (checkpoints to go on from), `checks.json` (what each finished part reached), `samples.png` (of
-the UNet) and the finished parts: `diffusion/` in diffusers' published layout, `clip/` and `llm/` in transformers'.
+the UNet) and the finished parts: `diffusion/` in diffusers' published layout, `clip/` and `llm/` in transformers'; in
+`denoiser/` is what the UNet started from.
 """
 
 import json
@@ -9,7 +10,8 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from sdllava.data.scenes import caption, sample_scene
 from sdllava.miniature.clip import ClipPart
@@ -18,10 +20,10 @@ from sdllava.miniature.judge import JudgePart
 from sdllava.miniature.llm import LlamaPart, llama_config
 from sdllava.miniature.loop import Run
 from sdllava.miniature.scales import PARTS, SCALES, Scale
-from sdllava.miniature.unet import UnetPart
+from sdllava.miniature.unet import DenoiserPart, UnetPart, unet_config
 from sdllava.miniature.vae import VaePart
 
-AnyPart = JudgePart | VaePart | ClipPart | LlamaPart | UnetPart
+AnyPart = JudgePart | VaePart | ClipPart | LlamaPart | DenoiserPart
 
 
 class CheckFailedError(RuntimeError):
@@ -39,8 +41,19 @@ def build(name: str, scale: Scale, folder: Path, seed: int) -> AnyPart:
         return ClipPart(*scale.clip, seed)
     if name == "llm":
         return LlamaPart(llama_config(*scale.llm), scale.budgets["llm"].steps, seed)
-    vae = AutoencoderKL.from_pretrained(folder / "diffusion" / "vae")
-    return UnetPart(vae, scale.unet_channels, *scale.text_encoder, scale.budgets["unet"].steps, seed)
+    return _build_unet(name, scale, folder, seed)
+
+
+def _build_unet(name: str, scale: Scale, folder: Path, seed: int) -> DenoiserPart:
+    """The denoiser starts with CLIP's text encoder and a random UNet, what follows with what the denoiser learnt."""
+    vae, steps = AutoencoderKL.from_pretrained(folder / "diffusion" / "vae"), scale.budgets[name].steps
+    if name == "denoiser":
+        text_encoder = CLIPTextModel.from_pretrained(folder / "clip")
+        unet = UNet2DConditionModel(**unet_config(scale.unet_channels, text_encoder.config.hidden_size))
+        return DenoiserPart(vae, text_encoder, unet, steps, seed)
+    unet = UNet2DConditionModel.from_pretrained(folder / "denoiser" / "unet")
+    text_encoder = CLIPTextModel.from_pretrained(folder / "denoiser" / "text_encoder")
+    return UnetPart(vae, text_encoder, unet, steps, seed)
 
 
 def _check(part: AnyPart, scale: Scale, folder: Path, seed: int) -> dict[str, float]:
@@ -53,7 +66,7 @@ def _check(part: AnyPart, scale: Scale, folder: Path, seed: int) -> dict[str, fl
     scenes = [sample_scene("validation", number) for number in range(count)]
     samples = part.sample([caption(scene) for scene in scenes])
     contact_sheet(samples).save(folder / "samples.png")
-    return judge.agreement(samples, scenes)
+    return part.check(count) | judge.agreement(samples, scenes)
 
 
 def _read_checks(folder: Path) -> dict[str, dict[str, float]]:

@@ -1,15 +1,14 @@
 """The sizes and step budgets at which the miniature is trained, and what each part must reach.
 
-Budgets are in steps, so that a slower machine gives the same weights, later. At the CPU's budget the UNet's features
-tell a scene's attributes well before its samples follow their prompts, so what the samples reach is recorded there, and
-required on a GPU alone.
+Budgets are in steps, so that a slower machine gives the same weights, later. At the CPU's budget the UNet must heed its
+prompt; samples that show every object where the prompt puts it are required on a GPU alone.
 """
 
 from dataclasses import dataclass, replace
 
 from sdllava.miniature.loop import Budget
 
-PARTS = ("judge", "vae", "clip", "llm", "unet")
+PARTS = ("judge", "vae", "clip", "llm", "denoiser", "unet")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Scale:
     clip: tuple[int, int, int, int]
     llm: tuple[int, int, int]
     unet_channels: tuple[int, int, int, int]
-    text_encoder: tuple[int, int]
     budgets: dict[str, Budget]
     gates: dict[str, Gate]
     check_scenes: dict[str, int]
@@ -55,21 +53,22 @@ _MINI = Scale(
     clip=(192, 4, 128, 3),
     llm=(160, 4, 4),
     unet_channels=(16, 48, 96, 128),
-    text_encoder=(128, 2),
     budgets={
         "judge": Budget(800, 64, 2e-3, warmup=50),
         "vae": Budget(1600, 32, 1.5e-3, ema=0.99),
         "clip": Budget(850, 128, 1e-3, ema=0.99, warmup=100),
         "llm": Budget(16000, 12, 1.5e-3),
-        "unet": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
+        "denoiser": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
+        "unet": Budget(2200, 16, 1e-3, ema=0.995, save_every=100),
     },
     gates={
         "judge": Gate("accuracy", 0.97),
         "vae": Gate("psnr", 32.0, " dB"),
         "clip": Gate("retrieval", 0.85),
         "llm": Gate("accuracy", 0.95),
+        "unet": Gate("wrong_caption_ratio", 1.5),
     },
-    check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "unet": 64},
+    check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "denoiser": 64, "unet": 64},
     fusion_heads=6,
     stages={
         "align": StageBudget(scenes=8_000, epochs=4, batch_size=32),
@@ -84,7 +83,6 @@ SCALES = {
         clip=(32, 1, 32, 1),
         llm=(32, 1, 2),
         unet_channels=(8, 8, 16, 16),
-        text_encoder=(32, 1),
         budgets={name: Budget(4, 2, 1e-3, ema=0.9 if name == "unet" else 0.0, save_every=2) for name in PARTS},
         gates={},
         check_scenes=dict.fromkeys(PARTS, 2),
@@ -100,6 +98,7 @@ SCALES = {
         budgets=_MINI.budgets
         | {
             "clip": Budget(4000, 256, 1e-3, ema=0.99, warmup=200),
+            "denoiser": Budget(4000, 128, 1e-3, ema=0.999, warmup=500),
             "unet": Budget(20000, 128, 1e-3, ema=0.9995, warmup=500),
         },
         gates=_MINI.gates | {"unet": Gate("object", 0.8)},
