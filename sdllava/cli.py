@@ -52,15 +52,15 @@ def ask(
 ) -> None:
     """Ask about an image. Every further question costs one pass of the diffusion model."""
     from sdllava.image_loading import load_rgb
+    from sdllava.pipeline import check_question
 
     picture = load_rgb(image)
+    for question in questions:
+        if os.path.isfile(check_question(question)):
+            raise ValueError(f"the question {question!r} is a file: one image is asked about at a time")
     if model == "mini":
         say_if_photograph(picture)
     pipe = load_pipeline(model, device, dtype)
-    from sdllava.pipeline import check_question
-
-    for question in questions:
-        check_question(question)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if guidance:
         options["guidance_scales"] = guidance

@@ -80,6 +80,7 @@ def test_taps_lists_the_papers_model_and_any_folder(published, composed):
     [
         (["ask", "missing.jpg", "What?"], "'missing.jpg' is no existing file"),
         (["ask", "PHOTO", "", "--model", "COMPOSED"], "the question '' is empty"),
+        (["ask", "PHOTO", "PHOTO", "What?", "--model", "COMPOSED"], "is a file: one image is asked about at a time"),
         (["ask", "PHOTO", "What?", "--model", "EMPTY"], "EMPTY"),
         (["compose", "OUT", "--field", "grid_size"], "has no '='"),
         (["taps", "EMPTY"], "EMPTY"),
