@@ -144,10 +144,10 @@ def _similarity(found: dict) -> "Figure":
     left.set_xticks(range(len(TIMESTEPS)), [str(t) for t in TIMESTEPS])
     left.set_xlabel("timestep")
     left.set_ylabel("cosine similarity of a pair")
-    left.legend(fontsize=6)
     _lines(right, GUIDANCE, {tap: points(moved, [f"{tap}|{s:g}" for s in GUIDANCE]) for tap in TAPS})
     right.set_xlabel("guidance scale s")
     right.set_ylabel("linear CKA with s = 0")
+    right.legend(*left.get_legend_handles_labels(), fontsize=6, loc="lower left")
     return figure
 
 
