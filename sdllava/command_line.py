@@ -1,6 +1,11 @@
 """What several commands share. Nothing heavy is imported before a command runs."""
 
+import os
+import re
 from enum import StrEnum
+
+REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@.+)?")
+"""A name on the Hub, with a revision or without."""
 
 
 class DType(StrEnum):
@@ -12,12 +17,19 @@ class DType(StrEnum):
 
 
 def model_path(model: str) -> str:
-    """The folder or repository that `--model` names."""
-    if model != "mini":
-        return model
-    from .miniature.checkpoint import mini_path
+    """
+    The folder or repository that `--model` names.
 
-    return str(mini_path())
+    Raises:
+        ValueError: it names neither.
+    """
+    if model == "mini":
+        from .miniature.checkpoint import mini_path
+
+        return str(mini_path())
+    if os.path.isfile(model) or not (os.path.isdir(model) or REPOSITORY.fullmatch(model)):
+        raise ValueError(f"{model!r} is no folder and no repository's name: give either, or mini")
+    return model
 
 
 def default_device() -> str:

@@ -82,6 +82,8 @@ def test_taps_lists_the_papers_model_and_any_folder(published, composed):
         (["ask", "PHOTO", "", "--model", "COMPOSED"], "the question '' is empty"),
         (["ask", "PHOTO", "PHOTO", "What?", "--model", "COMPOSED"], "is a file: one image is asked about at a time"),
         (["ask", "PHOTO", "What?", "--model", "EMPTY"], "EMPTY"),
+        (["ask", "PHOTO", "What?", "--model", "PHOTO"], "is no folder and no repository's name"),
+        (["ask", "PHOTO", "What?", "--model", "./missing"], "'./missing' is no folder and no repository's name"),
         (["compose", "OUT", "--field", "grid_size"], "has no '='"),
         (["taps", "EMPTY"], "EMPTY"),
     ],
