@@ -45,6 +45,7 @@ def _bars(axes: "Axes", groups: Sequence[str], series: dict[str, Sequence[tuple[
         style = {"color": COLOURS[k % len(COLOURS)], "error_kw": {"linewidth": 0.8}}
         axes.bar(at, means, width, yerr=errors, label=name, **style)
     axes.set_xticks(range(len(groups)), groups, fontsize=7, rotation=25, ha="right", rotation_mode="anchor")
+    axes.margins(y=0.25)  # room for the legend
     axes.legend(fontsize=6)
 
 
