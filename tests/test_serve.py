@@ -59,10 +59,7 @@ def turns(*texts: str, image) -> list[dict]:
 
 
 def ask(client, checkpoint, *texts: str, stream: bool = False):
-    buffer = io.BytesIO()
-    IMAGE.save(buffer, format="PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    messages = turns(*texts, image={"type": "image_url", "image_url": {"url": url}})
+    messages = turns(*texts, image={"type": "image_url", "image_url": {"url": data_url("PNG")}})
     reply = client.chat.completions.create(
         model=str(checkpoint), messages=messages, max_tokens=TOKENS, temperature=0, stream=stream
     )
@@ -116,14 +113,20 @@ def test_another_model_than_the_served_one_is_refused(client):
     assert "pinned" in refused.value.response.text
 
 
-CUT = io.BytesIO()
-IMAGE.save(CUT, format="JPEG")
-CUT = "data:image/jpeg;base64," + base64.b64encode(CUT.getvalue()[:300]).decode()
+def data_url(kind: str, length: int | None = None) -> str:
+    """The image as a data URL, whole or cut off."""
+    buffer = io.BytesIO()
+    IMAGE.save(buffer, format=kind)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()[:length]).decode()
 
 
 @pytest.mark.parametrize(
     ("url", "told"),
-    [("/etc/hostname", "'/etc/hostname' is no URL"), ("file:///etc/hostname", "is no URL"), (CUT, "truncated")],
+    [
+        ("/etc/hostname", "'/etc/hostname' is no URL"),
+        ("file:///etc/hostname", "is no URL"),
+        (data_url("JPEG", 300), "truncated"),
+    ],
 )
 def test_a_request_reaches_no_file_and_a_bad_image_is_told(client, checkpoint, url, told):
     image = {"type": "image_url", "image_url": {"url": url}}

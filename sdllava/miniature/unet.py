@@ -78,9 +78,10 @@ def close_up(scene: Scene, pixels: Tensor, rng: random.Random) -> tuple[Tensor, 
 
 
 class DenoiserPart:
-    """Learns to take noise off the latents of scenes, told their prompts. The VAE is trained before, and frozen.
+    """Learns to take noise off the latents of scenes, told their prompts.
 
-    Close-ups come first: a step on them costs a third.
+    The VAE is trained before, and frozen; the text encoder learns on. Close-ups come first, as a step on them costs a
+    third.
     """
 
     name = "denoiser"
