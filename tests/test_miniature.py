@@ -9,13 +9,15 @@ from safetensors.torch import load_file
 
 from sdllava.data.scenes import caption, sample_question, sample_scene
 from sdllava.data.scenes_language import describe
+from sdllava.data.scenes_world import COLOURS, SHAPES
 from sdllava.miniature.images import contact_sheet, to_pixels
 from sdllava.miniature.judge import JudgePart, labels, quadrants
-from sdllava.miniature.llm import LlamaPart, llama_config, pack, packed_mask, scene_words
+from sdllava.miniature.llm import LlamaPart, llama_config, pack, packed_mask, scene_words, unseen_words
 from sdllava.miniature.loop import Budget, Run, learning_rate, scene_numbers
 from sdllava.miniature.pretrain import CheckFailedError, build, pretrain, train_part
+from sdllava.miniature.prompts import PromptPart
 from sdllava.miniature.scales import PARTS, SCALES, Gate
-from sdllava.miniature.text import clip_tokenizer, llm_tokenizer, words_in
+from sdllava.miniature.text import UNSEEN_COLOURS, UNSEEN_SHAPES, clip_tokenizer, llm_tokenizer, words_in
 from sdllava.miniature.unet import close_up, prompt_for
 
 
@@ -35,7 +37,7 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_killed_training_ends_with_the_same_weights(name, parts, tmp_path, monkeypatch):
-    for folder in ("diffusion", "clip", "denoiser"):
+    for folder in ("diffusion", "clip", "prompts", "denoiser"):
         (tmp_path / folder).symlink_to(parts / folder)
     scale = SCALES["smoke"]
     part = build(name, scale, tmp_path, seed=0)
@@ -124,6 +126,30 @@ def test_the_denoiser_predicts_noise_and_the_unet_goes_on_with_the_velocity(name
     assert StableDiffusionPipeline.from_pretrained(parts / part.folder).scheduler.config.prediction_type == (
         "epsilon" if name == "denoiser" else "v_prediction"
     )
+
+
+def test_the_unet_learns_from_a_schedule_that_ends_in_noise_alone(parts):
+    part = build("unet", SCALES["smoke"], parts, seed=0)
+    assert part.scheduler.alphas_cumprod[-1] == 0 and part.scheduler.config.timestep_spacing == "trailing"
+    torch.manual_seed(0)
+    timesteps = part._timesteps(4000)
+    assert timesteps.max() < 1000 and (timesteps[1::4] >= 900).all()
+    assert timesteps[3::4].float().mean() == pytest.approx(500, abs=25)  # as drawn
+    assert timesteps[0::2].float().mean() == pytest.approx(667, abs=20)  # the later of two
+
+
+def test_prompts_are_read_in_the_order_of_the_quadrants(parts):
+    """The reader's rows stand beside the judge's labels; the UNet's text encoder is the one that was taught."""
+    part = build("prompts", SCALES["smoke"], parts, seed=0)
+    assert isinstance(part, PromptPart)
+    told = [caption(scene_of(2)), caption(scene_of(3))]
+    both, single = part._read(told), part._read(told[1:])
+    for name, read in both.items():
+        assert len(read) == len(labels([scene_of(2), scene_of(3)])[name])
+        torch.testing.assert_close(read[4:], single[name])
+    taught = load_file(parts / "prompts" / "model.safetensors")
+    used = load_file(parts / "diffusion" / "text_encoder" / "model.safetensors")
+    assert taught.keys() == used.keys() and all(torch.equal(used[key], value) for key, value in taught.items())
 
 
 def sample_image():
@@ -253,6 +279,26 @@ def test_symbolic_tokens_of_one_content_differ_only_while_they_tell_their_places
     for step, distinct in ((0, 16), (15, 2)):  # an object on four tokens, nothing on twelve
         tokens = part._image([scene], part.phase(step).placed)[0]
         assert len(tokens.unique(dim=0)) == distinct
+
+
+def test_half_of_the_colours_and_shapes_get_words_of_their_own():
+    """In the image, the questions and the answers alike, so that no answer changes but its word."""
+    drawn = [unseen_words(random.Random(seed)) for seed in range(2000)]
+    for words, unseen in ((COLOURS, UNSEEN_COLOURS), (SHAPES, UNSEEN_SHAPES)):
+        share = sum(word in names for names in drawn for word in words) / (2000 * len(words))
+        assert share == pytest.approx(0.5, abs=0.03)
+        assert {names[word] for names in drawn for word in words if word in names} == set(unseen)
+    for names in drawn[:50]:
+        assert len(set(names.values())) == len(names) and "<unk>" not in names.values()
+        assert all(names.get(f"{shape}s", f"{shape}s") == f"{names.get(shape, shape)}s" for shape in SHAPES)
+    part, scene = LlamaPart(llama_config(32, 1, 2), steps=16), scene_of(1)
+    item = scene.objects[0]
+    plain, renamed = part._image([scene])[0], part._image([scene], renamed=[{item.colour: "pink"}])[0]
+    table = part.model.llama.get_input_embeddings().weight
+    moved = table[part.vocabulary["pink"]] - table[part.vocabulary[item.colour]]
+    at = [place for place, told in enumerate(scene_words(scene)) if item.colour in told]
+    torch.testing.assert_close(renamed[at], plain[at] + moved)
+    assert part._ids("a red star", {"red": "pink"}) == part._ids("a pink star")
 
 
 def test_symbolic_tokens_tell_every_object_in_its_own_quadrant():

@@ -216,6 +216,8 @@ def test_the_dataset_is_in_trls_format():
     assert pairs["pattern"][::2] == list(PATTERNS) and pairs["pair"][:4] == [0, 0, 1, 1]
     assert scene_dataset("test", 5, turns=3)["scene"] == rows["scene"]
     assert scene_dataset("test", 5, seed=1, turns=3)["scene"] != rows["scene"]
+    twice = scene_dataset("train", 300, patterns=("state", "count", "count"))["pattern"]
+    assert set(twice) == {"state", "count"} and twice.count("count") / 300 == pytest.approx(2 / 3, abs=0.08)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import os
 import random
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -38,11 +38,11 @@ def _row(scene: Scene, turns: list[tuple[str, str]], **extra) -> dict:
     return {"images": [image], "messages": messages, "scene": json.dumps(scene.record()), **extra}
 
 
-def _question_rows(split: str, count: int, seed: int, turns: int) -> Iterator[dict]:
+def _question_rows(split: str, count: int, seed: int, turns: int, patterns: Sequence[str]) -> Iterator[dict]:
     for number in range(count):
         rng = random.Random(f"row {split} {seed} {number}")
-        scene, first = sample_question(split, rng.getrandbits(48))
-        rest = (ask(scene, rng, held_out_only=split == "composition") for _ in range(turns - 1))
+        scene, first = sample_question(split, rng.getrandbits(48), patterns)
+        rest = (ask(scene, rng, patterns, held_out_only=split == "composition") for _ in range(turns - 1))
         asked = list({q.text: q for q in (first, *rest) if q}.values())
         yield _row(scene, [(q.text, q.answer) for q in asked], pattern=first.pattern)
 
@@ -61,7 +61,14 @@ def _pair_rows(split: str, count: int, seed: int) -> Iterator[dict]:
             yield _row(scene, [(pair.question, answer)], pattern=pattern, pair=number)
 
 
-def scene_dataset(split: str, count: int, seed: int = 0, task: str = "questions", turns: int = 1):
+def scene_dataset(
+    split: str,
+    count: int,
+    seed: int = 0,
+    task: str = "questions",
+    turns: int = 1,
+    patterns: Sequence[str] = PATTERNS,
+):
     """Rendered scenes as a `datasets.Dataset` in TRL's format: `images`, `messages`, and the `scene`'s record as JSON.
 
     Args:
@@ -69,11 +76,12 @@ def scene_dataset(split: str, count: int, seed: int = 0, task: str = "questions"
         count: rows; for pairs, pairs of rows.
         task: "questions" (adds `pattern`), "captions", or "pairs" (adds `pattern` and `pair`, the pair's number).
         turns: the most questions on one scene, in one conversation; only for "questions".
+        patterns: those that are asked about; one named twice is asked about twice as often; only for "questions".
     """
     import datasets
 
     rows = {
-        "questions": lambda: _question_rows(split, count, seed, turns),
+        "questions": lambda: _question_rows(split, count, seed, turns, patterns),
         "captions": lambda: _caption_rows(split, count, seed),
         "pairs": lambda: _pair_rows(split, count, seed),
     }

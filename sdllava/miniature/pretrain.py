@@ -2,7 +2,7 @@
 
 A folder holds `state/` (checkpoints to go on from), `checks.json` (what each finished part reached), `samples.png` (of
 the UNet) and the finished parts: `diffusion/` in diffusers' published layout, `clip/` and `llm/` in transformers'; in
-`denoiser/` is what the UNet started from.
+`prompts/` is the UNet's text encoder, and in `denoiser/` what the UNet started from.
 """
 
 import json
@@ -19,11 +19,12 @@ from sdllava.miniature.images import contact_sheet
 from sdllava.miniature.judge import JudgePart
 from sdllava.miniature.llm import LlamaPart, llama_config
 from sdllava.miniature.loop import Run
+from sdllava.miniature.prompts import PromptPart
 from sdllava.miniature.scales import PARTS, SCALES, Scale
 from sdllava.miniature.unet import DenoiserPart, UnetPart, unet_config
 from sdllava.miniature.vae import VaePart
 
-AnyPart = JudgePart | VaePart | ClipPart | LlamaPart | DenoiserPart
+AnyPart = JudgePart | VaePart | ClipPart | LlamaPart | PromptPart | DenoiserPart
 
 
 class CheckFailedError(RuntimeError):
@@ -41,18 +42,19 @@ def build(name: str, scale: Scale, folder: Path, seed: int) -> AnyPart:
         return ClipPart(*scale.clip, seed)
     if name == "llm":
         return LlamaPart(llama_config(*scale.llm), scale.budgets["llm"].steps, seed)
+    if name == "prompts":
+        return PromptPart(CLIPTextModel.from_pretrained(folder / "clip"), seed)
     return _build_unet(name, scale, folder, seed)
 
 
 def _build_unet(name: str, scale: Scale, folder: Path, seed: int) -> DenoiserPart:
-    """The denoiser starts with CLIP's text encoder and a random UNet, what follows with what the denoiser learnt."""
+    """The denoiser starts with a random UNet, what follows with what the denoiser learnt."""
     vae, steps = AutoencoderKL.from_pretrained(folder / "diffusion" / "vae"), scale.budgets[name].steps
+    text_encoder = CLIPTextModel.from_pretrained(folder / "prompts")
     if name == "denoiser":
-        text_encoder = CLIPTextModel.from_pretrained(folder / "clip")
         unet = UNet2DConditionModel(**unet_config(scale.unet_channels, text_encoder.config.hidden_size))
         return DenoiserPart(vae, text_encoder, unet, steps, seed)
     unet = UNet2DConditionModel.from_pretrained(folder / "denoiser" / "unet")
-    text_encoder = CLIPTextModel.from_pretrained(folder / "denoiser" / "text_encoder")
     return UnetPart(vae, text_encoder, unet, steps, seed)
 
 

@@ -6,9 +6,10 @@ prompt; samples that show every object where the prompt puts it are required on 
 
 from dataclasses import dataclass, replace
 
+from sdllava.data.scenes import PATTERNS
 from sdllava.miniature.loop import Budget
 
-PARTS = ("judge", "vae", "clip", "llm", "denoiser", "unet")
+PARTS = ("judge", "vae", "clip", "llm", "prompts", "denoiser", "unet")
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,16 @@ class Gate:
 
 @dataclass(frozen=True)
 class StageBudget:
-    """Scenes of a stage, passes over them, the batch, and the most questions on a scene."""
+    """Scenes of a stage, passes over them, the batch, the most questions on a scene, and what they are about.
+
+    A pattern named twice is asked about twice as often.
+    """
 
     scenes: int
     epochs: int
     batch_size: int
     turns: int = 1
+    patterns: tuple[str, ...] = PATTERNS
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ _MINI = Scale(
         "vae": Budget(1600, 32, 1.5e-3, ema=0.99),
         "clip": Budget(850, 128, 1e-3, ema=0.99, warmup=100),
         "llm": Budget(16000, 12, 1.5e-3),
+        "prompts": Budget(1000, 64, 1.5e-3, warmup=50),
         "denoiser": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
         "unet": Budget(2200, 16, 1e-3, ema=0.995, save_every=100),
     },
@@ -66,13 +72,14 @@ _MINI = Scale(
         "vae": Gate("psnr", 32.0, " dB"),
         "clip": Gate("retrieval", 0.85),
         "llm": Gate("accuracy", 0.95),
+        "prompts": Gate("least", 0.9),
         "unet": Gate("wrong_caption_ratio", 1.5),
     },
-    check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "denoiser": 64, "unet": 64},
+    check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "prompts": 512, "denoiser": 64, "unet": 64},
     fusion_heads=6,
     stages={
         "align": StageBudget(scenes=8_000, epochs=4, batch_size=32),
-        "finetune": StageBudget(scenes=18_000, epochs=8, batch_size=32, turns=4),
+        "finetune": StageBudget(scenes=24_000, epochs=5, batch_size=32, turns=5, patterns=(*PATTERNS, *["text"] * 3)),
     },
 )
 

@@ -20,6 +20,9 @@ WORDS = tuple(
         | set(_FUNCTION_WORDS.split())
     )
 )
+# Words of language alone, which no picture shows: the Llama learns on them that any colour goes with any shape.
+UNSEEN_COLOURS = ("orange", "pink", "brown", "black", "white", "grey")
+UNSEEN_SHAPES = ("heart", "ring", "moon", "bell", "cube", "drop")
 PUNCTUATION = (",", ".", "?", ":")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -47,7 +50,8 @@ def llm_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    vocabulary = {word: number for number, word in enumerate([*specials, *PUNCTUATION, *WORDS])}
+    unseen = (*UNSEEN_COLOURS, *UNSEEN_SHAPES, *(f"{shape}s" for shape in UNSEEN_SHAPES))
+    vocabulary = {word: number for number, word in enumerate([*specials, *PUNCTUATION, *WORDS, *unseen])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
