@@ -1,7 +1,6 @@
 """The sizes and step budgets at which the miniature is trained, and what each part must reach.
 
-Budgets are in steps, so that a slower machine gives the same weights, later. At the CPU's budget the UNet must heed its
-prompt; samples that show every object where the prompt puts it are required on a GPU alone.
+Budgets are in steps, so that a slower machine gives the same weights, later.
 """
 
 from dataclasses import dataclass, replace
@@ -62,10 +61,10 @@ _MINI = Scale(
         "judge": Budget(800, 64, 2e-3, warmup=50),
         "vae": Budget(1600, 32, 1.5e-3, ema=0.99),
         "clip": Budget(850, 128, 1e-3, ema=0.99, warmup=100),
-        "llm": Budget(16000, 12, 1.5e-3),
+        "llm": Budget(22000, 12, 1.5e-3),
         "prompts": Budget(1000, 64, 1.5e-3, warmup=50),
         "denoiser": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
-        "unet": Budget(2200, 16, 1e-3, ema=0.995, save_every=100),
+        "unet": Budget(4800, 16, 1e-3, ema=0.995, save_every=100),
     },
     gates={
         "judge": Gate("accuracy", 0.97),
@@ -73,7 +72,7 @@ _MINI = Scale(
         "clip": Gate("retrieval", 0.85),
         "llm": Gate("accuracy", 0.95),
         "prompts": Gate("least", 0.9),
-        "unet": Gate("wrong_caption_ratio", 1.5),
+        "unet": Gate("object", 0.5),
     },
     check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "prompts": 512, "denoiser": 64, "unet": 64},
     fusion_heads=6,

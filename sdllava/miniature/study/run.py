@@ -60,10 +60,10 @@ def _settings(part: StudyPart, folder: Path, scale: str) -> dict[str, Any]:
 
 
 def _checks(part: StudyPart, folder: Path) -> dict[str, dict[str, float]]:
-    """What the miniature's parts that this one reads, and the judge of the UNet, had reached on held-out scenes."""
+    """What the miniature's parts that this one reads, and those that teach or judge the UNet, had reached."""
     file = folder / "checks.json"
     checks = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    read = {"judge", *(Path(name).name for name in part.weights)}
+    read = {"judge", "prompts", *(Path(name).name for name in part.weights)}
     return {name: reached for name, reached in checks.items() if name in read}
 
 
