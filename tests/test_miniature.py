@@ -9,15 +9,14 @@ from safetensors.torch import load_file
 
 from sdllava.data.scenes import caption, sample_question, sample_scene
 from sdllava.data.scenes_language import describe
-from sdllava.data.scenes_world import COLOURS, SHAPES
 from sdllava.miniature.images import contact_sheet, to_pixels
 from sdllava.miniature.judge import JudgePart, labels, quadrants
-from sdllava.miniature.llm import LlamaPart, llama_config, pack, packed_mask, scene_words, unseen_words
+from sdllava.miniature.llm import LlamaPart, llama_config, pack, packed_mask, scene_words
 from sdllava.miniature.loop import Budget, Run, learning_rate, scene_numbers
 from sdllava.miniature.pretrain import CheckFailedError, build, pretrain, train_part
 from sdllava.miniature.prompts import PromptPart
 from sdllava.miniature.scales import PARTS, SCALES, Gate
-from sdllava.miniature.text import UNSEEN_COLOURS, UNSEEN_SHAPES, clip_tokenizer, llm_tokenizer, words_in
+from sdllava.miniature.text import clip_tokenizer, llm_tokenizer, words_in
 from sdllava.miniature.unet import close_up, prompt_for
 
 
@@ -279,26 +278,6 @@ def test_symbolic_tokens_of_one_content_differ_only_while_they_tell_their_places
     for step, distinct in ((0, 16), (15, 2)):  # an object on four tokens, nothing on twelve
         tokens = part._image([scene], part.phase(step).placed)[0]
         assert len(tokens.unique(dim=0)) == distinct
-
-
-def test_half_of_the_colours_and_shapes_get_words_of_their_own():
-    """In the image, the questions and the answers alike, so that no answer changes but its word."""
-    drawn = [unseen_words(random.Random(seed)) for seed in range(2000)]
-    for words, unseen in ((COLOURS, UNSEEN_COLOURS), (SHAPES, UNSEEN_SHAPES)):
-        share = sum(word in names for names in drawn for word in words) / (2000 * len(words))
-        assert share == pytest.approx(0.5, abs=0.03)
-        assert {names[word] for names in drawn for word in words if word in names} == set(unseen)
-    for names in drawn[:50]:
-        assert len(set(names.values())) == len(names) and "<unk>" not in names.values()
-        assert all(names.get(f"{shape}s", f"{shape}s") == f"{names.get(shape, shape)}s" for shape in SHAPES)
-    part, scene = LlamaPart(llama_config(32, 1, 2), steps=16), scene_of(1)
-    item = scene.objects[0]
-    plain, renamed = part._image([scene])[0], part._image([scene], renamed=[{item.colour: "pink"}])[0]
-    table = part.model.llama.get_input_embeddings().weight
-    moved = table[part.vocabulary["pink"]] - table[part.vocabulary[item.colour]]
-    at = [place for place, told in enumerate(scene_words(scene)) if item.colour in told]
-    torch.testing.assert_close(renamed[at], plain[at] + moved)
-    assert part._ids("a red star", {"red": "pink"}) == part._ids("a pink star")
 
 
 def test_symbolic_tokens_tell_every_object_in_its_own_quadrant():

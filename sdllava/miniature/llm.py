@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdllava.data.scenes import KINDS, PATTERNS, Scene, ask, caption, sample_question, sample_scene
-from sdllava.data.scenes_world import CELLS, COLOURS, SHAPES
+from sdllava.data.scenes_world import CELLS
 from sdllava.miniature.loop import mixed_precision, scene_numbers
-from sdllava.miniature.text import UNSEEN_COLOURS, UNSEEN_SHAPES, llm_tokenizer, words_in
+from sdllava.miniature.text import llm_tokenizer, words_in
 
 GRID = 4
 QUESTIONS_PER_SCENE = 8
 _CAPTION_EVERY = 5
-_UNSEEN_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,6 @@ def scene_words(scene: Scene) -> list[list[str]]:
     return words
 
 
-def unseen_words(rng: random.Random) -> dict[str, str]:
-    """What half of a scene's colours and shapes are called instead: words that no picture shows.
-
-    A Llama that never heard of a red star learns that stars are not red, and says so whatever it sees. One that hears
-    of most colours and shapes in any combination learns to look.
-    """
-    renamed = {}
-    for words, unseen in ((COLOURS, UNSEEN_COLOURS), (SHAPES, UNSEEN_SHAPES)):
-        chosen = [word for word in words if rng.random() < _UNSEEN_SHARE]
-        renamed |= dict(zip(chosen, rng.sample(unseen, len(chosen)), strict=True))
-    return renamed | {f"{shape}s": f"{name}s" for shape, name in renamed.items() if shape in SHAPES}
-
-
 class LlamaPart:
     """Learns to answer questions on, and to caption, symbolic scenes."""
 
@@ -115,15 +101,12 @@ class LlamaPart:
         self.tokenizer = llm_tokenizer()
         self.vocabulary = self.tokenizer.get_vocab()
 
-    def _ids(self, text: str, renamed: dict[str, str] | None = None) -> list[int]:
-        return [self.vocabulary[(renamed or {}).get(word, word)] for word in words_in(text)]
+    def _ids(self, text: str) -> list[int]:
+        return [self.vocabulary[word] for word in words_in(text)]
 
-    def _image(self, scenes: list[Scene], placed: bool = False, renamed: list[dict[str, str]] | None = None) -> Tensor:
+    def _image(self, scenes: list[Scene], placed: bool = False) -> Tensor:
         """Symbolic image tokens (n_scenes, 16, hidden_size)."""
-        renamed = renamed or [{}] * len(scenes)
-        pairs = zip(scenes, renamed, strict=True)
-        told = [[names.get(word, word) for word in words] for scene, names in pairs for words in scene_words(scene)]
-        places = [[self.vocabulary[word] for word in words] for words in told]
+        places = [[self.vocabulary[word] for word in words] for scene in scenes for words in scene_words(scene)]
         device = self.model.places.device
         flat = torch.tensor([word for place in places for word in place], device=device)
         offsets = torch.tensor([0, *(len(place) for place in places[:-1])], device=device).cumsum(0)
@@ -148,11 +131,10 @@ class LlamaPart:
         """Mean next-token loss over the answers to the packed questions of this step's scenes."""
         numbers = scene_numbers(self.seed, step, batch_size)
         scenes = [sample_scene("train", number) for number in numbers]
-        packed, renamed = [], [unseen_words(random.Random(f"words {number}")) for number in numbers]
-        for number, scene, names in zip(numbers, scenes, renamed, strict=True):
+        packed = []
+        for number, scene in zip(numbers, scenes, strict=True):
             before, turns = self._turns(scene, step, random.Random(f"turns {number}"))
-            end = [self.vocabulary["</s>"]]
-            ids = [(self._ids(prompt, names), self._ids(answer, names) + end) for prompt, answer in turns]
+            ids = [(self._ids(prompt), [*self._ids(answer), self.vocabulary["</s>"]]) for prompt, answer in turns]
             packed.append(pack([self.vocabulary["<s>"], *self._ids(before)], ids))
         tokens, labels, positions, segments = (
             nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill).to(self.model.places.device)
@@ -160,7 +142,7 @@ class LlamaPart:
         )
         start = int((tokens[0] == -1).nonzero()[0])
         embeddings = self.model.llama.get_input_embeddings()(tokens.clamp(min=0))
-        image = self._image(scenes, self.phase(step).placed, renamed)
+        image = self._image(scenes, self.phase(step).placed)
         embeddings = torch.cat([embeddings[:, :start], image, embeddings[:, start + image.shape[1] :]], dim=1)
         mask = torch.where(packed_mask(segments), 0.0, torch.finfo(torch.float32).min)[:, None]
         predicts = labels[:, 1:] != -100

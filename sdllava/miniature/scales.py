@@ -61,7 +61,7 @@ _MINI = Scale(
         "judge": Budget(800, 64, 2e-3, warmup=50),
         "vae": Budget(1600, 32, 1.5e-3, ema=0.99),
         "clip": Budget(850, 128, 1e-3, ema=0.99, warmup=100),
-        "llm": Budget(22000, 12, 1.5e-3),
+        "llm": Budget(16000, 12, 1.5e-3),
         "prompts": Budget(1000, 64, 1.5e-3, warmup=50),
         "denoiser": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
         "unet": Budget(4800, 16, 1e-3, ema=0.995, save_every=100),

@@ -11,7 +11,7 @@ from sdllava.hub_records import AUTHOR_FILE, TRAINING_FILE
 
 _LIMITS = [
     "It knows rendered scenes only: about anything else, a photograph above all, its answers mean nothing.",
-    "Its language is the scenes': some hundred English words, answers of one to two words, and captions.",
+    "Its language is the scenes': some ninety English words, answers of one to two words, and captions.",
 ]
 
 

@@ -20,9 +20,6 @@ WORDS = tuple(
         | set(_FUNCTION_WORDS.split())
     )
 )
-# Words of language alone, which no picture shows: the Llama learns on them that any colour goes with any shape.
-UNSEEN_COLOURS = ("orange", "pink", "brown", "black", "white", "grey")
-UNSEEN_SHAPES = ("heart", "ring", "moon", "bell", "cube", "drop")
 PUNCTUATION = (",", ".", "?", ":")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -50,8 +47,7 @@ def llm_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    unseen = (*UNSEEN_COLOURS, *UNSEEN_SHAPES, *(f"{shape}s" for shape in UNSEEN_SHAPES))
-    vocabulary = {word: number for number, word in enumerate([*specials, *PUNCTUATION, *WORDS, *unseen])}
+    vocabulary = {word: number for number, word in enumerate([*specials, *PUNCTUATION, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
