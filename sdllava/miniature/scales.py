@@ -78,7 +78,7 @@ _MINI = Scale(
     fusion_heads=6,
     stages={
         "align": StageBudget(scenes=8_000, epochs=4, batch_size=32),
-        "finetune": StageBudget(scenes=24_000, epochs=5, batch_size=32, turns=5, patterns=(*PATTERNS, *["text"] * 3)),
+        "finetune": StageBudget(scenes=24_000, epochs=6, batch_size=32, turns=5, patterns=(*PATTERNS, *["text"] * 3)),
     },
 )
 
