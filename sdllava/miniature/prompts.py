@@ -68,6 +68,7 @@ class PromptPart:
         right = {
             name: (read[name].argmax(dim=1).cpu() == label)[label >= 0].float().mean().item()
             for name, label in known.items()
+            if (label >= 0).any()
         }
         return {"least": min(right.values()), **right}
 
