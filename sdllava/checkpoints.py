@@ -262,7 +262,8 @@ def _parts(model: PreTrainedModel) -> dict[str, str]:
 
 def _load_part(config, part: str) -> nn.Module:
     """A frozen part from its repository, in float32 and cut as the model is."""
-    from .components import load_tower, load_vision
+    from .components import load_vision
+    from .diffusion_loading import load_tower
 
     where = config.components[part]
     source = f"{where['id']}@{where['revision']}" if where.get("revision") else where["id"]

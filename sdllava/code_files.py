@@ -13,6 +13,7 @@ CODE_FILES = (
     "components.py",
     "configuration.py",
     "diffusion.py",
+    "diffusion_loading.py",
     "fusion.py",
     "image_loading.py",
     "modeling_sdllava.py",

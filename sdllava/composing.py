@@ -12,17 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from .components import (
-    compose,
-    compose_from_llava,
-    missing,
-    plan,
-    plan_from_llava,
-    read_diffusion_config,
-    split_revision,
-)
+from .components import compose, compose_from_llava, plan, plan_from_llava
 from .configuration import SDLlavaConfig, SDLlavaDiffusionConfig
+from .diffusion_loading import read_diffusion_config
 from .modeling_sdllava import SDLlavaForConditionalGeneration
+from .sources import missing, split_revision
 from .taps import list_taps
 
 

@@ -102,14 +102,14 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
     @classmethod
     def from_component_pretrained(cls, diffusion: str, truncate: bool = False, **config) -> "SDLlavaDiffusionModel":
         """
-        Load a published diffusers repository or folder as a tower; see [`~sdllava.components.load_diffusion`].
+        Load a published diffusers repository or folder as a tower; see [`~sdllava.diffusion_loading.load_diffusion`].
 
         Args:
             diffusion (`str`): repository id, `id@revision`, or local folder with `model_index.json`.
             truncate (`bool`): cut away what lies behind the deepest tap.
             config: fields of [`SDLlavaDiffusionConfig`]; `dtype` sets the weights' type.
         """
-        from .components import load_diffusion
+        from .diffusion_loading import load_diffusion
 
         return load_diffusion(diffusion, truncate=truncate, **config)
 
@@ -132,7 +132,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
             OSError: it is not there.
             ValueError: it makes latents that this UNet does not take, or its weights are no safetensors.
         """
-        from .components import load_tiny_vae
+        from .diffusion_loading import load_tiny_vae
 
         self.backbone.vae, self.config.vae_config = load_tiny_vae(source, self.config, self.vae.device, self.vae.dtype)
         if self.config.truncate:

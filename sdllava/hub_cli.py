@@ -25,8 +25,11 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, their sizes, and the card.")] = False,
 ) -> None:
     """Push a checkpoint to the Hub, with its code, recipe and model card. Log in first with `hf auth login`."""
+    from huggingface_hub.utils import validate_repo_id
+
     from .hub import push_folder
 
+    validate_repo_id(repo)
     if space is not None:
         from .demo.space import write_space
 

@@ -53,13 +53,21 @@ def refuse_what_cannot_be_read(app: Any) -> Any:
     return app
 
 
+def list_only(app: Any, model: str) -> Any:
+    """Makes `/v1/models` name the one model served, not what the Hub's cache on this machine holds."""
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") != "/v1/models"]
+    entry = {"id": model, "object": "model", "created": 0, "owned_by": "sdllava"}
+    app.add_api_route("/v1/models", lambda: {"object": "list", "data": [entry]}, methods=["GET"])
+    return app
+
+
 @contextmanager
-def guarded_server() -> Iterator[None]:
-    """While a server of transformers is built here, it is one that refuses."""
+def guarded_server(model: str) -> Iterator[None]:
+    """While a server of transformers is built here, it is one that refuses, and knows one model."""
     from transformers.cli.serving import server
 
     build = server.build_server
-    server.build_server = lambda *args, **kwargs: refuse_what_cannot_be_read(build(*args, **kwargs))
+    server.build_server = lambda *args, **kwargs: list_only(refuse_what_cannot_be_read(build(*args, **kwargs)), model)
     try:
         yield
     finally:
@@ -75,7 +83,8 @@ def serve(
     non_blocking: bool = False,
 ) -> Any:
     """
-    Serve a model until interrupted: `POST /v1/chat/completions`, with images, streamed or not.
+    Serve a model until interrupted: `POST /v1/chat/completions`, with images, streamed or not. `GET /v1/models` names
+    it.
 
     The diffusion model is asked the last user turn behind each image, as everywhere. Images come as URLs or as data
     URLs (base64); a request that names a file of this machine is refused.
@@ -107,5 +116,5 @@ def serve(
     found = AutoConfig.from_pretrained(model).model_type
     if found != SDLlavaConfig.model_type:
         raise ValueError(f"{model!r} is a {found!r}, which `transformers serve` serves; this command is for sdllava's")
-    with guarded_server():
+    with guarded_server(model):
         return Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=non_blocking)

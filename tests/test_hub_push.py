@@ -99,6 +99,12 @@ def test_a_dry_run_lists_files_sizes_and_the_card_and_sends_nothing(hub, tmp_pat
     assert not any("tester" in request or "create" in request for request in hub.requests)
 
 
+def test_a_bad_name_is_told_before_anything_is_written(hub, tmp_path):
+    result = run_push(hub, tmp_path, EARLIER, "a/b/c", "--dry-run", "--space", str(tmp_path / "space"))
+    assert result.returncode == 1 and "'namespace/repo_name': 'a/b/c'" in result.stderr
+    assert not result.stdout and not (tmp_path / "space").exists()
+
+
 def test_an_upload_cut_off_half_way_is_repeated_within_a_push(hub, tmp_path):
     hub.break_uploads(1)
     assert run_push(hub, tmp_path, EARLIER, "tester/model").returncode == 0

@@ -113,6 +113,10 @@ def test_another_model_than_the_served_one_is_refused(client):
     assert "pinned" in refused.value.response.text
 
 
+def test_the_served_model_alone_is_listed(client, checkpoint):
+    assert [model.id for model in client.models.list()] == [str(checkpoint)]
+
+
 def data_url(kind: str, length: int | None = None) -> str:
     """The image as a data URL, whole or cut off."""
     buffer = io.BytesIO()

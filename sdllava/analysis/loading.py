@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from ..components import load_diffusion, load_diffusion_tokenizers, read_diffusion_config
 from ..configuration import SDLlavaConfig
 from ..diffusion import SDLlavaDiffusionModel
+from ..diffusion_loading import load_diffusion, load_diffusion_tokenizers, read_diffusion_config
 from ..processors import SDLlavaProcessor, diffusion_image_processor
 from ..sources import missing, split_revision
 from ..taps import list_taps

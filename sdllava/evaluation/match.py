@@ -61,7 +61,7 @@ def load_matcher(
                 f"of transformers: {str(error).splitlines()[0]}"
             ) from error
     from sdllava import SDLlavaDiffusionModel
-    from sdllava.components import load_diffusion_tokenizers
+    from sdllava.diffusion_loading import load_diffusion_tokenizers
 
     source = f"{where}@{revision or pinned}" if revision or pinned else where
     tower = SDLlavaDiffusionModel.from_component_pretrained(

@@ -153,7 +153,9 @@ def versions() -> dict[str, str]:
 def command_line() -> str:
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    called = Path(sys.argv[0])
+    program = ["python", "-m", called.parent.name] if called.name == "__main__.py" else [called.name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def data_settings(source: dict[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:

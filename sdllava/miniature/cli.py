@@ -15,6 +15,11 @@ class ScaleName(StrEnum):
     gpu = "gpu"
 
 
+class StudyScaleName(StrEnum):
+    smoke = "smoke"
+    mini = "mini"
+
+
 class Task(StrEnum):
     questions = "questions"
     captions = "captions"
@@ -103,7 +108,7 @@ def study(
     source: Annotated[Path, typer.Option("--from", help="What `mini train` left; numbers are kept in its study/.")],
     out: Annotated[Path, typer.Option(help="Folder of the page miniature.md and its pictures.")] = Path("docs"),
     part: Annotated[list[str] | None, typer.Option(help="a to f; several times, or none for all.")] = None,
-    scale: Annotated[ScaleName, typer.Option(help="smoke or mini.")] = ScaleName.mini,
+    scale: Annotated[StudyScaleName, typer.Option(help="How much is read and trained.")] = StudyScaleName.mini,
 ) -> None:
     """Measure the papers' tables in small, part by part, and write the page. Stop and run it again at will."""
     from sdllava.evaluation.cli import one_sentence

@@ -9,6 +9,8 @@ from sdllava.data.scenes import PATTERNS
 from sdllava.miniature.loop import Budget
 
 PARTS = ("judge", "vae", "clip", "llm", "prompts", "denoiser", "unet")
+LETTERS_OFTEN = (*PATTERNS, *["text"] * 3)
+"""What the second stage asks about: letters four times as often as the rest, as they take most looking to learn."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ _MINI = Scale(
     fusion_heads=6,
     stages={
         "align": StageBudget(scenes=8_000, epochs=4, batch_size=32),
-        "finetune": StageBudget(scenes=24_000, epochs=6, batch_size=32, turns=5, patterns=(*PATTERNS, *["text"] * 3)),
+        "finetune": StageBudget(scenes=24_000, epochs=6, batch_size=32, turns=5, patterns=LETTERS_OFTEN),
     },
 )
 

@@ -17,7 +17,7 @@ def write_scenes(file: Path, task: str, budget: StageBudget, seed: int) -> None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     dataset = scene_dataset("train", budget.scenes, seed, task, budget.turns, budget.patterns)
-    aside = file.with_suffix(".part")
+    aside = file.with_suffix(f".part-{os.getpid()}")
     dataset.to_parquet(aside)
     os.replace(aside, file)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers.utils import logging
 
 from ..data.images import open_image
@@ -125,9 +126,9 @@ def write_cache(
             f"{len(items)} keys of {size / 1024:.1f} KiB: {len(items) * size / 1024**3:.3f} GiB in all; "
             f"{len(missing)} left for process {process} of {num_processes}"
         )
-    return write_shards(
-        Path(folder), _compute(model, collator, missing, names, dtype, batch_size), process, shard_bytes
-    )
+    computed = _compute(model, collator, missing, names, dtype, batch_size)
+    shown = tqdm(computed, desc="cache", total=len(missing), unit="key", disable=process > 0)
+    return write_shards(Path(folder), shown, process, shard_bytes)
 
 
 def _scales(model: Any) -> list[float]:

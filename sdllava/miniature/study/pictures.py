@@ -36,7 +36,7 @@ def _errors(means: Sequence[float], intervals: Sequence[Sequence[float] | None])
 
 
 def _bars(axes: "Axes", groups: Sequence[str], series: dict[str, Sequence[tuple[float | None, Any]]]) -> None:
-    """Grouped bars with their intervals."""
+    """Grouped bars of percentages with their intervals."""
     width = 0.8 / len(series)
     for k, (name, points) in enumerate(series.items()):
         means = [_number(mean) for mean, _ in points]
@@ -45,8 +45,8 @@ def _bars(axes: "Axes", groups: Sequence[str], series: dict[str, Sequence[tuple[
         style = {"color": COLOURS[k % len(COLOURS)], "error_kw": {"linewidth": 0.8}}
         axes.bar(at, means, width, yerr=errors, label=name, **style)
     axes.set_xticks(range(len(groups)), groups, fontsize=7, rotation=25, ha="right", rotation_mode="anchor")
-    axes.margins(y=0.25)  # room for the legend
-    axes.legend(fontsize=6)
+    axes.set_ylim(0, 100)
+    axes.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), frameon=False)
 
 
 def _taps(found: dict) -> "Figure":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sdllava.miniature.scales import StageBudget
+from sdllava.miniature.scales import LETTERS_OFTEN, StageBudget
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ STUDY_SCALES = {
         match_items=90,
         match_trials=3,
         align=StageBudget(4000, 2, 32),
-        finetune=StageBudget(8000, 4, 32, turns=2),
+        finetune=StageBudget(8000, 4, 32, turns=5, patterns=LETTERS_OFTEN),
         questions=900,
         captions=StageBudget(3000, 4, 32),
         described=300,
