@@ -40,6 +40,7 @@ class Part(StrEnum):
     guided = "guided"
     encoder = "encoder"
     question = "question"
+    compiled = "compiled"
 
 
 class Subject:
@@ -63,6 +64,12 @@ class Subject:
             if hasattr(stock.backbone, name):
                 setattr(ours.backbone, name, getattr(stock.backbone, name))
         return ours.eval()
+
+    def compiled_copy(self) -> SDLlavaDiffusionModel:
+        """Our tower around the same weights again, its transformer blocks compiled."""
+        compiled = self._cut(self.stock)
+        compiled.compile_repeated_blocks()
+        return compiled
 
     def set_batch(self, n: int) -> None:
         """Random images, latents and prompts, `n` of each."""
@@ -122,16 +129,33 @@ class Subject:
         return lambda: self.ours(latents=self.latents, unconditional_features=kept, **self.own_ids())
 
 
+def prompts_of(subject: Subject, halves: int) -> dict[str, torch.Tensor]:
+    """The questions as conditioning, as often as guidance has halves."""
+    prompts = subject.ours.encode_prompts(*subject.own_ids().values())
+    return {name: torch.cat([x] * halves) for name, x in prompts.items()}
+
+
 def unet_calls(subject: Subject, halves: int) -> dict[str, Call]:
     """The UNet alone on one prompt or on both halves of the guidance, whole and cut."""
-    tower, n = subject.ours, subject.n
-    prompts = tower.encode_prompts(*subject.own_ids().values())
-    prompts = {name: torch.cat([x] * halves) for name, x in prompts.items()}
+    tower, n, prompts = subject.ours, subject.n, prompts_of(subject, halves)
     what = "one prompt" if halves == 1 else "both halves"
     return {
         f"UNet, {what}, whole with a hook, batch {n}": lambda: subject.hooked_unet(subject.latents, prompts),
         f"UNet, {what}, ours, batch {n}": lambda: tower.extract(subject.latents, prompts),
     }
+
+
+def time_compiled(bench: Bench, subject: Subject) -> None:
+    """Both halves with our tower as it is, and with its transformer blocks compiled."""
+    compiled, prompts, n = subject.compiled_copy(), prompts_of(subject, halves=2), subject.n
+    bench.console.print("compiling, and warming up", style="dim")
+    found, expected = (tower.extract(subject.latents, prompts) for tower in (compiled, subject.ours))
+    calls = {
+        f"UNet, both halves, ours, batch {n}": lambda: subject.ours.extract(subject.latents, prompts),
+        f"UNet, both halves, blocks compiled, batch {n}": lambda: compiled.extract(subject.latents, prompts),
+    }
+    _, row = bench.time(calls, per_call=n).values()
+    row.note = difference(found, expected)
 
 
 def encoder_calls(subject: Subject, size: str) -> dict[str, Call]:
@@ -156,7 +180,7 @@ def question_calls(subject: Subject) -> dict[str, Call]:
 
 def main(
     model: Annotated[str, typer.Option(help="sd15, sd21 or sdxl.")] = "sd21",
-    part: Annotated[list[Part] | None, typer.Option(help="What to measure; default all.")] = None,
+    part: Annotated[list[Part] | None, typer.Option(help="What to measure; default all but compiled.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1 to 32 on a GPU.")] = None,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
@@ -165,7 +189,7 @@ def main(
     output: Output = None,
 ) -> None:
     """The UNet, the encoders and whole questions, beside stock diffusers."""
-    parts = part or list(Part)
+    parts = part or [p for p in Part if p != Part.compiled]
     title = f"features, {model}, {size}"
     bench = Bench(title, size, device, dtype, repeats, output, model=model, parts=list(parts))
     sizes = batches(batch, 32 if bench.device.type == "cuda" else 1)
@@ -179,6 +203,8 @@ def main(
                 bench.time(unet_calls(subject, halves=2), per_call=n)
             if Part.encoder in parts:
                 bench.time(encoder_calls(subject, size), per_call=n)
+            if Part.compiled in parts:
+                time_compiled(bench, subject)
             if Part.question in parts:
                 calls = question_calls(subject)
                 first, ours, follow_up = bench.time(calls, per_call=n).values()

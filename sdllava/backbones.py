@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -94,6 +95,15 @@ class StableDiffusionBackbone(nn.Module):
             return []
         known = dict(self.unet.named_modules())
         return [known[path] for path in _BEFORE_CROSS_ATTENTION if path in known]
+
+    def compile_blocks(self, taps: Sequence[Tap], **options) -> int:
+        """Compile the UNet's transformer blocks, without those that a tap or the sharing before prompts looks into."""
+        kept = [*(tap.module_path for tap in taps), *_BEFORE_CROSS_ATTENTION]
+        blocks = {name: m for name, m in self.unet.named_modules() if isinstance(m, BasicTransformerBlock)}
+        compiled = [m for name, m in blocks.items() if not any(f"{path}.".startswith(f"{name}.") for path in kept)]
+        for block in compiled:
+            block.compile(**{"fullgraph": True, **options})
+        return len(compiled)
 
     def cut(self, taps: Sequence[Tap]) -> None:
         """Remove the part of the UNet behind the last tap, and the VAE's decoder."""

@@ -150,6 +150,9 @@ def read_taps(model: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any])
     Returns:
         `list[torch.Tensor]`: one `(n, channels, height, width)` or `(n, height * width, channels)` tensor a tap, as
         the module gives it.
+
+    Raises:
+        RuntimeError: a tap's module was compiled, or lies in one that was.
     """
     read: dict[str, torch.Tensor] = {}
     paths = {tap.module_path for tap in taps}
@@ -170,6 +173,11 @@ def read_taps(model: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any])
             forward()
         except _AllTapsRead:
             pass
+    if unread := [tap.name for tap in taps if tap.module_path not in read]:
+        raise RuntimeError(
+            f"{unread[0]} was not read, as compiled code calls no hooks: compile with the tower's "
+            "compile_repeated_blocks, which leaves out the blocks that are read"
+        )
     return [read[tap.module_path] for tap in taps]
 
 

@@ -176,6 +176,26 @@ def test_what_no_prompt_has_reached_is_computed_once(kind):
     assert not any(m._forward_hooks for m in model.unet.modules())
 
 
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_compiled_blocks_give_the_same_features(kind):
+    model = tower(kind, guidance_scales=[4.0], truncate=False)
+    expected = ask(model)
+    blocks = model.compile_repeated_blocks(backend="eager")
+    compiled = [name for name, m in model.unet.named_modules() if m._compiled_call_impl is not None]
+    (tap,) = model.taps
+    assert len(compiled) == blocks > 1 and not any(tap.module_path.startswith(name) for name in compiled)
+    torch.testing.assert_close(ask(model).last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tap_that_was_compiled_is_told():
+    model = tower(guidance_scales=[1.0], truncate=False)
+    model.unet.compile_repeated_blocks(backend="eager")
+    with torch.no_grad():
+        model.unet(torch.zeros(2, 4, 8, 8), 50, model.null_prompt()["encoder_hidden_states"].repeat(2, 1, 1))
+    with pytest.raises(RuntimeError, match="U-L1-R1-B0-Cross-Q was not read, as compiled code calls no hooks"):
+        ask(model)
+
+
 @pytest.mark.parametrize("conditioning", ["none", "question"])
 def test_without_a_prompt_the_features_are_unconditional(conditioning):
     model = tower(conditioning=conditioning)
