@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdllava import mini_path
+from sdllava import SDLlavaDiffusionModel, mini_path
 from sdllava.cli import app
 from sdllava.data.scenes import render, sample_question
 
@@ -34,6 +35,17 @@ def test_twenty_stored_scenes_are_answered_as_stored(pipe):
 def test_it_is_small_and_read_as_float32(pipe):
     assert sum(file.stat().st_size for file in mini_path().rglob("*")) < 40e6
     assert pipe.model.dtype.is_floating_point and str(pipe.model.dtype) == "torch.float32"
+
+
+def test_in_bfloat16_its_diffusion_features_stay_within_a_hundredth(pipe):
+    scene, question = sample_question("test", 0)
+    pixels = pipe.processor(images=[render(scene)], return_tensors="pt")["diffusion_pixel_values"]
+    ids = pipe.processor.tokenize_questions([question.text], return_tensors="pt")["diffusion_input_ids"]
+    exact, rounded = (
+        SDLlavaDiffusionModel.from_pretrained(mini_path(), dtype=dtype)(pixels, ids).last_hidden_state.float()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert 0 < (rounded - exact).norm() / exact.norm() < 1e-2
 
 
 @pytest.mark.parametrize("photograph", [True, False])
