@@ -138,13 +138,25 @@ def capture_attention(
 
     Raises:
         ValueError: a layer does not exist, or lies behind the tower's deepest tap.
+        RuntimeError: a layer was compiled.
     """
     paths = _chosen_layers(tower, layers)
+    _refuse_compiled(tower.unet, paths)
     capture = _Capture(tower, AttentionMaps(list(paths)), per_head)
     with ExitStack() as stack:
         for handle in capture.register(paths):
             stack.callback(handle.remove)
         yield capture.maps
+
+
+def _refuse_compiled(unet: nn.Module, paths: dict[str, str]) -> None:
+    compiled = [path for path, module in unet.named_modules() if module._compiled_call_impl is not None]
+    for layer, path in paths.items():
+        if any(f"{path}.".startswith(f"{outer}." if outer else "") for outer in compiled):
+            raise RuntimeError(
+                f"{layer} cannot be captured, as compiled code calls no hooks: capture before compiling, or choose "
+                "layers that were not compiled"
+            )
 
 
 class _Capture:

@@ -89,12 +89,14 @@ class StableDiffusionBackbone(nn.Module):
         if (
             config.down_block_types[0] != "CrossAttnDownBlock2D"
             or config.addition_embed_type is not None  # SDXL: the prompt enters the time embedding
-            or config.only_cross_attention
             or config.dual_cross_attention
         ):
             return []
+        only = config.only_cross_attention
+        attends_prompt_first = only if isinstance(only, bool) else only[0]
         known = dict(self.unet.named_modules())
-        return [known[path] for path in _BEFORE_CROSS_ATTENTION if path in known]
+        paths = _BEFORE_CROSS_ATTENTION[:-1] if attends_prompt_first else _BEFORE_CROSS_ATTENTION
+        return [known[path] for path in paths if path in known]
 
     def compile_blocks(self, taps: Sequence[Tap], **options) -> int:
         """Compile the UNet's transformer blocks, without those that a tap or the sharing before prompts looks into."""

@@ -154,17 +154,27 @@ def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
         tower().use_tiny_vae(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-def test_what_no_prompt_has_reached_is_computed_once(kind):
+@pytest.mark.parametrize(
+    ("kind", "only_cross_attention", "through"),
+    [
+        ("sd1", False, (2, 2)),
+        ("sd2", False, (2, 2)),
+        ("sd2", [True, False, False, False], (2, 6)),
+        ("sdxl", False, (6, 6)),  # its prompt enters the time embedding
+    ],
+)
+def test_what_no_prompt_has_reached_is_computed_once(kind, only_cross_attention, through):
     """Prompts that share latents against each of them alone, at every tap, and the same with gradients recorded."""
-    model = tower(kind, truncate=False)
+    unet = tiny.diffusion_config(kind).unet_config | {"only_cross_attention": only_cross_attention}
+    model = tower(kind, truncate=False, unet_config=unet)
     taps = list_taps(model.config.unet_config, 8)
     latents = torch.randn(2, 4, 8, 8)
     ids = tiny.prompt_ids(6)
     prompts = model.encode_prompts(ids, ids if kind == "sdxl" else None)
     attention = next(module for name, module in model.unet.named_modules() if name.endswith("attn1"))
     rows = []
-    attention.to_q.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for module in (model.unet.down_blocks[0].resnets[0].conv1, attention.to_q):
+        module.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     with torch.no_grad():
         shared = model.backbone.read(latents, 50, prompts, taps)
         blocks = [{name: x[i : i + 2] for name, x in prompts.items()} for i in (0, 2, 4)]
@@ -172,7 +182,7 @@ def test_what_no_prompt_has_reached_is_computed_once(kind):
     for tap, one, expected in zip(taps, shared, alone, strict=True):
         torch.testing.assert_close(one, torch.cat(expected), rtol=0, atol=1e-5, msg=tap.name)
     model.backbone.read(latents, 50, prompts, taps)
-    assert rows == [6 if kind == "sdxl" else 2, 2, 2, 2, 6]  # SDXL's prompt enters its time embedding
+    assert rows == [*through, *[2] * 6, 6, 6]
     assert not any(m._forward_hooks for m in model.unet.modules())
 
 
@@ -194,6 +204,17 @@ def test_a_tap_that_was_compiled_is_told():
         model.unet(torch.zeros(2, 4, 8, 8), 50, model.null_prompt()["encoder_hidden_states"].repeat(2, 1, 1))
     with pytest.raises(RuntimeError, match="U-L1-R1-B0-Cross-Q was not read, as compiled code calls no hooks"):
         ask(model)
+
+
+def test_compiled_blocks_are_not_captured_in_silence():
+    model = tower(truncate=False, taps=["U-L1-R1-B0-Cross-Q", "U-L2-R1-B0-Cross-Q"])
+    model.compile_repeated_blocks(backend="eager")
+    with model.capture_attention(["U-L2-R1-B0"]) as maps:
+        ask(model)
+    assert maps.layers == ["U-L2-R1-B0"] and len(maps) == 1
+    with pytest.raises(RuntimeError, match="U-L1-R0-B0 cannot be captured, as compiled code calls no hooks"):
+        with model.capture_attention(["U-L2-R1-B0", "U-L1-R0-B0"]):
+            pass
 
 
 @pytest.mark.parametrize("conditioning", ["none", "question"])

@@ -71,6 +71,19 @@ def test_another_seed_does_not_go_on_from_this_one(parts):
         train_part("vae", SCALES["smoke"], parts, seed=1)
 
 
+@pytest.mark.parametrize(("scale", "seed"), [("mini", 0), ("smoke", 1)])
+def test_a_finished_folder_of_another_scale_or_seed_is_refused(scale, seed, parts):
+    with pytest.raises(ValueError, match=f"begun with --scale smoke --seed 0, not --scale {scale} --seed {seed}"):
+        pretrain(scale, parts, seed=seed)
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda is not there"):
+        pretrain("smoke", tmp_path, device="cuda")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_part_under_its_gate_is_not_written(tmp_path):
     smoke = SCALES["smoke"]
     scale = type(smoke)(**{**vars(smoke), "gates": {"vae": Gate("psnr", 99.0, " dB")}})
@@ -157,22 +170,56 @@ def sample_image():
     return render(sample_scene("test", 0))
 
 
-def test_the_parts_go_through_both_stages_and_the_result_answers(parts, tmp_path):
+@pytest.fixture(scope="module")
+def finished(smoke_miniature, tmp_path_factory):
+    """What `sdllava mini train` leaves at the smoke scale."""
     from typer.testing import CliRunner
 
-    from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
     from sdllava.miniature.cli import app
 
+    folder = tmp_path_factory.mktemp("finished")
     for name in ("checks.json", "diffusion", "clip", "llm"):
-        (tmp_path / name).symlink_to(parts / name)
-    result = CliRunner().invoke(app, ["train", "--scale", "smoke", "--out", str(tmp_path)], catch_exceptions=False)
-    assert result.exit_code == 0 and result.stdout.endswith(f"the model is in {tmp_path / 'sdllava-mini'}\n")
-    model = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "sdllava-mini")
-    processor = SDLlavaProcessor.from_pretrained(tmp_path / "sdllava-mini")
-    stored = load_file(tmp_path / "sdllava-mini" / "model.safetensors")
+        (folder / name).symlink_to(smoke_miniature / name)
+    result = CliRunner().invoke(app, ["train", "--scale", "smoke", "--out", str(folder)], catch_exceptions=False)
+    assert result.exit_code == 0 and result.stdout.endswith(f"the model is in {folder / 'sdllava-mini'}\n")
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_a_killed_stage_ends_with_the_same_weights(stage, finished, tmp_path, monkeypatch):
+    from sdllava.miniature.stages import train_stage
+    from sdllava.train.trainer import SDLlavaTrainer
+
+    for name in ("diffusion", "clip", "llm", "align"):
+        if name != stage:
+            (tmp_path / name).symlink_to(finished / name)
+    whole_step, steps = SDLlavaTrainer.training_step, []
+
+    def step(*args, **kwargs):
+        steps.append(None)
+        if len(steps) == 2:
+            raise StoppedError
+        return whole_step(*args, **kwargs)
+
+    monkeypatch.setattr(SDLlavaTrainer, "training_step", step)
+    with pytest.raises(StoppedError):
+        train_stage(stage, "smoke", tmp_path)
+    assert not (tmp_path / stage / "config.json").exists()
+    ours = load_file(train_stage(stage, "smoke", tmp_path) / "model.safetensors")
+    theirs = load_file(finished / stage / "model.safetensors")
+    assert len(steps) > 3 and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_the_parts_go_through_both_stages_and_the_result_answers(parts, finished):
+    from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
+
+    model = SDLlavaForConditionalGeneration.from_pretrained(finished / "sdllava-mini")
+    processor = SDLlavaProcessor.from_pretrained(finished / "sdllava-mini")
+    stored = load_file(finished / "sdllava-mini" / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16} and model.dtype == torch.float32
-    assert not model.config.diffusion_config.truncate and not list((tmp_path / "sdllava-mini").glob("*.py"))
-    card = (tmp_path / "sdllava-mini" / "README.md").read_text(encoding="utf-8")
+    assert not model.config.diffusion_config.truncate and not list((finished / "sdllava-mini").glob("*.py"))
+    card = (finished / "sdllava-mini" / "README.md").read_text(encoding="utf-8")
     assert "It knows rendered scenes only" in card and "judge accuracy" in card
     content = [{"type": "image", "image": sample_image()}, {"type": "text", "text": "How many objects are there?"}]
     inputs = processor.apply_chat_template(
@@ -185,7 +232,7 @@ def test_the_parts_go_through_both_stages_and_the_result_answers(parts, tmp_path
     assert (inputs["input_ids"] == processor.image_token_id).sum() == model.config.num_image_tokens == 16
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
     before = load_file(parts / "llm" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
-    aligned = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "align").model.language_model
+    aligned = SDLlavaForConditionalGeneration.from_pretrained(finished / "align").model.language_model
     assert torch.equal(aligned.layers[0].mlp.up_proj.weight, before)
     assert not torch.equal(model.model.language_model.layers[0].mlp.up_proj.weight, before)
 

@@ -202,4 +202,5 @@ def pack(before: list[int], turns: list[tuple[list[int], list[int]]]) -> tuple[T
 def packed_mask(segments: Tensor) -> Tensor:
     """Which token sees which (n, length, length): itself and the earlier ones of its own segment or the image's."""
     same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
-    return same & torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
+    length = segments.shape[1]
+    return same & torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()

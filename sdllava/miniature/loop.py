@@ -94,7 +94,7 @@ class Run:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(stored[f"weight/{name}"])
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
+                "step": torch.tensor(float(self.step), device=parameter.device),
                 "exp_avg": stored[f"mean/{name}"].to(parameter.device),
                 "exp_avg_sq": stored[f"square/{name}"].to(parameter.device),
             }

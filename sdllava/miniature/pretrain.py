@@ -1,8 +1,8 @@
 """Trains the parts one after the other, each checked before the next builds on it.
 
-A folder holds `state/` (checkpoints to go on from), `checks.json` (what each finished part reached), `samples.png` (of
-the UNet) and the finished parts: `diffusion/` in diffusers' published layout, `clip/` and `llm/` in transformers'; in
-`prompts/` is the UNet's text encoder, and in `denoiser/` what the UNet started from.
+A folder holds `settings.json` (scale and seed), `state/` (checkpoints to go on from), `checks.json` (what each finished
+part reached), `samples.png` (of the UNet) and the finished parts: `diffusion/` in diffusers' published layout, `clip/`
+and `llm/` in transformers'; in `prompts/` is the UNet's text encoder, and in `denoiser/` what the UNet started from.
 """
 
 import json
@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from sdllava.data.scenes import caption, sample_scene
+from sdllava.evaluation.results import write_json
 from sdllava.miniature.clip import ClipPart
 from sdllava.miniature.images import contact_sheet
 from sdllava.miniature.judge import JudgePart
@@ -76,10 +77,17 @@ def _read_checks(folder: Path) -> dict[str, dict[str, float]]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _write_checks(folder: Path, checks: dict) -> None:
-    aside = folder / "checks.json.part"
-    aside.write_text(json.dumps(checks, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, folder / "checks.json")
+def _settle(folder: Path, settings: dict[str, str | int]) -> None:
+    """Notes what the folder is made with; what was made with something else is not gone on with."""
+    file = folder / "settings.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
+    if known != settings:
+        raise ValueError(
+            f"{folder} was begun with --scale {known['scale']} --seed {known['seed']}, not --scale {settings['scale']} "
+            f"--seed {settings['seed']}: give another folder."
+        )
+    if not file.exists():
+        write_json(file, settings)
 
 
 def train_part(name: str, scale: Scale, folder: str | os.PathLike, seed: int = 0, device: str = "cpu") -> dict:
@@ -105,17 +113,25 @@ def train_part(name: str, scale: Scale, folder: str | os.PathLike, seed: int = 0
         )
     if not isinstance(part, JudgePart):
         part.write(folder)
-    _write_checks(folder, _read_checks(folder) | {name: metrics})
+    write_json(folder / "checks.json", _read_checks(folder) | {name: metrics})
     return metrics
 
 
 def pretrain(scale: str, folder: str | os.PathLike, parts: tuple[str, ...] = PARTS, seed: int = 0, device: str = "cpu"):
-    """Trains the parts that the folder does not hold yet, and returns every part's metrics."""
+    """Trains the parts that the folder does not hold yet, and returns every part's metrics.
+
+    Raises:
+        ValueError: an unknown scale, part or device, or the folder was begun at another scale or with another seed.
+        CheckFailedError: as `train_part`.
+    """
     if scale not in SCALES:
         raise ValueError(f"{scale!r} is no scale of the miniature; the scales are {', '.join(SCALES)}.")
     if unknown := [name for name in parts if name not in PARTS]:
         raise ValueError(f"{unknown[0]!r} is no part of the miniature; the parts are {', '.join(PARTS)}.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device} is not there: use cpu, or a torch with CUDA")
     folder = Path(folder)
+    _settle(folder, {"scale": scale, "seed": seed})
     for name in parts:
         if name not in _read_checks(folder):
             train_part(name, SCALES[scale], folder, seed, device)

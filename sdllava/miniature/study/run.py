@@ -87,18 +87,26 @@ def _measure(name: str, folder: Path, work: Path, scale: str) -> dict[str, Any]:
     return {"cpu_seconds": spent, **numbers}
 
 
-def _run_part(name: str, folder: Path, scale: str) -> None:
-    """Measures a part unless it is finished; what an earlier run of other settings left is refused."""
-    settings = _settings(PARTS[name], folder, scale)
-    work, finished = folder / "study" / name, folder / "study" / f"{name}.json"
-    record = work / "settings.json"
+def _refuse_other_settings(name: str, folder: Path, settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: what an earlier run left of a part is of other weights or budgets.
+    """
+    record = folder / "study" / name / "settings.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else settings
-    if changed := [key for key, value in settings.items() if known[key] != value]:
-        raise ValueError(f"{work} was measured with other {changed[0]}: remove it and {finished.name} to measure anew.")
+    if changed := [key for key, value in settings.items() if known.get(key) != value]:
+        raise ValueError(
+            f"{record.parent} was measured with other {changed[0]}: remove it and {name}.json to measure anew."
+        )
+
+
+def _run_part(name: str, folder: Path, settings: dict[str, Any]) -> None:
+    """Measures a part unless it is finished."""
+    work, finished = folder / "study" / name, folder / "study" / f"{name}.json"
     if finished.exists():
         return
-    write_json(record, settings)
-    numbers = _measure(name, folder, work, scale)
+    write_json(work / "settings.json", settings)
+    numbers = _measure(name, folder, work, settings["scale"])
     measured = {"settings": settings, "checks": _checks(PARTS[name], folder), "versions": versions()}
     write_json(finished, {**measured, **_finite(numbers)})
 
@@ -127,7 +135,12 @@ def run_study(folder: str | os.PathLike, out: str | os.PathLike, scale: str = "m
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"{unknown[0]!r} is no part of the study; the parts are {', '.join(PARTS)}.")
     folder = Path(folder)
-    for part in parts or tuple(PARTS):
-        _run_part(part, folder, scale)
+    asked = parts or tuple(PARTS)
+    shown = [part for part in PARTS if part in asked or finished_part(folder, part)]
+    settings = {part: _settings(PARTS[part], folder, scale) for part in shown}
+    for part in shown:
+        _refuse_other_settings(part, folder, settings[part])
+    for part in asked:
+        _run_part(part, folder, settings[part])
     found = {part: numbers for part in PARTS if (numbers := finished_part(folder, part))}
     return write_page(found, Path(out))
