@@ -46,6 +46,39 @@ def test_features_are_those_of_stock_diffusers_with_fewer_operations(tmp_path):
     assert found["matrix_peak_gflops"] > 0 and all(len(row["seconds"]) == 1 for row in rows.values())
 
 
+def test_growth_costs_what_it_computes(tmp_path):
+    import growth
+
+    growth.main("sd21", "mini", "cpu", "float32", 1, tmp_path / "out.json")
+    gflop = {row["name"]: row["gflop"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert gflop["4 image(s) at once"] == pytest.approx(4 * gflop["1 image(s) at once"], rel=1e-3)
+    assert gflop["4 tap(s)"] == gflop["1 tap(s)"] and gflop["4 scale(s)"] == gflop["1 scale(s)"]
+    assert gflop["1 timestep(s)"] < gflop["2 timestep(s)"] < gflop["4 timestep(s)"] < 4 * gflop["1 timestep(s)"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_answering_decodes_at_the_same_operations_as_llava(tmp_path):
+    import answering
+
+    answering.main([1], "mini", "cpu", "float32", 1, tmp_path / "out.json")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    first = {name.removeprefix("first token, "): row["gflop"] for name, row in rows.items() if "first token" in name}
+    alone, question = first["ours, CLIP alone, batch 1"], first["ours, first question, batch 1"]
+    assert first["transformers' LLaVA, batch 1"] == pytest.approx(alone, rel=1e-3) and alone < question
+    assert alone < first["ours, follow-up question, batch 1"] < question
+
+
+def test_operations_and_memory_are_counted_without_weights(tmp_path, capsys):
+    import memory
+    import operations
+
+    operations.main("mini")
+    memory.main(False, "mini", "cpu", "float32", tmp_path / "memory.json")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("sd15", "sd21", "sdxl", "language model"))
+    assert json.loads((tmp_path / "memory.json").read_text())
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_training_leaves_frozen_parts_without_gradient_and_optimizer_state(tmp_path):
     import training

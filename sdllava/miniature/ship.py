@@ -23,8 +23,9 @@ def _author(checks: dict[str, dict[str, float]]) -> dict:
     return {
         "name": "sdllava-mini",
         "summary": "The miniature that the package `sdllava` brings: VAE, text-conditional UNet, CLIP and Llama were "
-        "trained from nothing on rendered 64x64 scenes, put together, and trained in the papers' two stages, all by "
-        f"`sdllava mini train`. What the parts reached on held-out scenes: {reached}.",
+        "trained from nothing on rendered 64x64 scenes, put together, and trained in the papers' two stages, by the "
+        "code of `sdllava mini train`; `docs/making.md` in the package's repository tells how, and the training below "
+        f"is that of the stages alone. What the parts reached on held-out scenes: {reached}.",
         "license": "apache-2.0",
         "language": ["en"],
         "limits": _LIMITS,
