@@ -103,7 +103,7 @@ def _matching(found: NUMBER) -> list[str]:
     return [
         f"{unet['samples']} minimal pairs, each scene against its own caption and the other's, through `sdllava match`;"
         f" {unet['trials']} noise draws (± is their spread). Percent of pairs in which both captions pick their scene; "
-        "chance is 25:",
+        "chance is 25, and below it one scene of a pair mostly wins with both captions:",
         table(["pattern", "UNet, cross-attention", "CLIP"], lines),
         "The UNet's average at single timesteps:",
         table(["timestep", "average"], by_timestep),
