@@ -36,7 +36,7 @@ def _errors(means: Sequence[float], intervals: Sequence[Sequence[float] | None])
 
 
 def _bars(axes: "Axes", groups: Sequence[str], series: dict[str, Sequence[tuple[float | None, Any]]]) -> None:
-    """Grouped bars of percentages with their intervals."""
+    """Grouped bars with their intervals."""
     width = 0.8 / len(series)
     for k, (name, points) in enumerate(series.items()):
         means = [_number(mean) for mean, _ in points]
@@ -45,7 +45,6 @@ def _bars(axes: "Axes", groups: Sequence[str], series: dict[str, Sequence[tuple[
         style = {"color": COLOURS[k % len(COLOURS)], "error_kw": {"linewidth": 0.8}}
         axes.bar(at, means, width, yerr=errors, label=name, **style)
     axes.set_xticks(range(len(groups)), groups, fontsize=7, rotation=25, ha="right", rotation_mode="anchor")
-    axes.set_ylim(0, 100)
     axes.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), frameon=False)
 
 
@@ -76,6 +75,7 @@ def _matching(found: dict) -> "Figure":
     _bars(axes, names, series)
     axes.axhline(25, color="black", linestyle=":", linewidth=1)
     axes.set_ylabel("pairs right, %")
+    axes.set_ylim(0, 100)
     return figure
 
 
@@ -92,6 +92,7 @@ def _questions(found: dict) -> "Figure":
     series = {"questions": points("questions"), "compositions": points("compositions"), "pairs": points("pairs")}
     _bars(axes, list(rows), {**series, "questions, blind": blind})
     axes.set_ylabel("right, %")
+    axes.set_ylim(0, 100)
     return figure
 
 
@@ -129,6 +130,7 @@ def _guidance(found: dict) -> "Figure":
         axes, list(rows), {"mean over patterns": [(r["scores"]["mean"], r["intervals"]["mean"]) for r in rows.values()]}
     )
     axes.set_ylabel("answers right, %")
+    axes.set_ylim(0, 100)
     return figure
 
 
@@ -148,7 +150,7 @@ def _similarity(found: dict) -> "Figure":
     _lines(right, GUIDANCE, {tap: points(moved, [f"{tap}|{s:g}" for s in GUIDANCE]) for tap in TAPS})
     right.set_xlabel("guidance scale s")
     right.set_ylabel("linear CKA with s = 0")
-    right.legend(*left.get_legend_handles_labels(), fontsize=6, loc="lower left")
+    figure.legend(*left.get_legend_handles_labels(), fontsize=6, loc="outside lower center", ncols=len(TAPS) + 1)
     return figure
 
 
