@@ -50,4 +50,5 @@ def sentence(found: dict[str, Any]) -> str:
     low, high = found["interval"]
     digits = DIGITS.get(found["unit"], 3)
     numbers = f"{found['difference']:+.{digits}f} {found['unit']} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"**{told}**: {found['trend']}: {numbers}"
+    others = " and ".join(f"{other:+.{digits}f}" for other in found.get("under_other_noise", ()))
+    return f"**{told}**: {found['trend']}: {numbers}" + (f"; under other noise {others}" if others else "")

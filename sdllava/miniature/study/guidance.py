@@ -72,9 +72,10 @@ def _units(scores: Tensor, questions: Sequence[Question], answers: list[str], al
     return right_of([question.pattern for question in questions], right)
 
 
-def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
+def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> dict[str, Any]:
     """Read-out accuracies by guidance scale and ensemble, with the most frequent answers beside them."""
     subject = load_subject(str(parts / "diffusion"))
+    subject.tower.config.noise_seed = noise_seed
     counts = dict(zip(("train", "test"), scale.asked, strict=True))
     asked = {split: [sample_question(split, seed) for seed in range(count)] for split, count in counts.items()}
     features = {}

@@ -39,8 +39,9 @@ sdllava mini study --from FOLDER --out docs{scale}
 from the numbers in `FOLDER/study`, where FOLDER is what `sdllava mini train` left. Brackets hold 95% bootstrap
 intervals over held-out scenes, questions or pairs. Each verdict is computed: a trend *holds* where the whole interval
 of the paired difference lies above zero, *does not hold* where it lies below, and is *undecided* otherwise. (b) has
-{trials} noise draws; all else is read under one noise map, and in (c) and (d) every model is trained from one seed:
-their intervals do not hold what another training would have changed.
+{trials} noise draws; (a), (e) and (f) are read under one noise map, and their differences under two more. In (c) and
+(d), which are costly, every model is trained from one seed: their intervals do not hold what another training would
+have changed.
 """
 SMOKE = "**These are the numbers of a smoke test, with parts that have learnt nothing: they are no result.**\n"
 

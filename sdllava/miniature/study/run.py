@@ -18,21 +18,23 @@ from sdllava.miniature.study.scales import STUDY_SCALES
 
 @dataclass(frozen=True)
 class StudyPart:
-    """The module that measures a part, the budgets that it spends, and the miniature's parts that it reads."""
+    """The module that measures a part, the budgets that it spends, the miniature's parts that it reads, and under how
+    many more noise maps its claims are measured."""
 
     module: str
     budgets: tuple[str, ...]
     weights: tuple[str, ...] = ("diffusion/vae", "diffusion/unet", "diffusion/text_encoder", "clip")
+    more_noise: int = 0
 
 
 TRAINED_ON = (*StudyPart.weights, "llm")
 PARTS = {
-    "a": StudyPart("taps", ("readout",)),
+    "a": StudyPart("taps", ("readout",), more_noise=2),
     "b": StudyPart("matching", ("match_items", "match_trials")),
     "c": StudyPart("questions", ("align", "finetune", "questions", "heads"), TRAINED_ON),
     "d": StudyPart("captions", ("captions", "described", "leakage"), TRAINED_ON),
-    "e": StudyPart("guidance", ("asked",)),
-    "f": StudyPart("similarity", ("pairs", "groups", "group_size")),
+    "e": StudyPart("guidance", ("asked",), more_noise=2),
+    "f": StudyPart("similarity", ("pairs", "groups", "group_size"), more_noise=2),
 }
 
 
@@ -81,6 +83,10 @@ def _measure(name: str, folder: Path, work: Path, scale: str) -> dict[str, Any]:
     started = time.process_time()
     try:
         numbers = module.measure(folder, work, STUDY_SCALES[scale])
+        for seed in range(1, 1 + PARTS[name].more_noise):
+            again = module.measure(folder, work, STUDY_SCALES[scale], seed)
+            for claim, other in zip(numbers["claims"], again["claims"], strict=True):
+                claim.setdefault("under_other_noise", []).append(other["difference"])
     finally:
         spent = before + round(time.process_time() - started)
         write_json(file, spent)

@@ -60,9 +60,10 @@ def _column(units: Units, key: str) -> Units:
     return {group: {"CKA": values[key]} for group, values in units.items()}
 
 
-def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
+def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> dict[str, Any]:
     """Similarities with intervals over pairs, and CKA with intervals over groups of scenes."""
     subject = load_subject(str(parts / "diffusion"))
+    subject.tower.config.noise_seed = noise_seed
     alike, num_pairs = _similarities(parts, subject, scale)
     moved = _cka(subject, scale)
     default, out = f"{DEFAULT_TAP}|50", f"{OUT_TAP}|50"

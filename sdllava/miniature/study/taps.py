@@ -79,12 +79,13 @@ def _clip(parts: Path, scenes: list[Scene]) -> Tensor:
     return quadrant_vectors(patches.unflatten(1, (side, side)))
 
 
-def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
+def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> dict[str, Any]:
     """Read-out accuracies by tap and timestep, with CLIP and the most frequent values beside them."""
     counts = dict(zip(("train", "test"), scale.readout, strict=True))
     scenes = {split: [sample_scene(split, seed) for seed in range(count)] for split, count in counts.items()}
     told = {split: _targets(scenes[split]) for split in scenes}
     subject = load_subject(str(parts / "diffusion"))
+    subject.tower.config.noise_seed = noise_seed
     latents = {split: _latents(subject, scenes[split]) for split in scenes}
 
     def read_out(features: dict[str, Tensor]) -> Units:
