@@ -149,7 +149,7 @@ def capture_attention(
         yield capture.maps
 
 
-def _refuse_compiled(unet: nn.Module, paths: dict[str, str]) -> None:
+def _refuse_compiled(unet: Any, paths: dict[str, str]) -> None:
     compiled = [path for path, module in unet.named_modules() if module._compiled_call_impl is not None]
     for layer, path in paths.items():
         if any(f"{path}.".startswith(f"{outer}." if outer else "") for outer in compiled):
