@@ -11,7 +11,7 @@ import typer
 
 from sdllava import hub_cli
 from sdllava.analysis import cli as analysis_cli
-from sdllava.command_line import DType, default_device, model_path
+from sdllava.command_line import DType, check_device, default_device, model_path
 from sdllava.demo import cli as demo_cli
 from sdllava.evaluation import cli as evaluation_cli
 from sdllava.miniature import cli as miniature_cli
@@ -92,16 +92,13 @@ def load_pipeline(model: str, device: str | None, dtype: DType | None):
     import sdllava
 
     sdllava.register()
-    import torch
     from transformers import pipeline
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     path = model_path(model)
-    device = device or default_device()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device} is not there: use cpu, or a torch with CUDA")
+    device = check_device(device or default_device())
     weights = dtype.value if dtype else "float32" if device == "cpu" else "bfloat16"
     return pipeline("visual-question-answering", model=path, device=device, dtype=weights)
 

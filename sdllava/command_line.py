@@ -39,3 +39,21 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(device: str) -> str:
+    """
+    The device that `--device` names.
+
+    Raises:
+        ValueError: torch knows no such device, or there is no CUDA.
+    """
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"--device {device!r} is no device: give cpu, cuda, cuda:1 or mps, for example") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device} is not there: use cpu, or a torch with CUDA")
+    return device

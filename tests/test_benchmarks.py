@@ -1,4 +1,5 @@
-"""The benchmarks: what they count is right, their models have the published sizes, and each runs at its small size."""
+"""The benchmarks: what they count is right, their models have the published sizes, and each that needs no
+real weights runs at its small size."""
 
 import json
 from pathlib import Path

@@ -77,10 +77,11 @@ def test_a_finished_folder_of_another_scale_or_seed_is_refused(scale, seed, part
         pretrain(scale, parts, seed=seed)
 
 
-def test_a_device_that_is_not_there_is_told_before_anything_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("device", "told"), [("cuda", "--device cuda is not there"), ("gpu", "'gpu' is no device")])
+def test_a_device_that_is_not_there_is_told_before_anything_is_written(device, told, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="--device cuda is not there"):
-        pretrain("smoke", tmp_path, device="cuda")
+    with pytest.raises(ValueError, match=told):
+        pretrain("smoke", tmp_path, device=device)
     assert not any(tmp_path.iterdir())
 
 

@@ -311,9 +311,11 @@ def _subject(model: str, device: str | None):
 
     import sdllava
 
-    from ..command_line import model_path
+    from ..command_line import check_device, model_path
     from .loading import load_subject
 
+    if device is not None:
+        check_device(device)
     sdllava.register()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -22,11 +22,11 @@ def demo(
     import sdllava
 
     sdllava.register()
-    from ..command_line import model_path
+    from ..command_line import check_device, model_path
     from .engine import Engine
     from .page import launch
 
-    engine = Engine.from_pretrained(model_path(model), device, dtype)
+    engine = Engine.from_pretrained(model_path(model), device and check_device(device), dtype)
     typer.echo(f"The page of {engine.name}: http://{host}:{port} (stop it with Ctrl-C)")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what belongs to the page is tidied up
     launch(engine, host, port)

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from sdllava.command_line import check_device
 from sdllava.data.scenes import caption, sample_scene
 from sdllava.evaluation.results import write_json
 from sdllava.miniature.clip import ClipPart
@@ -128,8 +129,7 @@ def pretrain(scale: str, folder: str | os.PathLike, parts: tuple[str, ...] = PAR
         raise ValueError(f"{scale!r} is no scale of the miniature; the scales are {', '.join(SCALES)}.")
     if unknown := [name for name in parts if name not in PARTS]:
         raise ValueError(f"{unknown[0]!r} is no part of the miniature; the parts are {', '.join(PARTS)}.")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device} is not there: use cpu, or a torch with CUDA")
+    check_device(device)
     folder = Path(folder)
     _settle(folder, {"scale": scale, "seed": seed})
     for name in parts:
