@@ -3,6 +3,7 @@ Question answering: time to the first token and decoding speed, against transfor
 (whose weights are shared) and against our model without its diffusion tower.
 
     python benchmarks/answering.py                       # Vicuna-7B's size; needs a GPU or 40 GiB of memory
+    python benchmarks/answering.py --tie-layers          # as many operations, in 12 GiB
     python benchmarks/answering.py --size mini --batch 1 --batch 8
 """
 
@@ -30,8 +31,8 @@ def text_inputs(config: Any, image_tokens: int, n: int, device: torch.device) ->
 class Subjects:
     """transformers' LLaVA, ours with CLIP alone, and ours: one language model in all three."""
 
-    def __init__(self, size: str, device: torch.device, dtype: torch.dtype):
-        self.llava = models.build_llava(size, device, dtype)
+    def __init__(self, size: str, device: torch.device, dtype: torch.dtype, tie_layers: bool = False):
+        self.llava = models.build_llava(size, device, dtype, tie_layers)
         self.clip_only = models.build_ours(self.llava, size, diffusion=False)
         self.ours = models.build_ours(self.llava, size)
         self.device, self.dtype = device, dtype
@@ -89,6 +90,7 @@ def measure(bench: Bench, subjects: Subjects, n: int) -> None:
 
 def main(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Questions at once; default 1 to 32 on a GPU.")] = None,
+    tie_layers: Annotated[bool, typer.Option("--tie-layers", help="The language model's layers share weights.")] = False,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
     dtype: DType = DEFAULT_DTYPE,
@@ -96,8 +98,9 @@ def main(
     output: Output = None,
 ) -> None:
     """Time to the first token and tokens a second, beside transformers' LLaVA."""
-    bench = Bench(f"answering, {size}", size, device, dtype, repeats, output, new_tokens=NEW_TOKENS)
-    subjects = Subjects(size, bench.device, bench.dtype)
+    settings = {"new_tokens": NEW_TOKENS, "tie_layers": tie_layers}
+    bench = Bench(f"answering, {size}", size, device, dtype, repeats, output, **settings)
+    subjects = Subjects(size, bench.device, bench.dtype, tie_layers)
     with torch.inference_mode():
         for n in batches(batch, 32 if bench.device.type == "cuda" else 1):
             measure(bench, subjects, n)

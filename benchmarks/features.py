@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import models
 import torch
 import typer
+from diffusers import UNet2DConditionModel
 from measure import (
     DEFAULT_DEVICE,
     DEFAULT_DTYPE,
@@ -48,9 +49,18 @@ class Subject:
 
     def __init__(self, model: str, size: str, device: torch.device, dtype: torch.dtype, batch: int):
         self.stock = models.build_tower(model, size, device, dtype, truncate=False)
+        self.stock_unet = self._stock_unet(self.stock)
         self.ours = self._cut(self.stock)
         self.vision = models.build_vision(size, device, dtype)
         self.set_batch(batch)
+
+    @staticmethod
+    def _stock_unet(tower: SDLlavaDiffusionModel) -> UNet2DConditionModel:
+        """diffusers' own UNet around the tower's weights."""
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(dict(tower.config.unet_config))
+        unet.load_state_dict(tower.unet.state_dict(), assign=True)
+        return unet.eval()
 
     @staticmethod
     def _cut(stock: SDLlavaDiffusionModel) -> SDLlavaDiffusionModel:
@@ -98,8 +108,9 @@ class Subject:
         noisy = tower.add_noise(latents, 50, tower.noise(latents))
         noisy = noisy.repeat(len(prompts["encoder_hidden_states"]) // len(latents), 1, 1, 1)
         read: list[Any] = []
-        hook = tower.unet.get_submodule(tap.module_path).register_forward_hook(lambda m, args, out: read.append(out))
-        tower.backbone._denoise(tower.unet, noisy, 50, prompts)
+        unet = self.stock_unet
+        hook = unet.get_submodule(tap.module_path).register_forward_hook(lambda m, args, out: read.append(out))
+        tower.backbone._denoise(unet, noisy, 50, prompts)
         hook.remove()
         return read[0]
 

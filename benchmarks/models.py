@@ -1,5 +1,6 @@
 """Models of the published sizes, and small ones, with random weights that are made fast."""
 
+import copy
 from typing import Any
 
 import torch
@@ -180,11 +181,29 @@ def build_tiny_vae(size: str, device: torch.device, dtype: torch.dtype) -> Autoe
     return fill_randomly(vae, device, dtype).eval()
 
 
-def build_llava(size: str, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """transformers' own LLaVA-1.5."""
+def build_llava(
+    size: str, device: torch.device, dtype: torch.dtype, tie_layers: bool = False
+) -> LlavaForConditionalGeneration:
+    """
+    transformers' own LLaVA-1.5.
+
+    Args:
+        tie_layers: all layers of the language model use the weights of the first. It then computes as much, and reads
+            as much per token as long as a layer is larger than the caches, but holds little.
+    """
     text, vision = text_config(size), vision_config(size)
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=text.vocab_size - 1)
-    return build(LlavaForConditionalGeneration, config, device, dtype)
+    if not tie_layers:
+        return build(LlavaForConditionalGeneration, config, device, dtype)
+    count, config.text_config.num_hidden_layers = config.text_config.num_hidden_layers, 1
+    llava = build(LlavaForConditionalGeneration, config, device, dtype)
+    config.text_config.num_hidden_layers = count
+    layers = llava.model.language_model.layers
+    for index in range(1, count):
+        layer = copy.deepcopy(layers[0], memo={id(p): p for p in layers[0].parameters()})
+        layer.self_attn.layer_idx = index
+        layers.append(layer)
+    return llava
 
 
 def build_ours(llava: LlavaForConditionalGeneration, size: str, diffusion: bool = True) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from .configuration import SDLlavaDiffusionConfig
+from .small_maps import multiply_small_maps
 from .taps import CutAway, Tap, cut_behind_taps, read_taps, share_rows
 
 _BEFORE_CROSS_ATTENTION = (
@@ -31,7 +32,7 @@ class StableDiffusionBackbone(nn.Module):
     def __init__(self, config: SDLlavaDiffusionConfig):
         super().__init__()
         self.config = config
-        self.unet = UNet2DConditionModel.from_config(dict(config.unet_config))
+        self.unet = multiply_small_maps(UNet2DConditionModel.from_config(dict(config.unet_config)))
         self.vae = (AutoencoderTiny if config.has_tiny_vae else AutoencoderKL).from_config(dict(config.vae_config))
         self.text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(config.text_encoder_config)))
 
@@ -46,7 +47,8 @@ class StableDiffusionBackbone(nn.Module):
             `torch.Tensor` of shape `(n, 4, height / 8, width / 8)`: the latents z0, float32.
         """
         with torch.autocast(pixel_values.device.type, enabled=False):
-            encoded = self.vae.encode(pixel_values.to(self.vae.dtype))
+            pixels = pixel_values.to(dtype_of(self.vae), memory_format=torch.channels_last)  # faster for this network
+            encoded = self.vae.encode(pixels)
         latents = encoded.latents if self.config.has_tiny_vae else encoded.latent_dist.mode()
         return (latents * self.vae.config.scaling_factor).float()
 
@@ -94,8 +96,8 @@ class StableDiffusionBackbone(nn.Module):
             return []
         only = config.only_cross_attention
         attends_prompt_first = only if isinstance(only, bool) else only[0]
-        known = dict(self.unet.named_modules())
         paths = _BEFORE_CROSS_ATTENTION[:-1] if attends_prompt_first else _BEFORE_CROSS_ATTENTION
+        known = dict(self.unet.down_blocks[0].named_modules(prefix="down_blocks.0"))
         return [known[path] for path in paths if path in known]
 
     def compile_blocks(self, taps: Sequence[Tap], **options) -> int:
@@ -127,7 +129,11 @@ class StableDiffusionBackbone(nn.Module):
         return {"encoder_hidden_states": torch.empty(1, 1, unet.config.cross_attention_dim)}
 
     def _denoise(self, unet, latents, timestep, prompts):
-        return unet(latents.to(unet.dtype), timestep, prompts["encoder_hidden_states"].to(unet.dtype))
+        return unet(*self._unet_inputs(dtype_of(unet), latents, timestep, prompts))
+
+    def _unet_inputs(self, dtype, latents, timestep, prompts) -> tuple[torch.Tensor, ...]:
+        timestep = torch.full((), timestep, device=latents.device)  # as a number, a GPU would be waited for
+        return latents.to(dtype), timestep, prompts["encoder_hidden_states"].to(dtype)
 
 
 class StableDiffusionXLBackbone(StableDiffusionBackbone):
@@ -150,14 +156,16 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
         return {**super()._empty_prompts(unet), "text_embeds": pooled}
 
     def _denoise(self, unet, latents, timestep, prompts):
-        size = self.config.image_size
-        time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=latents.device, dtype=unet.dtype)
-        added = {
-            "text_embeds": prompts["text_embeds"].to(unet.dtype),
-            "time_ids": time_ids.expand(len(latents), -1),
-        }
-        hidden_states = prompts["encoder_hidden_states"].to(unet.dtype)
-        return unet(latents.to(unet.dtype), timestep, hidden_states, added_cond_kwargs=added)
+        dtype = dtype_of(unet)
+        time_ids = torch.full((len(latents), 6), self.config.image_size, device=latents.device, dtype=dtype)
+        time_ids[:, 2:4] = 0  # original height and width, top and left of the crop, target height and width
+        added = {"text_embeds": prompts["text_embeds"].to(dtype), "time_ids": time_ids}
+        return unet(*self._unet_inputs(dtype, latents, timestep, prompts), added_cond_kwargs=added)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The type of a module's first weight; diffusers' own `dtype` walks through all modules, a tenth of a small pass."""
+    return next(module.parameters()).dtype
 
 
 def backbone_for(config: SDLlavaDiffusionConfig) -> StableDiffusionBackbone:

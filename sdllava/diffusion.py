@@ -219,7 +219,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = tuple(latents.shape[1:])
         maps = [torch.randn(shape, generator=g, device="cpu", dtype=torch.float32) for g in generators]
-        return torch.stack(maps).to(latents.device).expand_as(latents)
+        return torch.stack(maps).to(latents.device, non_blocking=latents.is_cuda).expand_as(latents)
 
     def add_noise(self, latents: torch.Tensor, timestep: int, noise: torch.Tensor) -> torch.Tensor:
         """x_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps, on the 1000-step training schedule."""

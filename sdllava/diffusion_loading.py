@@ -19,6 +19,7 @@ from transformers import (
 from .checkpoints import refuse_pickle
 from .configuration import SDLlavaDiffusionConfig
 from .diffusion import FeatureEnsemble, SDLlavaDiffusionModel
+from .small_maps import multiply_small_maps
 from .sources import missing, split_revision
 
 
@@ -108,7 +109,7 @@ def load_tower(diffusion: str, config: SDLlavaDiffusionConfig, dtype: torch.dtyp
     backbone = tower.backbone
     try:
         options = {"use_safetensors": True, "torch_dtype": dtype, **where}
-        backbone.unet = UNet2DConditionModel.from_pretrained(subfolder="unet", **options)
+        backbone.unet = multiply_small_maps(UNet2DConditionModel.from_pretrained(subfolder="unet", **options))
         options["torch_dtype"] = torch.float32 if config.vae_in_fp32 else dtype
         backbone.vae = AutoencoderKL.from_pretrained(subfolder="vae", **options)
         options = {"use_safetensors": True, "dtype": dtype, **where}

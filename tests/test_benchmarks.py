@@ -57,11 +57,25 @@ def test_growth_costs_what_it_computes(tmp_path):
     assert gflop["1 timestep(s)"] < gflop["2 timestep(s)"] < gflop["4 timestep(s)"] < 4 * gflop["1 timestep(s)"]
 
 
+def test_tied_layers_are_one_layers_weights_and_remember_each_its_own_keys():
+    import models
+
+    tied, plain = (models.build_llava("mini", torch.device("cpu"), torch.float32, tie) for tie in (True, False))
+    layers = tied.model.language_model.layers
+    assert len(layers) == tied.config.text_config.num_hidden_layers == 4
+    assert len({id(p) for p in layers.parameters()}) == len(list(layers[0].parameters()))
+    plain.load_state_dict(tied.state_dict())  # the same weights four times over
+    ids = torch.randint(3, 2000, (2, 9))
+    found, expected = (model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0) for model in (tied, plain))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("tie_layers", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_answering_decodes_at_the_same_operations_as_llava(tmp_path):
+def test_answering_decodes_at_the_same_operations_as_llava(tie_layers, tmp_path):
     import answering
 
-    answering.main([1], "mini", "cpu", "float32", 1, tmp_path / "out.json")
+    answering.main([1], tie_layers, "mini", "cpu", "float32", 1, tmp_path / "out.json")
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     first = {name.removeprefix("first token, "): row["gflop"] for name, row in rows.items() if "first token" in name}
     alone, question = first["ours, CLIP alone, batch 1"], first["ours, first question, batch 1"]
