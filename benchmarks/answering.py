@@ -14,8 +14,6 @@ import torch
 import typer
 from measure import DEFAULT_DEVICE, DEFAULT_DTYPE, Bench, Call, Device, DType, Output, Repeats, Row, Size, batches
 
-NEW_TOKENS = 32
-"""Tokens decoded behind the first; decoding speed is what they add."""
 QUESTION_TOKENS = 48
 """Tokens of the conversation around the image."""
 
@@ -53,6 +51,10 @@ class Subjects:
         return {
             "transformers' LLaVA": (self.llava, {**text, **images}),
             "ours, CLIP alone": (self.clip_only, {**text, **images}),
+            "ours, CLIP alone, image known": (
+                self.clip_only,
+                {**text, "image_encodings": self.clip_only.encode_images(pixels)},
+            ),
             "ours, first question": (
                 self.ours,
                 {**text, **images, **question, "diffusion_pixel_values": diffusion_pixels},
@@ -67,7 +69,7 @@ def generation(model: Any, inputs: dict[str, Any], new_tokens: int) -> Call:
     return lambda: model.generate(**inputs, **length)
 
 
-def measure(bench: Bench, subjects: Subjects, n: int) -> None:
+def measure(bench: Bench, subjects: Subjects, n: int, new_tokens: int) -> None:
     """Adds the rows of `n` questions at once: the first token of each way, then decoding alone."""
     ways = subjects.ways(n)
     first = bench.time(
@@ -75,13 +77,16 @@ def measure(bench: Bench, subjects: Subjects, n: int) -> None:
         reference=f"first token, ours, CLIP alone, batch {n}",
         per_call=n,
     )
+    first[f"first token, ours, follow-up question, batch {n}"].reference = (
+        f"first token, ours, CLIP alone, image known, batch {n}"
+    )
     whole = bench.time(
-        {f"{name}, batch {n}": generation(*way, 1 + NEW_TOKENS) for name, way in ways.items()}, per_call=n
+        {f"{name}, batch {n}": generation(*way, 1 + new_tokens) for name, way in ways.items()}, per_call=n
     )
     del bench.rows[-len(whole) :]  # decoding is what the tokens behind the first add
     reference = f"decoding, transformers' LLaVA, batch {n}"
     for start, end in zip(first.values(), whole.values()):
-        row = Row(f"decoding, {end.name}", reference, per_call=n * NEW_TOKENS, memory_gib=end.memory_gib)
+        row = Row(f"decoding, {end.name}", reference, per_call=n * new_tokens, memory_gib=end.memory_gib)
         row.seconds = [b - a for a, b in zip(start.seconds, end.seconds)]
         row.gflop = end.gflop - start.gflop
         row.note = f"{row.per_call / row.median:.1f} tokens/s"
@@ -90,6 +95,7 @@ def measure(bench: Bench, subjects: Subjects, n: int) -> None:
 
 def main(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Questions at once; default 1 to 32 on a GPU.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind the first; decoding is what they add.")] = 32,
     tie_layers: Annotated[bool, typer.Option("--tie-layers", help="The language model's layers share weights.")] = False,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
@@ -98,12 +104,12 @@ def main(
     output: Output = None,
 ) -> None:
     """Time to the first token and tokens a second, beside transformers' LLaVA."""
-    settings = {"new_tokens": NEW_TOKENS, "tie_layers": tie_layers}
+    settings = {"new_tokens": new_tokens, "tie_layers": tie_layers}
     bench = Bench(f"answering, {size}", size, device, dtype, repeats, output, **settings)
     subjects = Subjects(size, bench.device, bench.dtype, tie_layers)
     with torch.inference_mode():
         for n in batches(batch, 32 if bench.device.type == "cuda" else 1):
-            measure(bench, subjects, n)
+            measure(bench, subjects, n, new_tokens)
     bench.report()
 
 

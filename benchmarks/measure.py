@@ -86,7 +86,7 @@ class Bench:
 
     @property
     def clock(self) -> str:
-        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1 and not self.settings.get("wall_clock")
         return "CPU seconds of this process" if alone else "seconds"
 
     def _now(self) -> float:

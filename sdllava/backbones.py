@@ -7,6 +7,7 @@ A backbone turns pixels into latents, prompts into conditioning, and noisy laten
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -46,7 +47,7 @@ class StableDiffusionBackbone(nn.Module):
         Returns:
             `torch.Tensor` of shape `(n, 4, height / 8, width / 8)`: the latents z0, float32.
         """
-        with torch.autocast(pixel_values.device.type, enabled=False):
+        with without_autocast(pixel_values.device):
             pixels = pixel_values.to(dtype_of(self.vae), memory_format=torch.channels_last)  # faster for this network
             encoded = self.vae.encode(pixels)
         latents = encoded.latents if self.config.has_tiny_vae else encoded.latent_dist.mode()
@@ -161,6 +162,11 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
         time_ids[:, 2:4] = 0  # original height and width, top and left of the crop, target height and width
         added = {"text_embeds": prompts["text_embeds"].to(dtype), "time_ids": time_ids}
         return unet(*self._unet_inputs(dtype, latents, timestep, prompts), added_cond_kwargs=added)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """No automatic casting on a device; the meta device, where operations are counted, knows none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .attention_capture import AttentionMaps, capture_attention
-from .backbones import backbone_for
+from .backbones import backbone_for, without_autocast
 from .checkpoints import CheckpointMixin
 from .configuration import SDLlavaDiffusionConfig
 
@@ -205,7 +205,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
             device = torch.device(device or weight.device)
             ids = [self.config.null_input_ids, self.config.null_input_ids_2]
             tensors = [torch.tensor([row], device=device) for row in ids if row is not None]
-            with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+            with torch.inference_mode(False), without_autocast(device):
                 self._null_prompt = (key, self.encode_prompts(*tensors))
         return self._null_prompt[1]
 

@@ -75,12 +75,21 @@ def test_tied_layers_are_one_layers_weights_and_remember_each_its_own_keys():
 def test_answering_decodes_at_the_same_operations_as_llava(tie_layers, tmp_path):
     import answering
 
-    answering.main([1], tie_layers, "mini", "cpu", "float32", 1, tmp_path / "out.json")
+    answering.main([1], 4, tie_layers, "mini", "cpu", "float32", 1, tmp_path / "out.json")
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     first = {name.removeprefix("first token, "): row["gflop"] for name, row in rows.items() if "first token" in name}
     alone, question = first["ours, CLIP alone, batch 1"], first["ours, first question, batch 1"]
     assert first["transformers' LLaVA, batch 1"] == pytest.approx(alone, rel=1e-3) and alone < question
-    assert alone < first["ours, follow-up question, batch 1"] < question
+    known, follow_up = first["ours, CLIP alone, image known, batch 1"], first["ours, follow-up question, batch 1"]
+    assert known < alone < question and known < follow_up < question
+
+
+def test_preparing_ahead_gives_the_same_replies(tmp_path):
+    import preprocessing
+
+    preprocessing.main("mini", 2, 5, "cpu", "auto", 1, tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["rows"][1]["note"] == "the same replies" and found["clock"] == "seconds"
 
 
 def test_operations_and_memory_are_counted_without_weights(tmp_path, capsys):

@@ -21,7 +21,7 @@ def one_by_one(responder, sample, text, question):
     ids = responder.tokenizer(text, add_special_tokens=False)["input_ids"]
     values = []
     for end in range(len(ids)):
-        inputs = responder.inputs([sample], [question])
+        inputs = responder.inputs(responder.prepare([sample], [question]))
         prefix = torch.tensor([ids[:end]], dtype=torch.long)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], prefix], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -83,7 +83,7 @@ def test_donors_are_deranged_and_targets_literal(tmp_path):
 def test_a_parrot_leaks_and_the_sweep_says_from_where(ours, tmp_path, monkeypatch):
     """A model that repeats its diffusion prompt from s = 2 on, and finds it likelier in proportion to s."""
 
-    def parrot(self, samples, generation, questions=None, blind=False):
+    def parrot(self, samples, generation, questions=None, *rest):
         leaking = self.guidance_scales[0] >= 2
         return [q[0] if leaking and q[0] else "a photo of it" for q in questions]
 

@@ -14,6 +14,7 @@ from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate
 from sdllava.evaluation.judge import EndpointJudge, make_judge
 from sdllava.evaluation.responder import Responder
 from sdllava.evaluation.results import RunFolder, load_results, read_records
+from sdllava.evaluation.runner import one_ahead
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,25 @@ def test_questions_on_one_image_share_its_encoding(composed, tmp_path):
     alone = [Responder(model, processor).reply([s], generation, [q])[0] for s, q in zip(samples, questions)]
     hook.remove()
     assert together == alone
+
+
+def test_the_next_batch_is_prepared_while_one_is_answered():
+    began, seen = [threading.Event() for _ in range(4)], []
+
+    def prepare(item: int) -> int:
+        began[item].set()
+        if item == 3:
+            raise ValueError("the last one is broken")
+        return 10 * item
+
+    prepared = one_ahead(prepare, range(4))
+    with pytest.raises(ValueError, match="broken"):
+        for item, value in enumerate(prepared):
+            assert began[item + 1].wait(timeout=5)  # while this one is used
+            assert item > 1 or not began[item + 2].is_set()
+            seen.append(value)
+    assert seen == [0, 10, 20]
+    assert list(one_ahead(str, [])) == [] and list(one_ahead(str, [7])) == ["7"]
 
 
 def test_results_folder(loaded, tmp_path):

@@ -51,7 +51,7 @@ def text_log_likelihood(
 
 
 def _batch_likelihood(responder: Responder, samples, texts, questions) -> list[float]:
-    inputs = responder.inputs(samples, questions)
+    inputs = responder.inputs(responder.prepare(samples, questions))
     if responder.guidance_scales is not None:
         inputs["diffusion_guidance_scales"] = responder.guidance_scales
     token_ids = [responder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -1,7 +1,8 @@
 """A model and its processor as something that answers samples: any image-text-to-text model of transformers."""
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -45,6 +46,13 @@ def has_diffusion(model) -> bool:
     return getattr(model.config, "diffusion_config", None) is not None
 
 
+class Prepared(NamedTuple):
+    """Samples as a processor gives them, on the CPU, and their images in order."""
+
+    images: list[Image.Image]
+    inputs: dict[str, Any]
+
+
 class Responder:
     """Answers batches of samples.
 
@@ -77,6 +85,7 @@ class Responder:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
+        self._decoder = copy.deepcopy(tokenizer)  # one tokenizer must not read in one thread while it writes in another
 
     def text(self, sample: Sample) -> str:
         """The prompt as the language model gets it, image tokens not yet expanded."""
@@ -87,10 +96,10 @@ class Responder:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
 
-    def inputs(
+    def prepare(
         self, samples: Sequence[Sample], questions: Sequence[Sequence[str]] | None = None, blind: bool = False
-    ) -> dict[str, Any]:
-        """Left-padded model inputs; `questions` are the diffusion prompts, one per image of each sample."""
+    ) -> Prepared:
+        """What does not need the model; `questions` are the diffusion prompts, one per image of each sample."""
         images = [images_of(sample, blind) for sample in samples]
         texts = [self.text(sample) for sample in samples]
         options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
@@ -99,13 +108,17 @@ class Responder:
         if self.diffusion and questions is not None:
             options["question"] = [question for group in questions for question in group]
         inputs = self.processor(images=images, text=texts, **options)
+        return Prepared([image for group in images for image in group], dict(inputs))
+
+    def inputs(self, prepared: Prepared) -> dict[str, Any]:
+        """Left-padded inputs on the model's device, images encoded where they are kept."""
         given = {
             # the VAE wants float32 pixels whatever the language model's dtype
             key: value.to(self.model.device, self.model.dtype if key == "pixel_values" else None)
-            for key, value in inputs.items()
+            for key, value in prepared.inputs.items()
         }
         if self.kept is not None:
-            self.kept.replace_pixels([image for group in images for image in group], given)
+            self.kept.replace_pixels(prepared.images, given)
         return given
 
     @torch.inference_mode()
@@ -115,14 +128,20 @@ class Responder:
         generation: dict[str, Any],
         questions: Sequence[Sequence[str]] | None = None,
         blind: bool = False,
+        prepared: Prepared | None = None,
     ) -> list[str]:
-        """One reply per sample, special tokens and outer blanks removed."""
-        inputs = self.inputs(samples, questions, blind)
+        """
+        One reply per sample, special tokens and outer blanks removed.
+
+        Args:
+            prepared: from `prepare` of the same samples, where that was done ahead.
+        """
+        inputs = self.inputs(prepared or self.prepare(samples, questions, blind))
         if self.guidance_scales is not None:
             inputs["diffusion_guidance_scales"] = self.guidance_scales
         output = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **generation)
         new = output[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return [text.strip() for text in self._decoder.batch_decode(new, skip_special_tokens=True)]
 
 
 def images_of(sample: Sample, blind: bool = False) -> list[Image.Image]:

@@ -8,7 +8,8 @@ import itertools
 import random
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,18 @@ def answer_samples(
     todo.sort(key=_batching_order(todo))
     sampled = benchmark.generation.get("do_sample", False)
     size = 1 if sampled else batch_size
-    for start in range(0, len(todo), size):
-        batch = todo[start : start + size]
+    batches = [todo[start : start + size] for start in range(0, len(todo), size)]
+
+    def prompts(batch: list[Sample]) -> list[list[str]] | None:
+        return [questions[sample.id] for sample in batch] if questions else None
+
+    answered = len(mine) - len(todo)
+    ahead = one_ahead(lambda batch: responder.prepare(batch, prompts(batch), blind), batches)
+    for batch in batches:
         if sampled:
             _seed_everything(zlib.crc32(f"{seed} {batch[0].id}".encode()))
-        texts = [questions[sample.id] for sample in batch] if questions else None
         try:
-            replies = responder.reply(batch, benchmark.generation, texts, blind)
+            replies = responder.reply(batch, benchmark.generation, prompts(batch), blind, next(ahead))
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(
                 f"{error} The {len(done)} replies so far are kept in {folder.path}: put it right and go on with the "
@@ -81,10 +87,22 @@ def answer_samples(
         ]
         folder.append(records)
         done.update({record["id"]: record for record in records})
+        answered += len(batch)
         if progress:
-            progress(len(mine) - len(todo) + start + len(batch), len(mine))
+            progress(answered, len(mine))
     # parsed anew, so that what a judge once said of a reply is not taken for the parser's verdict
     return [make_record(benchmark, sample, done[sample.id]["reply"], questions) for sample in mine]
+
+
+def one_ahead(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """`function` of each item, in order; a thread works on the next one while the caller uses the last."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = [pool.submit(function, item) for item in items[:1]]
+        for item in items[1:]:
+            following.append(pool.submit(function, item))
+            yield following.pop(0).result()
+        for last in following:
+            yield last.result()
 
 
 def _batching_order(samples: Sequence[Sample]) -> Callable[[Sample], tuple]:
