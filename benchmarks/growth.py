@@ -1,14 +1,17 @@
 """
-How cost and memory grow with questions per image, images at once, taps, timesteps and guidance scales.
+How cost and memory grow with questions per image, images at once, taps, timesteps, guidance scales, and, of the whole
+model up to the first token, with images in one conversation.
 
     python benchmarks/growth.py --size mini
 """
 
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, Any
 
 import models
 import torch
 import typer
+from answering import generation, text_inputs
 from measure import DEFAULT_DEVICE, DEFAULT_DTYPE, Bench, Call, Device, DType, Output, Repeats, Size
 
 from sdllava import SDLlavaDiffusionModel
@@ -18,6 +21,13 @@ TAPS_SDXL = ["U-L0-R0-B7-Out", "U-L0-R0-B4-Out", "U-L0-R0-B2-Out", "M-L0-R0-B7-O
 TIMESTEPS = [50, 100, 250, 500]
 SCALES = [0.0, 1.0, 2.0, 4.0]
 COUNTS = (1, 2, 4)
+
+
+class Part(StrEnum):
+    """What can be measured: the diffusion tower, the whole model."""
+
+    tower = "tower"
+    conversation = "conversation"
 
 
 def ask(tower: SDLlavaDiffusionModel, images: int = 1, questions: int = 1) -> Call:
@@ -45,29 +55,32 @@ def ask_at_once(tower: SDLlavaDiffusionModel, questions: int) -> Call:
     return lambda: tower.extract(latents, tower.encode_prompts(ids, ids_2))
 
 
-def main(
-    model: Annotated[str, typer.Option(help="sd15, sd21 or sdxl.")] = "sd21",
-    size: Size = "full",
-    device: Device = DEFAULT_DEVICE,
-    dtype: DType = DEFAULT_DTYPE,
-    repeats: Repeats = 3,
-    output: Output = None,
-) -> None:
-    """Seconds for one, two and four questions, images, taps, timesteps and scales, beside one."""
-    bench = Bench(f"growth, {model}, {size}", size, device, dtype, repeats, output, model=model)
+def ask_about_several(model: Any, images: int) -> Call:
+    """The first token of an answer about several images in one conversation, each asked the same question."""
+    config, weight = model.config, model.lm_head.weight
+    side, clip_side = config.diffusion_config.image_size, config.vision_config.image_size
+    inputs = {
+        **text_inputs(config, images * config.num_image_tokens, 1, weight.device),
+        "pixel_values": torch.randn(images, 3, clip_side, clip_side).to(weight),
+        "diffusion_pixel_values": torch.rand(images, 3, side, side).mul(2).sub(1).to(weight),
+        "diffusion_input_ids": torch.randint(1000, 40000, (1, 77), device=weight.device).expand(images, -1),
+    }
+    return generation(model, inputs, 1)
+
+
+def measure_tower(bench: Bench, model: str, size: str) -> None:
     taps = TAPS_SDXL if model == "sdxl" else TAPS
 
     def tower(**fields) -> SDLlavaDiffusionModel:
         return models.build_tower(model, size, bench.device, bench.dtype, **fields)
 
     one = tower()
-    with torch.inference_mode():
-        for n in COUNTS:
-            bench.time({f"{n} question(s) on an image, one by one": ask(one, questions=n)}, per_call=n)
-        for n in COUNTS:
-            bench.time({f"{n} question(s) on known latents, in one pass": ask_at_once(one, n)}, per_call=n)
-        for n in COUNTS:
-            bench.time({f"{n} image(s) at once": ask(one, images=n)}, per_call=n)
+    for n in COUNTS:
+        bench.time({f"{n} question(s) on an image, one by one": ask(one, questions=n)}, per_call=n)
+    for n in COUNTS:
+        bench.time({f"{n} question(s) on known latents, in one pass": ask_at_once(one, n)}, per_call=n)
+    for n in COUNTS:
+        bench.time({f"{n} image(s) at once": ask(one, images=n)}, per_call=n)
     for name, values, field in (
         ("tap", taps, "taps"),
         ("timestep", TIMESTEPS, "timesteps"),
@@ -75,8 +88,33 @@ def main(
     ):
         for n in COUNTS:
             several = tower(**{field: values[-n:] if name == "scale" else values[:n]})
-            with torch.inference_mode():
-                bench.time({f"{n} {name}(s)": ask(several)}, per_call=n)
+            bench.time({f"{n} {name}(s)": ask(several)}, per_call=n)
+
+
+def measure_conversation(bench: Bench, size: str) -> None:
+    llava = models.build_llava(size, bench.device, bench.dtype, tie_layers=True)
+    model = models.build_ours(llava, size)
+    for n in COUNTS:
+        bench.time({f"{n} image(s) in a conversation, to the first token": ask_about_several(model, n)}, per_call=n)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="sd15, sd21 or sdxl; a conversation is always sd21's.")] = "sd21",
+    part: Annotated[list[Part] | None, typer.Option(help="What to measure; default both.")] = None,
+    size: Size = "full",
+    device: Device = DEFAULT_DEVICE,
+    dtype: DType = DEFAULT_DTYPE,
+    repeats: Repeats = 3,
+    output: Output = None,
+) -> None:
+    """Seconds for one, two and four questions, images, taps, timesteps, scales, beside one."""
+    bench = Bench(f"growth, {model}, {size}", size, device, dtype, repeats, output, model=model)
+    parts = part or list(Part)
+    with torch.inference_mode():
+        if Part.tower in parts:
+            measure_tower(bench, model, size)
+        if Part.conversation in parts:
+            measure_conversation(bench, size)
     relate_to_first(bench)
     bench.report()
 

@@ -200,7 +200,8 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
             device: where its token ids lie; default the text encoder's.
         """
         weight = self.text_encoder.get_input_embeddings().weight
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        version = None if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), version, weight.dtype, weight.device)
         if self._null_prompt is None or self._null_prompt[0] != key:
             device = torch.device(device or weight.device)
             ids = [self.config.null_input_ids, self.config.null_input_ids_2]

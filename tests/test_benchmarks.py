@@ -50,10 +50,12 @@ def test_features_are_those_of_stock_diffusers_with_fewer_operations(tmp_path):
 def test_growth_costs_what_it_computes(tmp_path):
     import growth
 
-    growth.main("sd21", "mini", "cpu", "float32", 1, tmp_path / "out.json")
+    growth.main("sd21", None, "mini", "cpu", "float32", 1, tmp_path / "out.json")
     gflop = {row["name"]: row["gflop"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert gflop["4 image(s) at once"] == pytest.approx(4 * gflop["1 image(s) at once"], rel=1e-3)
     assert gflop["4 tap(s)"] == gflop["1 tap(s)"] and gflop["4 scale(s)"] == gflop["1 scale(s)"]
+    conversation = [gflop[f"{n} image(s) in a conversation, to the first token"] for n in (1, 2, 4)]
+    assert 1.9 * conversation[0] < conversation[1] and 1.9 * conversation[1] < conversation[2]
     assert gflop["1 timestep(s)"] < gflop["2 timestep(s)"] < gflop["4 timestep(s)"] < 4 * gflop["1 timestep(s)"]
 
 

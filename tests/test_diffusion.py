@@ -240,6 +240,14 @@ def test_the_empty_prompt_is_encoded_once_until_weights_change():
     assert torch.equal(model.null_prompt()["encoder_hidden_states"], other.null_prompt()["encoder_hidden_states"])
 
 
+def test_a_tower_built_in_inference_mode_answers_as_any_other():
+    torch.manual_seed(0)
+    expected = ask(tower()).last_hidden_state
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        assert torch.equal(ask(tower()).last_hidden_state, expected)
+
+
 def test_ensembles_follow_the_order_tap_timestep_scale():
     taps, timesteps, scales = ["U-L1-R1-B0-Cross-Q", "U-L1-R1-B0-Out"], [50, 250], [0.0, 4.0]
     fields = {"taps": taps, "timesteps": timesteps, "guidance_scales": scales}
