@@ -42,6 +42,7 @@ class Part(StrEnum):
     encoder = "encoder"
     question = "question"
     compiled = "compiled"
+    exact = "exact"
 
 
 class Subject:
@@ -49,17 +50,17 @@ class Subject:
 
     def __init__(self, model: str, size: str, device: torch.device, dtype: torch.dtype, batch: int):
         self.stock = models.build_tower(model, size, device, dtype, truncate=False)
-        self.stock_unet = self._stock_unet(self.stock)
+        self.stock_unet = self._stock_unet(self.stock, dtype)
         self.ours = self._cut(self.stock)
         self.vision = models.build_vision(size, device, dtype)
         self.set_batch(batch)
 
     @staticmethod
-    def _stock_unet(tower: SDLlavaDiffusionModel) -> UNet2DConditionModel:
-        """diffusers' own UNet around the tower's weights."""
+    def _stock_unet(tower: SDLlavaDiffusionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+        """diffusers' own UNet around the tower's weights, or around copies of them in another type."""
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(dict(tower.config.unet_config))
-        unet.load_state_dict(tower.unet.state_dict(), assign=True)
+        unet.load_state_dict({name: x.to(dtype) for name, x in tower.unet.state_dict().items()}, assign=True)
         return unet.eval()
 
     @staticmethod
@@ -101,14 +102,18 @@ class Subject:
         names = ["input_ids", "input_ids_2"][: len(self.null_ids)]
         return dict.fromkeys(names, self.ids)
 
-    def hooked_unet(self, latents: torch.Tensor, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The whole stock UNet with a forward hook at the tap."""
-        tower = self.stock
+    def hooked_unet(
+        self,
+        latents: torch.Tensor,
+        prompts: dict[str, torch.Tensor],
+        unet: UNet2DConditionModel | None = None,
+    ) -> torch.Tensor:
+        """The whole stock UNet, or another one, with a forward hook at the tap."""
+        tower, unet = self.stock, unet or self.stock_unet
         (tap,) = tower.taps
         noisy = tower.add_noise(latents, 50, tower.noise(latents))
         noisy = noisy.repeat(len(prompts["encoder_hidden_states"]) // len(latents), 1, 1, 1)
         read: list[Any] = []
-        unet = self.stock_unet
         hook = unet.get_submodule(tap.module_path).register_forward_hook(lambda m, args, out: read.append(out))
         tower.backbone._denoise(unet, noisy, 50, prompts)
         hook.remove()
@@ -123,6 +128,22 @@ class Subject:
         both = [torch.cat([null, self.ids]) for null in self.null_ids]
         unconditional, conditional = self.hooked_unet(latents, tower.backbone.encode_prompts(*both)).chunk(2)
         return guide(unconditional, conditional, 4.0)
+
+    def errors(self) -> dict[str, str]:
+        """How far guided features are from those of float64, of the whole stock UNet and of ours."""
+        null = self.ours._null_prompts(self.latents)
+        both = {name: torch.cat([null[name], x]) for name, x in prompts_of(self, halves=1).items()}
+        read = {
+            "float64": self.hooked_unet(self.latents, both, self._stock_unet(self.stock, torch.float64)),
+            "whole stock UNet": self.hooked_unet(self.latents, both),
+            "ours": self.ours.extract(self.latents, both),
+        }
+        guided = {}
+        for name, features in read.items():
+            unconditional, conditional = self.ours._to_grid(features).double().chunk(2)
+            guided[name] = unconditional + 4.0 * (conditional - unconditional)
+        expected = guided.pop("float64")
+        return {name: difference(found, expected) for name, found in guided.items()}
 
     def stock_follow_up(self) -> torch.Tensor:
         """Reference (b): latents, CLIP and the empty prompt's features are kept."""
@@ -192,7 +213,7 @@ def question_calls(subject: Subject) -> dict[str, Call]:
 
 def main(
     model: Annotated[str, typer.Option(help="sd15, sd21 or sdxl.")] = "sd21",
-    part: Annotated[list[Part] | None, typer.Option(help="What to measure; default all but compiled.")] = None,
+    part: Annotated[list[Part] | None, typer.Option(help="What to measure; default all but compiled and exact.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1 to 32 on a GPU.")] = None,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
@@ -201,7 +222,7 @@ def main(
     output: Output = None,
 ) -> None:
     """The UNet, the encoders and whole questions, beside stock diffusers."""
-    parts = part or [p for p in Part if p != Part.compiled]
+    parts = part or [p for p in Part if p not in (Part.compiled, Part.exact)]
     title = f"features, {model}, {size}"
     bench = Bench(title, size, device, dtype, repeats, output, model=model, parts=list(parts))
     sizes = batches(batch, 32 if bench.device.type == "cuda" else 1)
@@ -217,6 +238,9 @@ def main(
                 bench.time(encoder_calls(subject, size), per_call=n)
             if Part.compiled in parts:
                 time_compiled(bench, subject)
+            if Part.exact in parts:
+                for name, error in subject.errors().items():
+                    bench.remark(f"guided features at s = 4, batch {n}: {name} {error} from float64")
             if Part.question in parts:
                 first, ours, kept, follow_up = bench.time(question_calls(subject), per_call=n).values()
                 follow_up.note = f"{kept.median / follow_up.median:.2f}x of (b)"

@@ -80,6 +80,7 @@ class Bench:
         self.output = output or results
         self.rows: list[Row] = []
         self.results: dict[str, Any] = {}
+        self.remarks: list[str] = []
         self.settings = {"size": size, "device": device, "dtype": dtype, "repeats": repeats, **settings}
         self.console = Console()
         self.console.width = max(self.console.width, 150)
@@ -118,6 +119,11 @@ class Bench:
                 rows[name].memory_gib = self._peak()
         self.rows += rows.values()
         return rows
+
+    def remark(self, text: str) -> None:
+        """A finding that is no row; printed, and kept in the JSON."""
+        self.remarks.append(text)
+        self.console.print(text)
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
@@ -172,6 +178,7 @@ class Bench:
                 "machine": machine,
                 "clock": self.clock,
                 "matrix_peak_gflops": peak,
+                "remarks": self.remarks,
                 "rows": [{**asdict(row), "median": row.median} for row in self.rows],
             },
         )
@@ -194,7 +201,7 @@ def count_gflop(call: Call) -> tuple[float, Any]:
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> str:
     """How far a result is from the reference's, relative to its size."""
-    error = (result.float() - expected.float()).norm() / expected.float().norm()
+    error = (result.double() - expected.double()).norm() / expected.double().norm()
     return f"differs by {error.item():.1e}"
 
 

@@ -36,7 +36,7 @@ def test_operations_of_products_and_of_fused_attention_are_counted():
 def test_features_are_those_of_stock_diffusers_with_fewer_operations(tmp_path):
     import features
 
-    parts = [features.Part.guided, features.Part.question]
+    parts = [features.Part.guided, features.Part.question, features.Part.exact]
     features.main("sd21", parts, [2], "mini", "cpu", "float32", 1, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}
@@ -44,6 +44,8 @@ def test_features_are_those_of_stock_diffusers_with_fewer_operations(tmp_path):
     assert gflop["UNet, both halves, ours, batch 2"] < 0.6 * gflop["UNet, both halves, whole with a hook, batch 2"]
     assert gflop["a follow-up question, ours, batch 2"] < gflop["a question, ours, batch 2"]
     assert float(rows["a question, ours, batch 2"]["note"].split()[-1]) < 1e-4  # s = 4 enlarges what rounding does
+    stock, ours = (float(remark.split()[-3]) for remark in found["remarks"])
+    assert 0 < ours < 2 * stock < 1e-4  # from float64
     assert found["matrix_peak_gflops"] > 0 and all(len(row["seconds"]) == 1 for row in rows.values())
 
 
