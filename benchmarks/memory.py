@@ -108,20 +108,36 @@ def peak_results(config: SDLlavaConfig, dtype: torch.dtype) -> float:
     return max(peaks)
 
 
-def measured(size: str, device: str, dtype: str) -> float:
+def quantize(language_model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold a language model's linear layers in NF4, as `BitsAndBytesConfig(load_in_4bit=True)` would, in place."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(language_model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                how = {"quant_type": "nf4", "compress_statistics": False}
+                small = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, **how)
+                small.weight = Params4bit(linear.weight.data, requires_grad=False, **how)
+                setattr(parent, name, small.to(linear.weight.device))
+
+
+def measured(size: str, device: str, dtype: str, four_bit: bool = False) -> float:
     """GiB of the GPU at most in use while a first question is answered."""
     bench = Bench("memory", size, device, dtype, 1, None)
     subjects = answering.Subjects(size, bench.device, bench.dtype)
     subjects.ours.model.diffusion_tower.vae.float()
+    if four_bit:
+        quantize(subjects.ours.model.language_model, bench.dtype)
     with torch.inference_mode():
         model, inputs = subjects.ways(1)["ours, first question"]
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(bench.device)
         answering.generation(model, inputs, 32)()
     return torch.cuda.max_memory_allocated(bench.device) / 2**30
 
 
 def main(
-    measure: Annotated[bool, typer.Option(help="Also build the model in bf16 and measure; needs a GPU.")] = False,
+    measure: Annotated[bool, typer.Option(help="Also build both models and measure; needs a GPU and bitsandbytes.")] = False,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
     dtype: DType = DEFAULT_DTYPE,
@@ -143,10 +159,11 @@ def main(
     console.print(table)
     found = {"gib": {name: {k: v / 2**30 for k, v in column.items()} for name, column in columns.items()}}
     if measure:
-        found["measured_gib"] = measured(size, device, dtype)
-        console.print(
-            f"measured, bfloat16: {found['measured_gib']:.2f} GiB on {describe_machine(torch.device(device))}"
-        )
+        found["measured_gib"] = {}
+        for name in columns:
+            gib = measured(size, device, dtype, four_bit=name.startswith("4-bit"))
+            found["measured_gib"][name] = gib
+            console.print(f"measured, {name}: {gib:.2f} GiB on {describe_machine(torch.device(device))}")
     else:
         console.print("computed on the meta device; measure it on a GPU with --device cuda --measure")
     write_json(output, found)

@@ -130,6 +130,25 @@ def test_the_papers_model_fits_small_gpus():
     assert sum(whole.values()) + results < 24e9 and sum(quantized.values()) + results < 12e9
 
 
+def test_a_4_bit_language_model_holds_what_is_computed():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+    import answering
+    import memory
+    import models
+
+    dtype = torch.bfloat16
+    subjects = answering.Subjects("mini", torch.device("cpu"), dtype)
+    language_model = subjects.ours.model.language_model
+    expected = memory.part_bytes(subjects.ours.config, dtype, four_bit=True)["language_model"]
+    memory.quantize(language_model, dtype)
+    states = [p.quant_state.absmax for p in language_model.parameters() if hasattr(p, "quant_state")]
+    held = sum(x.numel() * x.itemsize for x in [*language_model.parameters(), *states])
+    assert len(states) == 7 * 4 and held == pytest.approx(expected, rel=1e-3)
+    with torch.inference_mode():
+        model, inputs = subjects.ways(1)["ours, first question"]
+        assert answering.generation(model, inputs, 4)().shape[1] == inputs["input_ids"].shape[1] + 4
+
+
 def test_a_missing_gpu_gets_one_sentence(monkeypatch):
     import features
 
