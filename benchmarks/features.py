@@ -77,9 +77,9 @@ class Subject:
         return ours.eval()
 
     def compiled_copy(self) -> SDLlavaDiffusionModel:
-        """Our tower around the same weights again, its transformer blocks compiled."""
+        """Our tower around the same weights again, its pass compiled."""
         compiled = self._cut(self.stock)
-        compiled.compile_repeated_blocks()
+        compiled.compile_pass()
         return compiled
 
     def set_batch(self, n: int) -> None:
@@ -115,7 +115,7 @@ class Subject:
         noisy = noisy.repeat(len(prompts["encoder_hidden_states"]) // len(latents), 1, 1, 1)
         read: list[Any] = []
         hook = unet.get_submodule(tap.module_path).register_forward_hook(lambda m, args, out: read.append(out))
-        tower.backbone._denoise(unet, noisy, 50, prompts)
+        tower.backbone.denoise(unet, noisy, 50, prompts)
         hook.remove()
         return read[0]
 
@@ -178,13 +178,13 @@ def unet_calls(subject: Subject, halves: int) -> dict[str, Call]:
 
 
 def time_compiled(bench: Bench, subject: Subject) -> None:
-    """Both halves with our tower as it is, and with its transformer blocks compiled."""
+    """Both halves with our tower as it is, and with its pass compiled."""
     compiled, prompts, n = subject.compiled_copy(), prompts_of(subject, halves=2), subject.n
     bench.console.print("compiling, and warming up", style="dim")
     found, expected = (tower.extract(subject.latents, prompts) for tower in (compiled, subject.ours))
     calls = {
         f"UNet, both halves, ours, batch {n}": lambda: subject.ours.extract(subject.latents, prompts),
-        f"UNet, both halves, blocks compiled, batch {n}": lambda: compiled.extract(subject.latents, prompts),
+        f"UNet, both halves, compiled, batch {n}": lambda: compiled.extract(subject.latents, prompts),
     }
     _, row = bench.time(calls, per_call=n).values()
     row.note = difference(found, expected)

@@ -144,6 +144,8 @@ def capture_attention(
     _refuse_compiled(tower.unet, paths)
     capture = _Capture(tower, AttentionMaps(list(paths)), per_head)
     with ExitStack() as stack:
+        stack.callback(setattr, tower.backbone, "compiled_pass", tower.backbone.compiled_pass)
+        tower.backbone.compiled_pass = None  # compiled code calls no hooks
         for handle in capture.register(paths):
             stack.callback(handle.remove)
         yield capture.maps

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from .compiled_pass import CompiledPass
 from .configuration import SDLlavaDiffusionConfig
 from .small_maps import multiply_small_maps
 from .taps import CutAway, Tap, cut_behind_taps, read_taps, share_rows
@@ -33,6 +33,7 @@ class StableDiffusionBackbone(nn.Module):
     def __init__(self, config: SDLlavaDiffusionConfig):
         super().__init__()
         self.config = config
+        self.compiled_pass: CompiledPass | None = None
         self.unet = multiply_small_maps(UNet2DConditionModel.from_config(dict(config.unet_config)))
         self.vae = (AutoencoderTiny if config.has_tiny_vae else AutoencoderKL).from_config(dict(config.vae_config))
         self.text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(config.text_encoder_config)))
@@ -81,14 +82,18 @@ class StableDiffusionBackbone(nn.Module):
         Returns:
             `list[torch.Tensor]`: each tap's output for the k times n prompts, as the module gives it.
         """
+        shares = not torch.is_grad_enabled()
+        if shares and self.compiled_pass is not None:
+            return self.compiled_pass(latents, timestep, prompts)
         blocks = len(prompts["encoder_hidden_states"]) // len(latents)
-        repeated = latents.repeat(blocks, 1, 1, 1)
-        shared = self._modules_before_prompts() if blocks > 1 and not torch.is_grad_enabled() else []
-        with share_rows(shared, len(latents)):
-            return read_taps(self.unet, taps, lambda: self._denoise(self.unet, repeated, timestep, prompts))
+        modules = self.modules_before_prompts(self.unet) if shares and blocks > 1 else []
+        with share_rows(modules, len(latents), blocks):
+            repeated = latents.repeat(blocks, 1, 1, 1)
+            return read_taps(self.unet, taps, lambda: self.denoise(self.unet, repeated, timestep, prompts))
 
-    def _modules_before_prompts(self) -> list[nn.Module]:
-        config = self.unet.config
+    def modules_before_prompts(self, unet: UNet2DConditionModel) -> list[nn.Module]:
+        """The modules of a UNet whose results no prompt has reached yet."""
+        config = unet.config
         if (
             config.down_block_types[0] != "CrossAttnDownBlock2D"
             or config.addition_embed_type is not None  # SDXL: the prompt enters the time embedding
@@ -98,17 +103,8 @@ class StableDiffusionBackbone(nn.Module):
         only = config.only_cross_attention
         attends_prompt_first = only if isinstance(only, bool) else only[0]
         paths = _BEFORE_CROSS_ATTENTION[:-1] if attends_prompt_first else _BEFORE_CROSS_ATTENTION
-        known = dict(self.unet.down_blocks[0].named_modules(prefix="down_blocks.0"))
+        known = dict(unet.down_blocks[0].named_modules(prefix="down_blocks.0"))
         return [known[path] for path in paths if path in known]
-
-    def compile_blocks(self, taps: Sequence[Tap], **options) -> int:
-        """Compile the UNet's transformer blocks, without those that a tap or the sharing before prompts looks into."""
-        kept = [*(tap.module_path for tap in taps), *_BEFORE_CROSS_ATTENTION]
-        blocks = {name: m for name, m in self.unet.named_modules() if isinstance(m, BasicTransformerBlock)}
-        compiled = [m for name, m in blocks.items() if not any(f"{path}.".startswith(f"{name}.") for path in kept)]
-        for block in compiled:
-            block.compile(**{"fullgraph": True, **options})
-        return len(compiled)
 
     def cut(self, taps: Sequence[Tap]) -> None:
         """Remove the part of the UNet behind the last tap, and the VAE's decoder."""
@@ -117,7 +113,7 @@ class StableDiffusionBackbone(nn.Module):
             size = 2 ** len(unet.config.block_out_channels)
             latents = torch.empty(1, unet.config.in_channels, size, size)
             prompts = self._empty_prompts(unet)
-        cut_behind_taps(self.unet, unet, taps, lambda: self._denoise(unet, latents, 0, prompts))
+        cut_behind_taps(self.unet, unet, taps, lambda: self.denoise(unet, latents, 0, prompts))
         self.cut_decoder()
 
     def cut_decoder(self) -> None:
@@ -129,11 +125,13 @@ class StableDiffusionBackbone(nn.Module):
     def _empty_prompts(self, unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
         return {"encoder_hidden_states": torch.empty(1, 1, unet.config.cross_attention_dim)}
 
-    def _denoise(self, unet, latents, timestep, prompts):
+    def denoise(self, unet, latents, timestep, prompts):
+        """Run a UNet on as many noisy latents as prompts, at one timestep, a number or an integer tensor."""
         return unet(*self._unet_inputs(dtype_of(unet), latents, timestep, prompts))
 
     def _unet_inputs(self, dtype, latents, timestep, prompts) -> tuple[torch.Tensor, ...]:
-        timestep = torch.full((), timestep, device=latents.device)  # as a number, a GPU would be waited for
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.full((), timestep, device=latents.device)  # diffusers would wait for the GPU to send it
         return latents.to(dtype), timestep, prompts["encoder_hidden_states"].to(dtype)
 
 
@@ -156,7 +154,7 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
         pooled = torch.empty(1, self.text_encoder_2.config.projection_dim)
         return {**super()._empty_prompts(unet), "text_embeds": pooled}
 
-    def _denoise(self, unet, latents, timestep, prompts):
+    def denoise(self, unet, latents, timestep, prompts):
         dtype = dtype_of(unet)
         time_ids = torch.full((len(latents), 6), self.config.image_size, device=latents.device, dtype=dtype)
         time_ids[:, 2:4] = 0  # original height and width, top and left of the crop, target height and width

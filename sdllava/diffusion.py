@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .attention_capture import AttentionMaps, capture_attention
 from .backbones import backbone_for, without_autocast
 from .checkpoints import CheckpointMixin
+from .compiled_pass import CompiledPass
 from .configuration import SDLlavaDiffusionConfig
 
 
@@ -139,18 +140,15 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
             self.backbone.cut_decoder()
         self.freeze()
 
-    def compile_repeated_blocks(self, **options: Any) -> int:
+    def compile_pass(self, **options: Any) -> None:
         """
-        Compile the UNet's transformer blocks, as diffusers' method of that name does; the first pass on inputs of
-        another shape then takes longer. Blocks in which something is read or shared while they run stay as they are.
+        Compile the UNet's pass up to the taps, for calls that record no gradients; the first call on inputs of another
+        shape says so and takes a minute or more. To be called where the tower is on the device on which it stays.
 
         Args:
-            options: of `torch.compile`.
-
-        Returns:
-            `int`: the number of compiled blocks.
+            options: of `torch.compile`; `mode="reduce-overhead"` uses CUDA graphs on a GPU.
         """
-        return self.backbone.compile_blocks(self.taps, **options)
+        self.backbone.compiled_pass = CompiledPass(self.backbone, self.taps, **options)
 
     @property
     def unet(self) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 _BLOCK_FEATURES = {"Cross-Q": ".attn2.to_q", "Cross-Out": ".attn2", "Out": ""}
 _STAGES = {"down": "D", "mid": "M", "up": "U"}
@@ -127,7 +128,7 @@ def resolve_taps(names: Sequence[str], unet_config: dict[str, Any], latent_size:
     return [known[canonical_tap_name(name)] for name in names]
 
 
-class _AllTapsRead(Exception):
+class AllTapsRead(Exception):
     """Ends a forward pass whose last tap has been read."""
 
 
@@ -138,6 +139,52 @@ def _hooks(handles: list) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_other_thread(reader: int | None) -> bool:
+    return reader is not None and threading.get_ident() != reader
+
+
+def hook_taps(
+    model: nn.Module, taps: Sequence[Tap], read: dict[str, torch.Tensor], reader: int | None = None
+) -> list[RemovableHandle]:
+    """
+    Let each tap's module put its output into `read`, by its path; once all are there, [`AllTapsRead`] is raised.
+
+    Args:
+        reader: the only thread whose passes are read; others may run the same model at the same time.
+    """
+    paths = {tap.module_path for tap in taps}
+
+    def hook_for(path: str) -> Callable:
+        def hook(module, args, output):
+            if _is_other_thread(reader):
+                return
+            read[path] = getattr(output, "sample", output[0] if isinstance(output, tuple) else output)
+            if len(read) == len(paths):
+                raise AllTapsRead
+
+        return hook
+
+    return [model.get_submodule(path).register_forward_hook(hook_for(path)) for path in paths]
+
+
+def hook_shared_rows(
+    modules: Sequence[nn.Module], shared: dict[str, int], reader: int | None = None
+) -> list[RemovableHandle]:
+    """
+    Let each module compute the first `shared["rows"]` rows of its batch and give the result `shared["blocks"]` times,
+    for rows whose inputs are the same, block by block.
+    """
+
+    def first_block(module, args):
+        return None if _is_other_thread(reader) else tuple(x[: shared["rows"]] for x in args)
+
+    def repeat(module, args, output):
+        return None if _is_other_thread(reader) else torch.cat([output] * shared["blocks"])
+
+    before = [module.register_forward_pre_hook(first_block) for module in modules]
+    return before + [module.register_forward_hook(repeat) for module in modules]
 
 
 def read_taps(model: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any]) -> list[torch.Tensor]:
@@ -155,52 +202,23 @@ def read_taps(model: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any])
         RuntimeError: a tap's module was compiled, or lies in one that was.
     """
     read: dict[str, torch.Tensor] = {}
-    paths = {tap.module_path for tap in taps}
-    reader = threading.get_ident()
-
-    def hook_for(path: str) -> Callable:
-        def hook(module, args, output):
-            if threading.get_ident() != reader:  # another thread reads the same model at the same time
-                return
-            read[path] = getattr(output, "sample", output[0] if isinstance(output, tuple) else output)
-            if len(read) == len(paths):
-                raise _AllTapsRead
-
-        return hook
-
-    with _hooks([model.get_submodule(path).register_forward_hook(hook_for(path)) for path in paths]):
+    with _hooks(hook_taps(model, taps, read, threading.get_ident())):
         try:
             forward()
-        except _AllTapsRead:
+        except AllTapsRead:
             pass
     if unread := [tap.name for tap in taps if tap.module_path not in read]:
         raise RuntimeError(
-            f"{unread[0]} was not read, as compiled code calls no hooks: compile with the tower's "
-            "compile_repeated_blocks, which leaves out the blocks that are read"
+            f"{unread[0]} was not read, as compiled code calls no hooks: compile with the tower's compile_pass, which "
+            "reads its taps inside"
         )
     return [read[tap.module_path] for tap in taps]
 
 
 @contextmanager
-def share_rows(modules: Sequence[nn.Module], rows: int) -> Iterator[None]:
-    """
-    Inside the context, each module computes the first `rows` rows of its batch and repeats the result for the others,
-    whose inputs are the same, block by block.
-    """
-    reader = threading.get_ident()
-    blocks: dict[nn.Module, int] = {}
-
-    def first_block(module, args):
-        if threading.get_ident() != reader:
-            return None
-        blocks[module] = len(args[0]) // rows
-        return tuple(x[:rows] for x in args)
-
-    def repeat(module, args, output):
-        return None if threading.get_ident() != reader else torch.cat([output] * blocks[module])
-
-    handles = [module.register_forward_pre_hook(first_block) for module in modules]
-    with _hooks([*handles, *(module.register_forward_hook(repeat) for module in modules)]):
+def share_rows(modules: Sequence[nn.Module], rows: int, blocks: int) -> Iterator[None]:
+    """Inside the context, `blocks` times `rows` rows share what is computed of the first `rows`."""
+    with _hooks(hook_shared_rows(modules, {"rows": rows, "blocks": blocks}, threading.get_ident())):
         yield
 
 

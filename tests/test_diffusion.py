@@ -5,6 +5,7 @@ import tiny
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
+from torch._dynamo.testing import CompileCounter
 from transformers import CLIPTokenizer
 
 from sdllava import SDLlavaDiffusionModel, SDLlavaForConditionalGeneration
@@ -187,14 +188,41 @@ def test_what_no_prompt_has_reached_is_computed_once(kind, only_cross_attention,
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
-def test_compiled_blocks_give_the_same_features(kind):
-    model = tower(kind, guidance_scales=[4.0], truncate=False)
-    expected = ask(model)
-    blocks = model.compile_repeated_blocks(backend="eager")
-    compiled = [name for name, m in model.unet.named_modules() if m._compiled_call_impl is not None]
-    (tap,) = model.taps
-    assert len(compiled) == blocks > 1 and not any(tap.module_path.startswith(name) for name in compiled)
-    torch.testing.assert_close(ask(model).last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
+def test_a_compiled_pass_gives_the_same_features(kind, caplog):
+    model = tower(kind, guidance_scales=[4.0], timesteps=[50, 250], taps=["U-L1-R0-Res-Out", "U-L1-R1-B0-Cross-Q"])
+    expected, other = ask(model).last_hidden_state, ask(model, n=3, seed=1).last_hidden_state
+    counter = CompileCounter()
+    model.compile_pass(backend=counter)
+    for _ in range(2):
+        torch.testing.assert_close(ask(model).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1  # of both timesteps, and of the second call
+    torch.testing.assert_close(ask(model, n=3, seed=1).last_hidden_state, other, atol=1e-5, rtol=1e-5)
+    said = [record.message for record in caplog.records if record.name == "sdllava.compiled_pass"]
+    assert [message.split(": ")[0] for message in said] == [
+        f"compiling for latents of shape ({n}, 4, 8, 8)" for n in (2, 3)
+    ]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.unet.modules())
+    model.load_state_dict(tower(kind, guidance_scales=[4.0], timesteps=[50, 250], taps=model.config.taps).state_dict())
+    changed = ask(model).last_hidden_state
+    model.backbone.compiled_pass = None
+    torch.testing.assert_close(changed, ask(model).last_hidden_state, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(changed, expected, atol=1e-3)
+
+
+def test_a_compiled_tower_still_trains_and_shows_its_attention():
+    plain, compiled = tower(guidance_scales=[1.0]), tower(guidance_scales=[1.0])
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_pass(backend="eager")
+    maps = []
+    for model in (plain, compiled):
+        with model.capture_attention(["U-L1-R1-B0"]) as found:
+            ask(model)
+        maps.append(found["U-L1-R1-B0", 50])
+    assert torch.equal(*maps) and compiled.backbone.compiled_pass is not None
+    compiled.unet.requires_grad_(True)
+    inputs = tiny.image_inputs(1)
+    compiled(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"]).last_hidden_state.sum().backward()
+    assert compiled.unet.conv_in.weight.grad.abs().sum() > 0
 
 
 def test_a_tap_that_was_compiled_is_told():
@@ -206,14 +234,11 @@ def test_a_tap_that_was_compiled_is_told():
         ask(model)
 
 
-def test_compiled_blocks_are_not_captured_in_silence():
-    model = tower(truncate=False, taps=["U-L1-R1-B0-Cross-Q", "U-L2-R1-B0-Cross-Q"])
-    model.compile_repeated_blocks(backend="eager")
-    with model.capture_attention(["U-L2-R1-B0"]) as maps:
-        ask(model)
-    assert maps.layers == ["U-L2-R1-B0"] and len(maps) == 1
+def test_blocks_that_a_user_compiled_are_not_captured_in_silence():
+    model = tower()
+    model.unet.compile_repeated_blocks(backend="eager")
     with pytest.raises(RuntimeError, match="U-L1-R0-B0 cannot be captured, as compiled code calls no hooks"):
-        with model.capture_attention(["U-L2-R1-B0", "U-L1-R0-B0"]):
+        with model.capture_attention(["U-L1-R0-B0"]):
             pass
 
 
