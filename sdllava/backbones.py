@@ -49,7 +49,9 @@ class StableDiffusionBackbone(nn.Module):
             `torch.Tensor` of shape `(n, 4, height / 8, width / 8)`: the latents z0, float32.
         """
         with without_autocast(pixel_values.device):
-            pixels = pixel_values.to(dtype_of(self.vae), memory_format=torch.channels_last)  # faster for this network
+            pixels = pixel_values.to(dtype_of(self.vae))
+            if pixels.device.type == "cpu" and pixels.dtype == torch.float32:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)  # measured to be faster there
             encoded = self.vae.encode(pixels)
         latents = encoded.latents if self.config.has_tiny_vae else encoded.latent_dist.mode()
         return (latents * self.vae.config.scaling_factor).float()
