@@ -77,9 +77,9 @@ def measure(bench: Bench, subjects: Subjects, n: int, new_tokens: int) -> None:
         reference=f"first token, ours, CLIP alone, batch {n}",
         per_call=n,
     )
-    first[f"first token, ours, follow-up question, batch {n}"].reference = (
-        f"first token, ours, CLIP alone, image known, batch {n}"
-    )
+    first[
+        f"first token, ours, follow-up question, batch {n}"
+    ].reference = f"first token, ours, CLIP alone, image known, batch {n}"
     whole = bench.time(
         {f"{name}, batch {n}": generation(*way, 1 + new_tokens) for name, way in ways.items()}, per_call=n
     )
@@ -96,7 +96,9 @@ def measure(bench: Bench, subjects: Subjects, n: int, new_tokens: int) -> None:
 def main(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Questions at once; default 1 to 32 on a GPU.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind the first; decoding is what they add.")] = 32,
-    tie_layers: Annotated[bool, typer.Option("--tie-layers", help="The language model's layers share weights.")] = False,
+    tie_layers: Annotated[
+        bool, typer.Option("--tie-layers", help="The language model's layers share weights.")
+    ] = False,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
     dtype: DType = DEFAULT_DTYPE,

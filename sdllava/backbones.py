@@ -170,7 +170,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The type of a module's first weight; diffusers' own `dtype` walks through all modules, a tenth of a small pass."""
+    """The type of a module's first weight; diffusers' `dtype` walks through all modules, a tenth of a small pass."""
     return next(module.parameters()).dtype
 
 

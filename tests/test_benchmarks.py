@@ -70,7 +70,9 @@ def test_tied_layers_are_one_layers_weights_and_remember_each_its_own_keys():
     assert len({id(p) for p in layers.parameters()}) == len(list(layers[0].parameters()))
     plain.load_state_dict(tied.state_dict())  # the same weights four times over
     ids = torch.randint(3, 2000, (2, 9))
-    found, expected = (model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0) for model in (tied, plain))
+    found, expected = (
+        model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0) for model in (tied, plain)
+    )
     assert torch.equal(found, expected)
 
 
@@ -134,7 +136,6 @@ def test_a_4_bit_language_model_holds_what_is_computed():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
     import answering
     import memory
-    import models
 
     dtype = torch.bfloat16
     subjects = answering.Subjects("mini", torch.device("cpu"), dtype)

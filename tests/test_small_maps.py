@@ -1,4 +1,4 @@
-"""Small, wide maps are convolved as matrix products: the same numbers, on the same weights, only where that is meant."""
+"""Small, wide maps are convolved as matrix products: the same numbers and weights, only where that is meant."""
 
 import pytest
 import tiny
