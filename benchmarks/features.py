@@ -213,9 +213,7 @@ def question_calls(subject: Subject) -> dict[str, Call]:
 
 def main(
     model: Annotated[str, typer.Option(help="sd15, sd21 or sdxl.")] = "sd21",
-    part: Annotated[
-        list[Part] | None, typer.Option(help="Default all but compiled and exact.")
-    ] = None,
+    part: Annotated[list[Part] | None, typer.Option(help="Default all but compiled and exact.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1 to 32 on a GPU.")] = None,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,

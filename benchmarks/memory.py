@@ -137,9 +137,7 @@ def measured(size: str, device: str, dtype: str, four_bit: bool = False) -> floa
 
 
 def main(
-    measure: Annotated[
-        bool, typer.Option(help="Also build both and measure; needs a GPU and bitsandbytes.")
-    ] = False,
+    measure: Annotated[bool, typer.Option(help="Also build both and measure; needs a GPU and bitsandbytes.")] = False,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
     dtype: DType = DEFAULT_DTYPE,

@@ -85,7 +85,7 @@ class StableDiffusionBackbone(nn.Module):
             `list[torch.Tensor]`: each tap's output for the k times n prompts, as the module gives it.
         """
         shares = not torch.is_grad_enabled()
-        if shares and self.compiled_pass is not None:
+        if shares and self.compiled_pass is not None and self.compiled_pass.taps == list(taps):
             return self.compiled_pass(latents, timestep, prompts)
         blocks = len(prompts["encoder_hidden_states"]) // len(latents)
         modules = self.modules_before_prompts(self.unet) if shares and blocks > 1 else []

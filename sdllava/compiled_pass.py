@@ -27,7 +27,7 @@ class CompiledPass:
     """
 
     def __init__(self, backbone: Any, taps: Sequence[Tap], **options: Any):
-        self._backbone, self._taps = backbone, taps
+        self._backbone, self.taps = backbone, list(taps)
         self._unet = copy.deepcopy(backbone.unet, memo={id(p): p for p in backbone.unet.parameters()})
         self._read: dict[str, torch.Tensor] = {}
         self._shared = {"rows": 0, "blocks": 0}
@@ -48,6 +48,9 @@ class CompiledPass:
             self._known_shapes.add(shape)
         return read
 
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of a tower has weights of its own, and is not compiled."""
+
     def _pass(self, latents, timestep, prompts) -> list[torch.Tensor]:
         rows = len(latents)
         blocks = len(prompts["encoder_hidden_states"]) // rows
@@ -56,6 +59,6 @@ class CompiledPass:
             self._backbone.denoise(self._unet, latents.repeat(blocks, 1, 1, 1), timestep, prompts)
         except AllTapsRead:
             pass
-        read = [self._read[tap.module_path] for tap in self._taps]
+        read = [self._read[tap.module_path] for tap in self.taps]
         self._read.clear()
         return read

@@ -1,5 +1,7 @@
 """The diffusion tower: noise, prompts, guidance, ensembles, and what is cut and frozen."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -219,6 +221,15 @@ def test_a_compiled_tower_still_trains_and_shows_its_attention():
             ask(model)
         maps.append(found["U-L1-R1-B0", 50])
     assert torch.equal(*maps) and compiled.backbone.compiled_pass is not None
+    assert copy.deepcopy(compiled).backbone.compiled_pass is None
+    latents, prompts, other = (
+        torch.randn(1, 4, 8, 8),
+        compiled.null_prompt(),
+        list_taps(compiled.config.unet_config)[:2],
+    )
+    with torch.no_grad():
+        found, expected = (model.backbone.read(latents, 50, prompts, other) for model in (compiled, plain))
+    assert len(found) == 2 and all(torch.equal(a, b) for a, b in zip(found, expected))
     compiled.unet.requires_grad_(True)
     inputs = tiny.image_inputs(1)
     compiled(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"]).last_hidden_state.sum().backward()
