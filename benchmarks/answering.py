@@ -3,7 +3,7 @@ Question answering: time to the first token and decoding speed, against transfor
 (whose weights are shared) and against our model without its diffusion tower.
 
     python benchmarks/answering.py                       # Vicuna-7B's size; needs a GPU or 40 GiB of memory
-    python benchmarks/answering.py --tie-layers          # as many operations, in 12 GiB
+    python benchmarks/answering.py --tie-layers          # as many operations, in 9 GiB
     python benchmarks/answering.py --size mini --batch 1 --batch 8
 """
 
