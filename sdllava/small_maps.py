@@ -34,6 +34,6 @@ def multiply_small_maps(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Let the wide convolutions of a UNet be [`SmallMapConv2d`]s, in place; names and weights stay."""
     for module in unet.modules():
         if type(module) is nn.Conv2d and module.in_channels >= FEWEST_CHANNELS and module.kernel_size != (1, 1):
-            if module.groups == 1 and module.padding_mode == "zeros":
+            if module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str):
                 module.__class__ = SmallMapConv2d
     return unet
