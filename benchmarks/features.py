@@ -32,6 +32,7 @@ from measure import (
 
 from sdllava import SDLlavaDiffusionModel
 from sdllava.diffusion import guide
+from sdllava.small_maps import SmallMapConv2d
 
 
 class Part(StrEnum):
@@ -43,6 +44,7 @@ class Part(StrEnum):
     question = "question"
     compiled = "compiled"
     exact = "exact"
+    levers = "levers"
 
 
 class Subject:
@@ -190,6 +192,26 @@ def time_compiled(bench: Bench, subject: Subject) -> None:
     row.note = difference(found, expected)
 
 
+def lever_calls(subject: Subject) -> list[dict[str, Call]]:
+    """What plain torch does of our pass and of the VAE's encoder, each beside what we do."""
+    tower, n, prompts = subject.ours, subject.n, prompts_of(subject, halves=1)
+    plain = Subject._cut(subject.stock)
+    for module in plain.unet.modules():
+        if isinstance(module, SmallMapConv2d):
+            module.__class__ = torch.nn.Conv2d
+    pixels = subject.pixels
+    return [
+        {
+            f"UNet, to the tap, torch's convolutions, batch {n}": lambda: plain.extract(subject.latents, prompts),
+            f"UNet, to the tap, small maps multiplied, batch {n}": lambda: tower.extract(subject.latents, prompts),
+        },
+        {
+            f"VAE encoder, contiguous, batch {n}": lambda: tower.vae.encode(pixels),
+            f"VAE encoder, ours, batch {n}": lambda: tower.encode_latents(pixels),
+        },
+    ]
+
+
 def encoder_calls(subject: Subject, size: str) -> dict[str, Call]:
     """The VAE's encoder and a tiny autoencoder's."""
     vae, pixels = subject.stock.vae, subject.pixels
@@ -213,7 +235,7 @@ def question_calls(subject: Subject) -> dict[str, Call]:
 
 def main(
     model: Annotated[str, typer.Option(help="sd15, sd21 or sdxl.")] = "sd21",
-    part: Annotated[list[Part] | None, typer.Option(help="Default all but compiled and exact.")] = None,
+    part: Annotated[list[Part] | None, typer.Option(help="Default unet, guided, encoder and question.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1 to 32 on a GPU.")] = None,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
@@ -222,7 +244,7 @@ def main(
     output: Output = None,
 ) -> None:
     """The UNet, the encoders and whole questions, beside stock diffusers."""
-    parts = part or [p for p in Part if p not in (Part.compiled, Part.exact)]
+    parts = part or [Part.unet, Part.guided, Part.encoder, Part.question]
     title = f"features, {model}, {size}"
     bench = Bench(title, size, device, dtype, repeats, output, model=model, parts=list(parts))
     sizes = batches(batch, 32 if bench.device.type == "cuda" else 1)
@@ -238,6 +260,9 @@ def main(
                 bench.time(encoder_calls(subject, size), per_call=n)
             if Part.compiled in parts:
                 time_compiled(bench, subject)
+            if Part.levers in parts:
+                for calls in lever_calls(subject):
+                    bench.time(calls, per_call=n)
             if Part.exact in parts:
                 for name, error in subject.errors().items():
                     bench.remark(f"guided features at s = 4, batch {n}: {name} {error} from float64")

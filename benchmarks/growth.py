@@ -69,6 +69,7 @@ def ask_about_several(model: Any, images: int) -> Call:
 
 
 def measure_tower(bench: Bench, model: str, size: str) -> None:
+    """Adds the diffusion tower's rows, one tower after the other."""
     taps = TAPS_SDXL if model == "sdxl" else TAPS
 
     def tower(**fields) -> SDLlavaDiffusionModel:
@@ -93,6 +94,7 @@ def measure_tower(bench: Bench, model: str, size: str) -> None:
 
 
 def measure_conversation(bench: Bench, size: str) -> None:
+    """Adds the whole model's rows; its language model's layers share their weights."""
     llava = models.build_llava(size, bench.device, bench.dtype, tie_layers=True)
     model = models.build_ours(llava, size)
     for n in COUNTS:

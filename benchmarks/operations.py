@@ -44,25 +44,26 @@ def read_conversation(model: Any, image_features: torch.Tensor, text_tokens: int
     return model.lm_head(hidden_states[:, -kept:])
 
 
-def first_token(model: Any) -> list[tuple[str, float, float]]:
+def first_token(ours: Any, clip_only: Any) -> list[tuple[str, float, float]]:
     """Ways to ask: their name, GFLOP of the first token, and what that is with CLIP alone."""
-    images = empty_images(model.config)
 
-    def gflop(**inputs) -> float:
+    def gflop(model: Any, **inputs) -> float:
         def call() -> None:
             features = torch.stack(model.get_image_features(**inputs).pooler_output)
             read_conversation(model, features, QUESTION_TOKENS, kept=1)
 
         return count_gflop(call)[0]
 
+    images = empty_images(ours.config)
+    pixels, diffusion_pixels, question = images.values()
     with torch.no_grad():
-        pixels, diffusion_pixels, question = images.values()
-        tower, clip = model.model.diffusion_tower, model.model.vision_tower
-        encodings = model.encode_images(pixels, diffusion_pixels)
-        first, follow_up = gflop(**images), gflop(image_encodings=encodings, diffusion_input_ids=question)
-        clip_alone = first - count_gflop(lambda: tower(diffusion_pixels, question))[0]
-        clip_kept = clip_alone - count_gflop(lambda: clip(pixels))[0]
-    return [("first question", first, clip_alone), ("follow-up question", follow_up, clip_kept)]
+        kept, clip_kept = ours.encode_images(pixels, diffusion_pixels), clip_only.encode_images(pixels)
+        first = gflop(ours, **images), gflop(clip_only, pixel_values=pixels)
+        follow_up = (
+            gflop(ours, image_encodings=kept, diffusion_input_ids=question),
+            gflop(clip_only, image_encodings=clip_kept),
+        )
+    return [("first question", *first), ("follow-up question", *follow_up)]
 
 
 def training_sample(model: Any, stage: str, recompute: bool) -> float:
@@ -104,8 +105,9 @@ def main(size: Size = "full") -> None:
 
     with META:
         model = SDLlavaForConditionalGeneration(model_config(size)).eval()
+        clip_only = SDLlavaForConditionalGeneration(model_config(size, diffusion_config=None)).eval()
     table = Table("first token, GFLOP", "ours", "CLIP alone", "ratio", box=None)
-    for name, gflop, alone in first_token(model):
+    for name, gflop, alone in first_token(model, clip_only):
         table.add_row(name, f"{gflop:.0f}", f"{alone:.0f}", f"{gflop / alone:.2f}")
     console.print(table)
 

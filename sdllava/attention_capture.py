@@ -144,8 +144,6 @@ def capture_attention(
     _refuse_compiled(tower.unet, paths)
     capture = _Capture(tower, AttentionMaps(list(paths)), per_head)
     with ExitStack() as stack:
-        stack.callback(setattr, tower.backbone, "compiled_pass", tower.backbone.compiled_pass)
-        tower.backbone.compiled_pass = None  # compiled code calls no hooks
         for handle in capture.register(paths):
             stack.callback(handle.remove)
         yield capture.maps
@@ -161,6 +159,17 @@ def _refuse_compiled(unet: Any, paths: dict[str, str]) -> None:
             )
 
 
+class _UncompiledCalls:
+    """Until it is removed, a tower runs uncompiled, as compiled code calls no hooks."""
+
+    def __init__(self, tower: Any):
+        self.tower = tower
+        tower._captures += 1
+
+    def remove(self) -> None:
+        self.tower._captures -= 1
+
+
 class _Capture:
     """The hooks, and what they know of the call in progress."""
 
@@ -172,6 +181,7 @@ class _Capture:
 
     def register(self, paths: dict[str, str]) -> Iterator[Any]:
         unet = self.tower.unet
+        yield _UncompiledCalls(self.tower)
         yield self.tower.register_forward_pre_hook(self._begin, with_kwargs=True)
         yield self.tower.register_forward_hook(self._end, with_kwargs=True)
         yield unet.register_forward_pre_hook(self._note_timestep, with_kwargs=True)

@@ -8,13 +8,13 @@ A backbone turns pixels into latents, prompts into conditioning, and noisy laten
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from .compiled_pass import CompiledPass
 from .configuration import SDLlavaDiffusionConfig
 from .small_maps import multiply_small_maps
 from .taps import CutAway, Tap, cut_behind_taps, read_taps, share_rows
@@ -33,7 +33,6 @@ class StableDiffusionBackbone(nn.Module):
     def __init__(self, config: SDLlavaDiffusionConfig):
         super().__init__()
         self.config = config
-        self.compiled_pass: CompiledPass | None = None
         self.unet = multiply_small_maps(UNet2DConditionModel.from_config(dict(config.unet_config)))
         self.vae = (AutoencoderTiny if config.has_tiny_vae else AutoencoderKL).from_config(dict(config.vae_config))
         self.text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(config.text_encoder_config)))
@@ -84,11 +83,8 @@ class StableDiffusionBackbone(nn.Module):
         Returns:
             `list[torch.Tensor]`: each tap's output for the k times n prompts, as the module gives it.
         """
-        shares = not torch.is_grad_enabled()
-        if shares and self.compiled_pass is not None and self.compiled_pass.taps == list(taps):
-            return self.compiled_pass(latents, timestep, prompts)
         blocks = len(prompts["encoder_hidden_states"]) // len(latents)
-        modules = self.modules_before_prompts(self.unet) if shares and blocks > 1 else []
+        modules = self.modules_before_prompts(self.unet) if blocks > 1 and not torch.is_grad_enabled() else []
         with share_rows(modules, len(latents), blocks):
             repeated = latents.repeat(blocks, 1, 1, 1)
             return read_taps(self.unet, taps, lambda: self.denoise(self.unet, repeated, timestep, prompts))
@@ -127,8 +123,21 @@ class StableDiffusionBackbone(nn.Module):
     def _empty_prompts(self, unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
         return {"encoder_hidden_states": torch.empty(1, 1, unet.config.cross_attention_dim)}
 
-    def denoise(self, unet, latents, timestep, prompts):
-        """Run a UNet on as many noisy latents as prompts, at one timestep, a number or an integer tensor."""
+    def denoise(
+        self,
+        unet: UNet2DConditionModel,
+        latents: torch.Tensor,
+        timestep: int | torch.Tensor,
+        prompts: dict[str, torch.Tensor],
+    ) -> Any:
+        """
+        Run a UNet, in its own dtype.
+
+        Args:
+            latents (`torch.Tensor` of shape `(n, 4, h, w)`): noisy latents x_t.
+            timestep (`int` or integer tensor without dimensions): 0..999.
+            prompts: from `encode_prompts`, n of them.
+        """
         return unet(*self._unet_inputs(dtype_of(unet), latents, timestep, prompts))
 
     def _unet_inputs(self, dtype, latents, timestep, prompts) -> tuple[torch.Tensor, ...]:
@@ -170,7 +179,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The type of a module's first weight; diffusers' `dtype` walks through all modules, a tenth of a small pass."""
+    """The type of a module's first weight; diffusers' own `dtype` walks through all modules at each call."""
     return next(module.parameters()).dtype
 
 

@@ -97,6 +97,8 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         self._signal_rates = (alphas_cumprod**0.5).tolist()
         self._noise_rates = ((1 - alphas_cumprod) ** 0.5).tolist()
         self._null_prompt: tuple[Any, dict[str, torch.Tensor]] | None = None
+        self._compiled_pass: CompiledPass | None = None
+        self._captures = 0
         self.freeze()
         self.post_init()
 
@@ -148,7 +150,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         Args:
             options: of `torch.compile`; `mode="reduce-overhead"` uses CUDA graphs on a GPU.
         """
-        self.backbone.compiled_pass = CompiledPass(self.backbone, self.taps, **options)
+        self._compiled_pass = CompiledPass(self.backbone, self.taps, **options)
 
     @property
     def unet(self) -> Any:
@@ -245,9 +247,14 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         by_tap: list[list[torch.Tensor]] = [[] for _ in self.taps]
         for timestep in self.config.timesteps:
             noisy = self.add_noise(latents, timestep, noise)
-            for features, read in zip(by_tap, self.backbone.read(noisy, timestep, prompts, self.taps)):
+            for features, read in zip(by_tap, self._read(noisy, timestep, prompts)):
                 features.append(self._to_grid(read))
         return torch.cat([features for tap in by_tap for features in tap], dim=-1)
+
+    def _read(self, noisy, timestep, prompts) -> list[torch.Tensor]:
+        if self._compiled_pass is None or self._captures or torch.is_grad_enabled():
+            return self.backbone.read(noisy, timestep, prompts, self.taps)
+        return self._compiled_pass(noisy, timestep, prompts)
 
     def _to_grid(self, features: torch.Tensor) -> torch.Tensor:
         if features.ndim == 3:

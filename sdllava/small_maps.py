@@ -1,5 +1,7 @@
 """Convolutions of small, wide maps as matrix products: on a CPU up to twice as fast as torch's own."""
 
+from typing import cast
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
@@ -16,13 +18,14 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Maps `(n, in_channels, h, w)` to maps `(n, out_channels, h', w')`."""
+        padding = cast(tuple[int, int], self.padding)  # by name it is kept out below
         height, width = (
-            (size + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1
+            (size + 2 * padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1
             for i, size in enumerate(input.shape[-2:])
         )
         if height * width > MOST_POSITIONS or not self._pays(input):
             return super().forward(input)
-        unfolded = F.unfold(input, self.kernel_size, self.dilation, self.padding, self.stride)
+        unfolded = F.unfold(input, self.kernel_size, self.dilation, padding, self.stride)
         product = torch.matmul(self.weight.flatten(1), unfolded).unflatten(2, (height, width))
         return product if self.bias is None else product + self.bias[:, None, None]
 
