@@ -21,7 +21,7 @@ _PUBLIC = {
     "SDLlavaProcessor": "processors",
     "VisualQuestionAnsweringPipeline": "pipeline",
     "list_taps": "taps",
-    "mini_path": "miniature.checkpoint",
+    "mini_path": "miniature",
     "register": "registration",
 }
 

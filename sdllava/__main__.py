@@ -1,5 +1,5 @@
 """`python -m sdllava`."""
 
-from sdllava.cli import main
+from .commands.main import main
 
 main()

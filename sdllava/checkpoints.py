@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file, has_file
 from transformers.utils.hub import extract_commit_hash
 
-from .code_files import save_code
+from .remote_code import save_code
 
 FROZEN_PARTS = {"diffusion": "diffusion_tower.backbone", "vision": "vision_tower"}
 """Parts that a checkpoint can leave out, as the configuration's `components` names them, and their modules."""

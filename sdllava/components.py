@@ -33,7 +33,7 @@ from .diffusion_loading import as_dtype, load_diffusion_tokenizers, load_tower, 
 from .fusion import FUSIONS, ImplicitCaptioner, SDLlavaMultiModalProjector
 from .modeling_sdllava import SDLlavaForConditionalGeneration
 from .processors import SDLlavaProcessor, diffusion_image_processor
-from .sources import missing, split_revision
+from .repositories import missing, split_revision
 
 _VISION_MODELS = {
     "clip_vision_model": CLIPVisionModel,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .attention_capture import AttentionMaps, capture_attention
+from .attention_maps import AttentionMaps, capture_attention
 from .backbones import backbone_for, without_autocast
 from .checkpoints import CheckpointMixin
 from .compiled_pass import CompiledPass
@@ -266,7 +266,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         self, layers: Sequence[str] | None = None, per_head: bool = False
     ) -> AbstractContextManager[AttentionMaps]:
         """
-        Keep the cross-attention maps of calls inside a context; see [`~sdllava.attention_capture.capture_attention`].
+        Keep the cross-attention maps of calls inside a context; see [`~sdllava.attention_maps.capture_attention`].
 
         ```python
         >>> with tower.capture_attention(layers=["U-L1-R1-B0"]) as maps:

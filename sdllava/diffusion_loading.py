@@ -19,8 +19,8 @@ from transformers import (
 from .checkpoints import refuse_pickle
 from .configuration import SDLlavaDiffusionConfig
 from .diffusion import FeatureEnsemble, SDLlavaDiffusionModel
+from .repositories import missing, split_revision
 from .small_maps import multiply_small_maps
-from .sources import missing, split_revision
 
 
 def read_diffusion_config(diffusion: str, **config) -> SDLlavaDiffusionConfig:

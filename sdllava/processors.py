@@ -11,9 +11,9 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import cached_file, logging
 
 from .chat_templates import UserTurnMarkers, user_turn_markers
-from .code_files import save_code
 from .configuration import AUTO_MAP, SDLlavaDiffusionConfig
 from .image_loading import ImageLike, load_rgb, pad_to_square
+from .remote_code import save_code
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,7 @@ def register() -> None:
 
     from .configuration import SDLlavaConfig, SDLlavaDiffusionConfig
     from .diffusion import SDLlavaDiffusionModel
-    from .hub import push_model, push_processor
+    from .hub.push import push_model, push_processor
     from .modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaModel, SDLlavaPreTrainedModel
     from .pipeline import VisualQuestionAnsweringPipeline
     from .processors import SDLlavaProcessor

@@ -56,8 +56,8 @@ def composed(published, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smoke_miniature(tmp_path_factory) -> Path:
     """The miniature's parts at the smoke scale, which have learnt nothing."""
-    from sdllava.miniature.pretrain import pretrain
-    from sdllava.miniature.scales import PARTS
+    from research.miniature.pretrain import pretrain
+    from research.miniature.scales import PARTS
 
     folder = tmp_path_factory.mktemp("miniature")
     assert set(pretrain("smoke", folder)) == set(PARTS)

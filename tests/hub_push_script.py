@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
-from sdllava.hub import push_folder
+from sdllava.hub.push import push_folder
 
 published, memory = map(Path, sys.argv[1:])
 api = HfApi()

@@ -8,10 +8,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdllava.analysis.attention import HeatMap, map_onto_image, question_attention
-from sdllava.analysis.cli import app
 from sdllava.analysis.loading import load_subject
 from sdllava.analysis.numbers import save_numbers
 from sdllava.analysis.plots import draw_heatmap
+from sdllava.commands.inspect import app
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def test_help_answers_without_torch():
     done = run("--help")
     assert done.returncode == 0 and "ask" in done.stdout and "compose" in done.stdout
     assert time.perf_counter() - started < 5
-    code = "import sys; sys.argv = ['sdllava']; import sdllava.cli; print('torch' in sys.modules)"
+    code = "import sys; sys.argv = ['sdllava']; import sdllava.commands.main; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

@@ -139,8 +139,8 @@ def test_captions_layouts(tmp_path):
 
 
 def test_mini_and_its_pairs():
-    pytest.importorskip("sdllava.data.scenes_language")
-    from sdllava.data.scenes_language import PATTERNS
+    pytest.importorskip("sdllava.scenes.language")
+    from sdllava.scenes.language import PATTERNS
 
     samples = take(get_benchmark("mini").read(None), 400)
     parts = {sample.info["part"] for sample in samples}

@@ -11,7 +11,7 @@ import typer
 from evaluation_fixtures import make_image, write_blink, write_captions, write_mmvp, write_winoground
 from typer.testing import CliRunner
 
-from sdllava.evaluation import cli
+from sdllava.commands import evaluate as cli
 from sdllava.evaluation.results import read_records
 
 app = typer.Typer()
@@ -161,7 +161,7 @@ def test_one_sentence_and_no_traceback(args, sentence):
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['sdllava']\n"
-        "import typer; from typer.testing import CliRunner; import sdllava.evaluation.cli as c\n"
+        "import typer; from typer.testing import CliRunner; import sdllava.commands.evaluate as c\n"
         "app = typer.Typer(); app.command()(c.evaluate); app.command()(c.match)\n"
         "for name in ('evaluate', 'match'):\n"
         "    assert CliRunner().invoke(app, [name, '--help']).exit_code == 0\n"

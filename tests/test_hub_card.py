@@ -9,10 +9,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from sdllava import hub_card
-from sdllava.hub import collect
-from sdllava.hub_card import MARK, check_metadata, make_card, write_card
-from sdllava.hub_records import public, read_records, record_training
+from sdllava.hub import card as hub_card
+from sdllava.hub.card import MARK, check_metadata, make_card, write_card
+from sdllava.hub.push import collect
+from sdllava.hub.records import public, read_records, record_training
 
 EARLIER = Path(__file__).parent / "data" / "earlier-version"
 MINIATURE = Path(hub_card.__file__).parent / "miniature" / "sdllava-mini"

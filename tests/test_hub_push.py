@@ -13,15 +13,15 @@ import pytest
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
-from sdllava.code_files import CODE_FILES
-from sdllava.hub import collect
+from sdllava.hub.push import collect
+from sdllava.remote_code import CODE_FILES
 
 EARLIER = Path(__file__).parent / "data" / "earlier-version"
 COMMAND = """
 import sys
 sys.argv[0] = "sdllava"
 import typer
-from sdllava.hub_cli import push
+from sdllava.commands.push import push
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(push)
 app()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
-from sdllava.code_files import CODE_FILES
+from sdllava.remote_code import CODE_FILES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sdllava"

@@ -7,17 +7,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from sdllava.data.scenes import caption, sample_question, sample_scene
-from sdllava.data.scenes_language import describe
-from sdllava.miniature.images import contact_sheet, to_pixels
-from sdllava.miniature.judge import JudgePart, labels, quadrants
-from sdllava.miniature.llm import LlamaPart, llama_config, pack, packed_mask, scene_words
-from sdllava.miniature.loop import Budget, Run, learning_rate, scene_numbers
-from sdllava.miniature.pretrain import CheckFailedError, build, pretrain, train_part
-from sdllava.miniature.prompts import PromptPart
-from sdllava.miniature.scales import PARTS, SCALES, Gate
-from sdllava.miniature.text import clip_tokenizer, llm_tokenizer, words_in
-from sdllava.miniature.unet import close_up, prompt_for
+from research.miniature.images import contact_sheet, to_pixels
+from research.miniature.judge import JudgePart, labels, quadrants
+from research.miniature.llm import LlamaPart, llama_config, pack, packed_mask, scene_words
+from research.miniature.loop import Budget, Run, learning_rate, scene_numbers
+from research.miniature.pretrain import CheckFailedError, build, pretrain, train_part
+from research.miniature.prompts import PromptPart
+from research.miniature.scales import PARTS, SCALES, Gate
+from research.miniature.text import clip_tokenizer, llm_tokenizer, words_in
+from research.miniature.unet import close_up, prompt_for
+from sdllava.scenes.dataset import caption, sample_question, sample_scene
+from sdllava.scenes.language import describe
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_prompts_are_read_in_the_order_of_the_quadrants(parts):
 
 
 def sample_image():
-    from sdllava.data.scenes import render
+    from sdllava.scenes.dataset import render
 
     return render(sample_scene("test", 0))
 
@@ -176,7 +176,7 @@ def finished(smoke_miniature, tmp_path_factory):
     """What `sdllava mini train` leaves at the smoke scale."""
     from typer.testing import CliRunner
 
-    from sdllava.miniature.cli import app
+    from research.miniature.__main__ import app
 
     folder = tmp_path_factory.mktemp("finished")
     for name in ("checks.json", "diffusion", "clip", "llm"):
@@ -188,7 +188,7 @@ def finished(smoke_miniature, tmp_path_factory):
 
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_a_killed_stage_ends_with_the_same_weights(stage, finished, tmp_path, monkeypatch):
-    from sdllava.miniature.stages import train_stage
+    from research.miniature.stages import train_stage
     from sdllava.train.trainer import SDLlavaTrainer
 
     for name in ("diffusion", "clip", "llm", "align"):
@@ -241,7 +241,7 @@ def test_the_parts_go_through_both_stages_and_the_result_answers(parts, finished
 def test_every_tap_of_the_papers_table_exists_and_the_default_one_is_8x8(parts):
     from diffusers import UNet2DConditionModel
 
-    from sdllava.miniature.study.taps import TAPS
+    from research.miniature.study.taps import TAPS
     from sdllava.taps import list_taps
 
     taps = {tap.name: tap for tap in list_taps(UNet2DConditionModel.from_pretrained(parts / "diffusion/unet").config)}
@@ -401,8 +401,8 @@ def test_no_two_steps_share_a_scene():
 def test_written_scenes_are_read_by_the_training_data_room(tmp_path):
     from typer.testing import CliRunner
 
+    from sdllava.commands.mini import app
     from sdllava.data.sources import DataSource, load_data
-    from sdllava.miniature.cli import app
 
     arguments = ["scenes", str(tmp_path / "s.parquet"), "--count", "3", "--examples", str(tmp_path / "e.html")]
     assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0

@@ -10,8 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdllava import SDLlavaDiffusionModel, mini_path
-from sdllava.cli import app
-from sdllava.data.scenes import render, sample_question
+from sdllava.commands.main import app
+from sdllava.scenes.dataset import render, sample_question
 
 STORED = json.loads((Path(__file__).parent / "data" / "miniature_answers.json").read_text(encoding="utf-8"))
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sdllava.data.scenes_world import CELLS
+from research.miniature.__main__ import app
+from research.miniature.study import guidance
+from research.miniature.study.claims import claim, sentence, verdict
+from research.miniature.study.page import cell, page
+from research.miniature.study.readout import auc, fit_readout, one_hot, ordered_pairs, right_of, shares
+from research.miniature.study.run import finished_part, run_study
+from research.miniature.study.taps import quadrant_vectors
 from sdllava.diffusion import guide
-from sdllava.miniature.cli import app
-from sdllava.miniature.study import guidance
-from sdllava.miniature.study.claims import claim, sentence, verdict
-from sdllava.miniature.study.page import cell, page
-from sdllava.miniature.study.readout import auc, fit_readout, one_hot, ordered_pairs, right_of, shares
-from sdllava.miniature.study.run import finished_part, run_study
-from sdllava.miniature.study.taps import quadrant_vectors
+from sdllava.scenes.world import CELLS
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_a_finished_part_is_read_not_measured_and_told_as_it_is(parts, monkeypat
 
 def test_the_time_of_a_run_that_was_stopped_counts_in_the_next(parts, monkeypatch):
     clock = iter([0.0, 40.0, 100.0, 102.0])
-    monkeypatch.setattr("sdllava.miniature.study.run.time.process_time", lambda: next(clock))
+    monkeypatch.setattr("research.miniature.study.run.time.process_time", lambda: next(clock))
     monkeypatch.setattr(guidance, "measure", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_study(parts, parts / "docs", "smoke", ("e",))
     monkeypatch.setattr(guidance, "measure", lambda *_: {"rows": {}, "claims": []})
-    monkeypatch.setattr("sdllava.miniature.study.page.write_page", lambda found, out: found["e"]["cpu_seconds"])
+    monkeypatch.setattr("research.miniature.study.page.write_page", lambda found, out: found["e"]["cpu_seconds"])
     assert run_study(parts, parts / "docs", "smoke", ("e",)) == 42
 
 

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from sdllava.data.scenes import (
+from sdllava.scenes.dataset import (
     HELD_OUT_PAIRS,
     KINDS,
     PATTERNS,

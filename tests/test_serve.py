@@ -36,7 +36,7 @@ def checkpoint(composed, tmp_path_factory) -> Path:
 def client(checkpoint):
     import httpx
 
-    from sdllava.serve import serve
+    from sdllava.serving.server import serve
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -141,14 +141,15 @@ def test_a_request_reaches_no_file_and_a_bad_image_is_told(client, checkpoint, u
 def test_it_listens_on_loopback_unless_told_otherwise():
     import inspect
 
-    from sdllava import hub_cli, serve
+    from sdllava.commands import serve as serve_command
+    from sdllava.serving import server as serve
 
-    for function in (serve.serve, hub_cli.serve):
+    for function in (serve.serve, serve_command.serve):
         assert inspect.signature(function).parameters["host"].default == "127.0.0.1"
 
 
 def test_another_kind_of_model_is_named(published):
-    from sdllava.serve import serve
+    from sdllava.serving.server import serve
 
     with pytest.raises(ValueError, match="is a 'llama', which `transformers serve` serves"):
         serve(str(published["llm"]))
@@ -157,7 +158,7 @@ def test_another_kind_of_model_is_named(published):
 def test_a_missing_extra_is_named(monkeypatch):
     from importlib import util
 
-    from sdllava.serve import serve
+    from sdllava.serving.server import serve
 
     monkeypatch.setattr(util, "find_spec", lambda name: None if name == "uvicorn" else sys)
     with pytest.raises(ImportError, match=r"serving needs uvicorn: pip install .sdllava\[serve\]"):

@@ -12,10 +12,10 @@ from transformers import Trainer, TrainingArguments
 from typer import Typer
 from typer.testing import CliRunner
 
+from sdllava.commands import train as cli
 from sdllava.data.sources import DataSource, load_data
 from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
 from sdllava.processors import SDLlavaProcessor
-from sdllava.train import cli
 from sdllava.train.collator import SDLlavaCollator
 from sdllava.train.run import cache, train
 from sdllava.train.trainer import EpochCallback
@@ -160,6 +160,6 @@ def test_plain_mistakes_say_so(work, flags, reason, capsys):
 
 
 def test_the_commands_load_without_heavy_imports():
-    script = "import sys; sys.argv = ['sdllava']; import sdllava.train.cli; print(*sys.modules)"
+    script = "import sys; sys.argv = ['sdllava']; import sdllava.commands.train; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"torch", "trl", "transformers", "datasets"} & set(result.stdout.split())

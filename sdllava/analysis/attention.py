@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from ..attention_capture import AttentionMaps
+from ..attention_maps import AttentionMaps
 from ..diffusion import SDLlavaDiffusionModel
 from ..image_loading import load_rgb
 from ..modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaImageEncodings
@@ -162,7 +162,7 @@ def attention_by_word(
         maps: from `tower.capture_attention()`.
         tokenizer: the diffusion model's (first) tokenizer.
         images: upright RGB, as they were before padding.
-        resolution, layers, timesteps: see [`~sdllava.attention_capture.AttentionMaps.average`].
+        resolution, layers, timesteps: see [`~sdllava.attention_maps.AttentionMaps.average`].
     """
     mean = maps.average(resolution, layers, timesteps)
     shown = [

@@ -13,7 +13,7 @@ from ..configuration import SDLlavaConfig
 from ..diffusion import SDLlavaDiffusionModel
 from ..diffusion_loading import load_diffusion, load_diffusion_tokenizers, read_diffusion_config
 from ..processors import SDLlavaProcessor, diffusion_image_processor
-from ..sources import missing, split_revision
+from ..repositories import missing, split_revision
 from ..taps import list_taps
 from .reading import read_elsewhere
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from ..image_loading import load_rgb, pad_to_square
-from ..sources import missing, split_revision
+from ..repositories import missing, split_revision
 
 
 @dataclass(frozen=True)

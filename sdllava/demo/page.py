@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 
 from ..analysis.attention import QuestionAttention
-from ..data.scenes_language import sample_question
-from ..data.scenes_render import render
+from ..scenes.language import sample_question
+from ..scenes.render import render
 from .drawing import heat_html, picture_html
 from .engine import MAX_BYTES, Engine, Look, check_text, open_upload
 from .guard import RefuseAddresses

@@ -7,7 +7,7 @@ from ..version import __version__
 
 APP = '''"""The page of {model}."""
 
-from sdllava.demo.cli import demo
+from ..commands.demo import demo
 
 demo(model="{model}", host="0.0.0.0", port=7860)
 '''

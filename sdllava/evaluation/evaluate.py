@@ -98,7 +98,7 @@ def read_captions(path: str | None) -> Mapping[str, str] | None:
     """
     if path is None:
         return None
-    from sdllava.data.prompts import read_pseudo_captions
+    from ..data.prompts import read_pseudo_captions
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"The caption file {path!r} does not exist.")

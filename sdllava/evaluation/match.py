@@ -61,7 +61,8 @@ def load_matcher(
                 f"of transformers: {str(error).splitlines()[0]}"
             ) from error
     from sdllava import SDLlavaDiffusionModel
-    from sdllava.diffusion_loading import load_diffusion_tokenizers
+
+    from ..diffusion_loading import load_diffusion_tokenizers
 
     source = f"{where}@{revision or pinned}" if revision or pinned else where
     tower = SDLlavaDiffusionModel.from_component_pretrained(
@@ -75,8 +76,8 @@ def _tower_fields(source: str) -> dict[str, Any]:
     """The image size that the UNet was published for (512 for SD 2.1-base), and a tap that it has."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from sdllava.sources import split_revision
-    from sdllava.taps import list_taps
+    from ..repositories import split_revision
+    from ..taps import list_taps
 
     unet = UNet2DConditionModel.load_config(subfolder="unet", **split_revision(source))
     vae = AutoencoderKL.load_config(subfolder="vae", **split_revision(source))

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdllava.diffusion import SDLlavaDiffusionModel
-from sdllava.taps import Tap, resolve_taps
+from ..diffusion import SDLlavaDiffusionModel
+from ..taps import Tap, resolve_taps
 
 TOKEN_MASKS = ("all", "no_padding", "text")
 

@@ -1,1 +1,8 @@
-"""The papers' system in small: every part trained from nothing on rendered scenes, and the study made with it."""
+"""The embedded miniature: where its checkpoint is."""
+
+from pathlib import Path
+
+
+def mini_path() -> Path:
+    """Folder of the embedded miniature: model, processor and card, as `from_pretrained` takes them."""
+    return Path(__file__).parent / "sdllava-mini"

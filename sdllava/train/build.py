@@ -13,7 +13,7 @@ from ..components import compose, compose_from_llava, plan, plan_from_llava
 from ..configuration import SDLlavaConfig, SDLlavaDiffusionConfig
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
 from ..processors import SDLlavaProcessor, diffusion_image_processor
-from ..sources import split_revision
+from ..repositories import split_revision
 from .adapters import inject_unet_lora, is_adapter, load_merged
 from .arguments import DIFFUSION_FIELDS, MODEL_FIELDS, AdapterArguments, ModelArguments
 

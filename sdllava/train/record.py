@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..hub_records import TRAINING_FILE, record_training
+from ..hub.records import TRAINING_FILE, record_training
 
 HYPERPARAMETERS = (
     "per_device_train_batch_size",

@@ -12,8 +12,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from trl import SFTTrainer
 
-from ..hub import push_folder
-from ..hub_card import write_card
+from ..hub.card import write_card
+from ..hub.push import push_folder
 from .adapters import merge_unet_lora, unet_adapter, write_unet_adapter
 from .collator import SDLlavaCollator
 from .tokens import tokens_about
@@ -109,7 +109,7 @@ class SDLlavaTrainer(SFTTrainer):
         Save, and push model, processor, code, recipe and card, but no optimizer state, pickle or path of this machine.
 
         Args:
-            options: of [`~sdllava.hub.push_folder`]; default what the training arguments say.
+            options: of [`~sdllava.hub.push.push_folder`]; default what the training arguments say.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)

@@ -1,6 +1,6 @@
 """The miniature's own world: questions on held-out scenes, on held-out compositions, and minimal pairs.
 
-The scenes are drawn from their seeds (`sdllava.data.scenes_language`), so there is nothing to fetch. A minimal pair
+The scenes are drawn from their seeds (`sdllava.scenes.language`), so there is nothing to fetch. A minimal pair
 counts when its question is answered rightly on both images, as in MMVP.
 """
 
@@ -27,8 +27,8 @@ class Mini(Benchmark):
 
     def read(self, folder: Path | None) -> list[Sample]:
         """Held-out scenes, held-out compositions and minimal pairs, rendered here; `folder` is not read."""
-        from sdllava.data.scenes_language import PATTERNS, minimal_pair, sample_question
-        from sdllava.data.scenes_render import render
+        from ...scenes.language import PATTERNS, minimal_pair, sample_question
+        from ...scenes.render import render
 
         def sample(name, part, scene, pattern, kind, text, answer, **info):
             return Sample(
@@ -107,9 +107,9 @@ class MiniCaptions(CocoCaptions):
     hub_id = ""
 
     def read(self, folder: Path | None) -> list[Sample]:
-        from sdllava.data.scenes_language import caption
-        from sdllava.data.scenes_render import render
-        from sdllava.data.scenes_world import sample_scene
+        from ...scenes.language import caption
+        from ...scenes.render import render
+        from ...scenes.world import sample_scene
 
         scenes = {f"scene-{seed}": sample_scene("test", seed) for seed in range(CAPTIONS)}
         return [self.sample(name, [caption(s)], lambda s=s: render(s)) for name, s in scenes.items()]
@@ -123,8 +123,8 @@ class MiniPairs(MatchingBenchmark):
 
     def read(self, folder: Path | None) -> list[MatchingItem]:
         """Minimal pairs with a caption for each image, rendered here; `folder` is not read."""
-        from sdllava.data.scenes_language import PATTERNS, caption, minimal_pair
-        from sdllava.data.scenes_render import render
+        from ...scenes.language import PATTERNS, caption, minimal_pair
+        from ...scenes.render import render
 
         items = []
         for pattern in PATTERNS:

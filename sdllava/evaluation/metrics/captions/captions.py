@@ -3,8 +3,8 @@
 import datasets
 import evaluate
 
-from sdllava.evaluation.caption_metrics import caption_scores
-from sdllava.evaluation.tokenization import tokenize
+from ...caption_metrics import caption_scores
+from ...tokenization import tokenize
 
 DESCRIPTION = "BLEU 1-4, ROUGE-L and CIDEr-D, times 100, over PTB tokens where Java is there (see `tokenizer`)."
 CITATION = "Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, 2015."

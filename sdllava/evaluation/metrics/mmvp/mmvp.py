@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from sdllava.evaluation.benchmarks.mmvp import score
+from ...benchmarks.mmvp import score
 
 DESCRIPTION = "Share of MMVP pairs with both questions right, and of single questions, in percent (arXiv 2401.06209)."
 CITATION = "Tong et al., Eyes Wide Shut? Exploring the Visual Shortcomings of Multimodal LLMs, CVPR 2024."

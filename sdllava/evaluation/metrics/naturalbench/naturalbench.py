@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from sdllava.evaluation.benchmarks.naturalbench import score
+from ...benchmarks.naturalbench import score
 
 DESCRIPTION = "NaturalBench's accuracies over groups of two questions and two images, in percent (arXiv 2410.14669)."
 CITATION = "Li et al., NaturalBench: Evaluating Vision-Language Models on Natural Adversarial Samples, NeurIPS 2024."

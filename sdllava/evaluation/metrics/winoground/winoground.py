@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from sdllava.evaluation.benchmarks.winoground import score
+from ...benchmarks.winoground import score
 
 DESCRIPTION = "Winoground's text, image and group scores with strict inequalities, in percent (arXiv 2204.03162)."
 CITATION = "Thrush et al., Winoground: Probing Vision and Language Models for Visio-Linguistic Compositionality, 2022."

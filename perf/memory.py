@@ -1,0 +1,173 @@
+"""
+What the papers' model holds in memory when it answers: weights by part and the cache of a conversation from the meta
+device, which needs no memory and no weights. On a GPU, `--measure` also builds the model and asks it.
+
+    python perf/memory.py
+    python perf/memory.py --device cuda --measure
+"""
+
+import weakref
+from pathlib import Path
+from typing import Annotated
+
+import answering
+import models
+import torch
+import typer
+from measure import DEFAULT_DEVICE, DEFAULT_DTYPE, Bench, Device, DType, Size, describe_machine, write_json
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sdllava import SDLlavaConfig, SDLlavaDiffusionModel, SDLlavaForConditionalGeneration
+
+CONTEXT = 1024
+"""Tokens of the conversation that is counted: 576 of the image, the others text."""
+BITS_PER_QUANTIZED_WEIGHT = 4.5
+"""NF4 in blocks of 64 with one float32 scale each; bitsandbytes' default."""
+
+
+def part_bytes(config: SDLlavaConfig, dtype: torch.dtype, four_bit: bool = False) -> dict[str, float]:
+    """
+    Bytes of each part's weights, and of the key-value cache of `CONTEXT` tokens.
+
+    Args:
+        four_bit: the language model's linear layers in NF4; embeddings, norms and `lm_head` stay in `dtype`.
+    """
+    with torch.device("meta"):
+        model = SDLlavaForConditionalGeneration(config)
+    parts = {name: module for name, module in model.model.named_children() if name != "diffusion_tower"}
+    parts |= dict(model.model.diffusion_tower.backbone.named_children())
+    parts["lm_head"] = model.lm_head
+    held = {name: _bytes(module, torch.float32 if name == "vae" else dtype) for name, module in parts.items()}
+    if four_bit:
+        linear = [m for m in model.model.language_model.modules() if isinstance(m, nn.Linear)]
+        saved = dtype.itemsize - BITS_PER_QUANTIZED_WEIGHT / 8
+        held["language_model"] -= saved * sum(m.weight.numel() for m in linear)
+    text = config.text_config
+    keys = text.num_hidden_layers * text.num_key_value_heads * text.head_dim * CONTEXT
+    held[f"cache of {CONTEXT} tokens"] = 2 * keys * dtype.itemsize
+    return held
+
+
+def _bytes(module: nn.Module, dtype: torch.dtype) -> float:
+    return sum(p.numel() for p in module.parameters()) * dtype.itemsize
+
+
+class LiveResults(TorchDispatchMode):
+    """Counts the bytes of results that are alive, and the most at once."""
+
+    def __init__(self, weights: nn.Module):
+        super().__init__()
+        self.alive = {p.untyped_storage()._cdata for p in weights.parameters()}
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                self._add(result.untyped_storage())
+        return results
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.bytes -= size
+
+
+def peak_results(config: SDLlavaConfig, dtype: torch.dtype) -> float:
+    """
+    The most bytes of intermediate results at once in the VAE's encoder and in the UNet on both halves; a language model
+    that reads a conversation holds fewer.
+
+    An upper bound: there, attention keeps its whole matrix of probabilities, which fused attention never holds.
+    """
+    tower_config = config.diffusion_config
+    side, latent_side = tower_config.image_size, tower_config.latent_size
+    with torch.device("meta"):
+        tower = SDLlavaDiffusionModel(tower_config).to(dtype)
+        tower.vae.float()
+        pixels, latents = torch.empty(1, 3, side, side), torch.empty(1, 4, latent_side, latent_side)
+        prompts = {"encoder_hidden_states": torch.empty(2, 77, tower_config.unet_config["cross_attention_dim"])}
+    peaks = []
+    for read in (
+        lambda: tower.vae.encode(pixels),
+        lambda: tower.extract(latents, prompts),
+    ):
+        with torch.no_grad(), LiveResults(tower) as live:
+            read()
+        peaks.append(live.peak)
+    return max(peaks)
+
+
+def quantize(language_model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold a language model's linear layers in NF4, as `BitsAndBytesConfig(load_in_4bit=True)` would, in place."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(language_model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                how = {"quant_type": "nf4", "compress_statistics": False}
+                small = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, **how)
+                small.weight = Params4bit(linear.weight.data, requires_grad=False, **how)
+                setattr(parent, name, small.to(linear.weight.device))
+
+
+def measured(size: str, device: str, dtype: str, four_bit: bool = False) -> float:
+    """GiB of the GPU at most in use while a first question is answered."""
+    bench = Bench("memory", size, device, dtype, 1, None)
+    subjects = answering.Subjects(size, bench.device, bench.dtype)
+    subjects.ours.model.diffusion_tower.vae.float()
+    if four_bit:
+        quantize(subjects.ours.model.language_model, bench.dtype)
+    with torch.inference_mode():
+        model, inputs = subjects.ways(1)["ours, first question"]
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        answering.generation(model, inputs, 32)()
+    return torch.cuda.max_memory_allocated(bench.device) / 2**30
+
+
+def main(
+    measure: Annotated[bool, typer.Option(help="Also build both and measure; needs a GPU and bitsandbytes.")] = False,
+    size: Size = "full",
+    device: Device = DEFAULT_DEVICE,
+    dtype: DType = DEFAULT_DTYPE,
+    output: Path = Path(__file__).parent / "results" / "memory.json",
+) -> None:
+    """A table of GiB by part, with and without 4-bit weights in the language model."""
+    if measure and not device.startswith("cuda"):
+        raise SystemExit("--measure needs a GPU: give --device cuda, or leave it out for what the meta device tells")
+    config = models.model_config(size)
+    half = torch.bfloat16
+    columns = {"bfloat16": part_bytes(config, half), "4-bit language model": part_bytes(config, half, four_bit=True)}
+    for column in columns.values():
+        column["intermediate results, at most"] = peak_results(config, half)
+        column["all"] = sum(column.values())
+    table = Table("GiB", *columns, title=f"memory, {size}", box=None)
+    for name in columns["bfloat16"]:
+        table.add_row(name, *(f"{column[name] / 2**30:.2f}" for column in columns.values()))
+    console = Console()
+    console.print(table)
+    found = {"gib": {name: {k: v / 2**30 for k, v in column.items()} for name, column in columns.items()}}
+    if measure:
+        found["measured_gib"] = {}
+        for name in columns:
+            gib = measured(size, device, dtype, four_bit=name.startswith("4-bit"))
+            found["measured_gib"][name] = gib
+            console.print(f"measured, {name}: {gib:.2f} GiB on {describe_machine(torch.device(device))}")
+    else:
+        console.print("computed on the meta device; measure it on a GPU with --device cuda --measure")
+    write_json(output, found)
+
+
+if __name__ == "__main__":
+    typer.run(main)

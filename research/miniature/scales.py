@@ -1,0 +1,118 @@
+"""The sizes and step budgets at which the miniature is trained, and what each part must reach.
+
+Budgets are in steps, so that a slower machine gives the same weights, later.
+"""
+
+from dataclasses import dataclass, replace
+
+from sdllava.scenes.dataset import PATTERNS
+
+from .loop import Budget
+
+TOWER = {"taps": ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"], "image_size": 64, "grid_size": 8}
+"""Taps and sizes of the miniature's diffusion tower."""
+
+PARTS = ("judge", "vae", "clip", "llm", "prompts", "denoiser", "unet")
+LETTERS_OFTEN = (*PATTERNS, *["text"] * 3)
+"""What the second stage asks about: letters four times as often as the rest, as they take most looking to learn."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The metric of a part's check that must reach `least` before the next part builds on it."""
+
+    metric: str
+    least: float
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class StageBudget:
+    """Scenes of a stage, passes over them, the batch, the most questions on a scene, and what they are about.
+
+    A pattern named twice is asked about twice as often.
+    """
+
+    scenes: int
+    epochs: int
+    batch_size: int
+    turns: int = 1
+    patterns: tuple[str, ...] = PATTERNS
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Widths of the parts, their budgets and gates, how many held-out scenes a check reads, the fusion's heads, and the
+    two stages."""
+
+    judge_width: int
+    vae_channels: tuple[int, ...]
+    clip: tuple[int, int, int, int]
+    llm: tuple[int, int, int]
+    unet_channels: tuple[int, int, int, int]
+    budgets: dict[str, Budget]
+    gates: dict[str, Gate]
+    check_scenes: dict[str, int]
+    fusion_heads: int
+    stages: dict[str, StageBudget]
+
+
+_MINI = Scale(
+    judge_width=16,
+    vae_channels=(16, 32),
+    clip=(192, 4, 128, 3),
+    llm=(160, 4, 4),
+    unet_channels=(16, 48, 96, 128),
+    budgets={
+        "judge": Budget(800, 64, 2e-3, warmup=50),
+        "vae": Budget(1600, 32, 1.5e-3, ema=0.99),
+        "clip": Budget(850, 128, 1e-3, ema=0.99, warmup=100),
+        "llm": Budget(16000, 12, 1.5e-3),
+        "prompts": Budget(1000, 64, 1.5e-3, warmup=50),
+        "denoiser": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
+        "unet": Budget(4800, 16, 1e-3, ema=0.995, save_every=100),
+    },
+    gates={
+        "judge": Gate("accuracy", 0.97),
+        "vae": Gate("psnr", 32.0, " dB"),
+        "clip": Gate("retrieval", 0.85),
+        "llm": Gate("accuracy", 0.95),
+        "prompts": Gate("least", 0.9),
+        "unet": Gate("object", 0.5),
+    },
+    check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "prompts": 512, "denoiser": 64, "unet": 64},
+    fusion_heads=6,
+    stages={
+        "align": StageBudget(scenes=8_000, epochs=4, batch_size=32),
+        "finetune": StageBudget(scenes=24_000, epochs=6, batch_size=32, turns=5, patterns=LETTERS_OFTEN),
+    },
+)
+
+SCALES = {
+    "smoke": Scale(
+        judge_width=4,
+        vae_channels=(8, 8),
+        clip=(32, 1, 32, 1),
+        llm=(32, 1, 2),
+        unet_channels=(8, 8, 16, 16),
+        budgets={name: Budget(4, 2, 1e-3, ema=0.9 if name == "unet" else 0.0, save_every=2) for name in PARTS},
+        gates={},
+        check_scenes=dict.fromkeys(PARTS, 2),
+        fusion_heads=2,
+        stages={
+            "align": StageBudget(scenes=8, epochs=1, batch_size=4),
+            "finetune": StageBudget(scenes=8, epochs=1, batch_size=4, turns=2),
+        },
+    ),
+    "mini": _MINI,
+    "gpu": replace(
+        _MINI,
+        budgets=_MINI.budgets
+        | {
+            "clip": Budget(4000, 256, 1e-3, ema=0.99, warmup=200),
+            "denoiser": Budget(4000, 128, 1e-3, ema=0.999, warmup=500),
+            "unet": Budget(20000, 128, 1e-3, ema=0.9995, warmup=500),
+        },
+        gates=_MINI.gates | {"unet": Gate("object", 0.8)},
+    ),
+}

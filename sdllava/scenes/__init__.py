@@ -1,0 +1,1 @@
+"""The rendered world of the miniature: objects, renderer, language and datasets."""

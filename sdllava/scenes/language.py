@@ -1,0 +1,362 @@
+"""What is said about a scene: its caption, questions with short answers, and minimal pairs, pattern by pattern.
+
+Answers are balanced: a question whose answer is the more frequent one is kept less often, so that guessing from the
+question alone scores about the chance of the answer set.
+"""
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .world import (
+    CELLS,
+    COLOURS,
+    DIRECTIONS,
+    HELD_OUT_PAIRS,
+    LETTERS,
+    PATTERNS,
+    SHAPES,
+    STATES,
+    VIEWPOINTS,
+    Scene,
+    SceneObject,
+    random_object,
+    sample_scene,
+)
+
+MAX_SHAPE_COUNT = 2
+_BALANCE_SCENES = 4000
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question on a scene: its pattern, the kind of its wording, its text, the answer, and the object it is about."""
+
+    pattern: str
+    kind: str
+    text: str
+    answer: str
+    subject: SceneObject | None = None
+
+
+@dataclass(frozen=True)
+class MinimalPair:
+    """Two scenes that differ in one pattern alone, and a question whose answers differ."""
+
+    pattern: str
+    scenes: tuple[Scene, Scene]
+    question: str
+    answers: tuple[str, str]
+
+
+def article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def describe(item: SceneObject) -> str:
+    """One object in words, e.g. "a broken red arrow pointing up with a border at the top left"."""
+    adjectives = "broken " if item.state == "broken" else ""
+    text = article(f"{adjectives}{item.colour} {item.shape}")
+    text += f" pointing {item.direction}" if item.direction else ""
+    text += " with a border" if item.border else ""
+    text += f" marked {item.letter}" if item.letter else ""
+    return f"{text} at the {item.cell}"
+
+
+def caption(scene: Scene) -> str:
+    """Everything that the scene shows, in words."""
+    viewpoint = "the front" if scene.viewpoint == "front" else scene.viewpoint
+    return f"{', '.join(describe(item) for item in scene.objects)}, seen from {viewpoint}"
+
+
+def _refer(item: SceneObject, rng: random.Random) -> str:
+    """An object by its colour, which is its own in the scene, at times with its shape."""
+    return f"{item.colour} {item.shape if rng.random() < 0.5 else 'object'}"
+
+
+def _choose(items, rng: random.Random):
+    items = list(items)
+    return rng.choice(items) if items else None
+
+
+def _yes_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+# Each kind takes (scene, rng) and gives (text, answer, subject), or None where the scene has nothing to ask about.
+
+
+def _way(scene, rng):
+    if item := _choose((o for o in scene.objects if o.direction), rng):
+        return f"Which way does the {_refer(item, rng)} point?", item.direction, item
+
+
+def _points(scene, rng):
+    if item := _choose((o for o in scene.objects if o.direction), rng):
+        asked = item.direction if rng.random() < 0.5 else rng.choice([d for d in DIRECTIONS if d != item.direction])
+        return f"Does the {_refer(item, rng)} point {asked}?", _yes_no(asked == item.direction), item
+
+
+def _border(scene, rng):
+    item = rng.choice(scene.objects)
+    return f"Does the {_refer(item, rng)} have a border?", _yes_no(item.border), item
+
+
+def _exists(scene, rng):
+    shape = rng.choice(SHAPES)
+    item = next((o for o in scene.objects if o.shape == shape), None)
+    return f"Is there {article(shape)}?", _yes_no(item is not None), item
+
+
+def _pair_exists(scene, rng):
+    present = [o.pair for o in scene.objects]
+    pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS or (c, s) in present]
+    tempting = [p for p in pairs if any((p[0] == c) != (p[1] == s) for c, s in present)]
+    pair = rng.choice(present if rng.random() < 0.5 else tempting)
+    item = next((o for o in scene.objects if o.pair == pair), None)
+    return f"Is there {article(' '.join(pair))}?", _yes_no(item is not None), item
+
+
+def _whole_or_broken(scene, rng):
+    if item := _choose((o for o in scene.objects if not o.letter), rng):
+        return f"Is the {_refer(item, rng)} whole or broken?", item.state, item
+
+
+def _broken(scene, rng):
+    if item := _choose((o for o in scene.objects if not o.letter), rng):
+        return f"Is the {_refer(item, rng)} broken?", _yes_no(item.state == "broken"), item
+
+
+def _how_many(scene, rng):
+    return "How many objects are there?", str(len(scene.objects)), None
+
+
+def _how_many_of(scene, rng):
+    shape = rng.choice(SHAPES)
+    number = sum(o.shape == shape for o in scene.objects)
+    return (f"How many {shape}s are there?", str(number), None) if number <= MAX_SHAPE_COUNT else None
+
+
+def _where(scene, rng):
+    item = rng.choice(scene.objects)
+    return f"Where is the {_refer(item, rng)}?", item.cell, item
+
+
+def _beside(scene, rng, words=("left", "right"), joiner="of ", side=1):
+    item = rng.choice(scene.objects)
+    others = [o for o in scene.objects if o.cell.split()[side] != item.cell.split()[side]]
+    if other := _choose(others, rng):
+        first = item.cell.split()[side] in ("left", "top")
+        options = " or ".join(rng.sample(words, 2))
+        return f"Is the {_refer(item, rng)} {options} {joiner}the {_refer(other, rng)}?", words[not first], item
+
+
+def _over(scene, rng):
+    return _beside(scene, rng, words=("above", "below"), joiner="", side=0)
+
+
+def _colour_of(scene, rng):
+    shapes = Counter(o.shape for o in scene.objects)
+    if item := _choose((o for o in scene.objects if shapes[o.shape] == 1), rng):
+        return f"What colour is the {item.shape}?", item.colour, item
+
+
+def _colour_at(scene, rng):
+    item = rng.choice(scene.objects)
+    return f"What colour is the object at the {item.cell}?", item.colour, item
+
+
+def _shape_of(scene, rng):
+    item = rng.choice(scene.objects)
+    return f"What shape is the {item.colour} object?", item.shape, item
+
+
+def _shape_at(scene, rng):
+    item = rng.choice(scene.objects)
+    return f"What shape is the object at the {item.cell}?", item.shape, item
+
+
+def _which_shape(scene, rng):
+    item = rng.choice(scene.objects)
+    others = [s for s in SHAPES if s != item.shape and (item.colour, s) not in HELD_OUT_PAIRS]
+    options = rng.sample([item.shape, rng.choice(others)], 2)
+    return f"Is the {item.colour} object {' or '.join(map(article, options))}?", item.shape, item
+
+
+def _letter(scene, rng):
+    if item := _choose((o for o in scene.objects if o.letter), rng):
+        return f"Which letter is on the {_refer(item, rng)}?", item.letter, item
+
+
+def _seen_from(scene, rng):
+    return "From where is the scene seen?", scene.viewpoint, None
+
+
+_KINDS: dict[str, dict[str, Callable]] = {
+    "orientation": {"way": _way, "points": _points},
+    "presence": {"border": _border, "exists": _exists, "pair exists": _pair_exists},
+    "state": {"whole or broken": _whole_or_broken, "broken": _broken},
+    "count": {"how many": _how_many, "how many of": _how_many_of},
+    "position": {"where": _where, "beside": _beside, "over": _over},
+    "colour": {"colour of": _colour_of, "colour at": _colour_at},
+    "structure": {"shape of": _shape_of, "shape at": _shape_at, "which shape": _which_shape},
+    "text": {"letter": _letter},
+    "viewpoint": {"seen from": _seen_from},
+}
+KINDS = tuple(kind for kinds in _KINDS.values() for kind in kinds)
+
+
+def _ask(scene: Scene, rng: random.Random, pattern: str, kind: str) -> Question | None:
+    found = _KINDS[pattern][kind](scene, rng)
+    return Question(pattern, kind, *found) if found else None
+
+
+@functools.cache
+def _keep_probabilities() -> dict[tuple[str, str], float]:
+    """How often a (kind, answer) is kept, so that the answers of a kind become equally frequent."""
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    for seed in range(_BALANCE_SCENES):
+        rng, scene = random.Random(f"balance {seed}"), sample_scene("train", seed)
+        for pattern, kinds in _KINDS.items():
+            for kind in kinds:
+                if question := _ask(scene, rng, pattern, kind):
+                    counts[kind][question.answer] += 1
+    return {(kind, a): min(c.values()) / n for kind, c in counts.items() for a, n in c.items()}
+
+
+def ask(
+    scene: Scene, rng: random.Random, patterns=PATTERNS, kinds=KINDS, held_out_only: bool = False
+) -> Question | None:
+    """One balanced question on a scene, its pattern first drawn uniformly from `patterns`; None where none fits.
+
+    `held_out_only` asks about objects of a held-out colour-shape pair, or about the scene as a whole.
+    """
+    for pattern in rng.sample(patterns, len(patterns)):
+        possible = [kind for kind in _KINDS[pattern] if kind in kinds]
+        for kind in rng.sample(possible, len(possible)):
+            question = _ask(scene, rng, pattern, kind)
+            if question is None or rng.random() >= _keep_probabilities()[kind, question.answer]:
+                continue
+            if not held_out_only or question.subject is None or question.subject.pair in HELD_OUT_PAIRS:
+                return question
+    return None
+
+
+def sample_question(split: str, seed: int, patterns=PATTERNS, kinds=KINDS) -> tuple[Scene, Question]:
+    """Scene and question number `seed` of a split; patterns are equally frequent."""
+    rng = random.Random(f"question {split} {seed}")
+    pattern = rng.choice(patterns)
+    while True:
+        scene = sample_scene(split, rng.getrandbits(48))
+        if question := ask(scene, rng, (pattern,), kinds, held_out_only=split == "composition"):
+            return scene, question
+
+
+# Minimal pairs. Each edit takes (scene, rng) and gives (other scene, question kind, subject), or None.
+
+
+def _with(scene: Scene, item: SceneObject, **changes) -> Scene:
+    return replace(scene, objects=tuple(replace(o, **changes) if o is item else o for o in scene.objects))
+
+
+def _other(values, value, rng: random.Random):
+    return rng.choice([v for v in values if v != value])
+
+
+def _edit_orientation(scene, rng):
+    if item := _choose((o for o in scene.objects if o.direction), rng):
+        return _with(scene, item, direction=_other(DIRECTIONS, item.direction, rng)), item
+
+
+def _edit_presence(scene, rng):
+    item = rng.choice(scene.objects)
+    return _with(scene, item, border=not item.border), item
+
+
+def _edit_state(scene, rng):
+    if item := _choose((o for o in scene.objects if not o.letter), rng):
+        return _with(scene, item, state=_other(STATES, item.state, rng)), item
+
+
+def _edit_count(scene, rng):
+    if len(scene.objects) == len(CELLS):
+        return replace(scene, objects=scene.objects[:-1]), None
+    colour = _choose((c for c in COLOURS if all(o.colour != c for o in scene.objects)), rng)
+    cell = _choose((c for c in CELLS if all(o.cell != c for o in scene.objects)), rng)
+    added = random_object(rng, colour, rng.choice(SHAPES), cell)
+    return replace(scene, objects=(*scene.objects, added)), None
+
+
+def _edit_position(scene, rng):
+    item = rng.choice(scene.objects)
+    cell = _other(CELLS, item.cell, rng)
+    moved = {item.cell: cell, cell: item.cell}
+    objects = tuple(replace(o, cell=moved.get(o.cell, o.cell)) for o in scene.objects)
+    return replace(scene, objects=objects), item
+
+
+def _edit_colour(scene, rng):
+    shapes = Counter(o.shape for o in scene.objects)
+    if item := _choose((o for o in scene.objects if shapes[o.shape] == 1), rng):
+        colour = rng.choice([c for c in COLOURS if all(o.colour != c for o in scene.objects)])
+        return _with(scene, item, colour=colour), item
+
+
+def _edit_structure(scene, rng):
+    item = rng.choice(scene.objects)
+    alike = [s for s in SHAPES if (s in ("triangle", "arrow")) == bool(item.direction)]
+    return _with(scene, item, shape=_other(alike, item.shape, rng)), item
+
+
+def _edit_text(scene, rng):
+    if item := _choose((o for o in scene.objects if o.letter), rng):
+        return _with(scene, item, letter=_other(LETTERS, item.letter, rng)), item
+
+
+def _edit_viewpoint(scene, rng):
+    return replace(scene, viewpoint=_other(VIEWPOINTS, scene.viewpoint, rng)), None
+
+
+_EDITS = {
+    "orientation": (_edit_orientation, lambda o: f"Which way does the {o.colour} {o.shape} point?"),
+    "presence": (_edit_presence, lambda o: f"Does the {o.colour} {o.shape} have a border?"),
+    "state": (_edit_state, lambda o: f"Is the {o.colour} {o.shape} whole or broken?"),
+    "count": (_edit_count, lambda o: "How many objects are there?"),
+    "position": (_edit_position, lambda o: f"Where is the {o.colour} {o.shape}?"),
+    "colour": (_edit_colour, lambda o: f"What colour is the {o.shape}?"),
+    "structure": (_edit_structure, lambda o: f"What shape is the {o.colour} object?"),
+    "text": (_edit_text, lambda o: f"Which letter is on the {o.colour} {o.shape}?"),
+    "viewpoint": (_edit_viewpoint, lambda o: "From where is the scene seen?"),
+}
+_ANSWERS = {
+    "orientation": lambda scene, o: o.direction,
+    "presence": lambda scene, o: _yes_no(o.border),
+    "state": lambda scene, o: o.state,
+    "count": lambda scene, o: str(len(scene.objects)),
+    "position": lambda scene, o: o.cell,
+    "colour": lambda scene, o: o.colour,
+    "structure": lambda scene, o: o.shape,
+    "text": lambda scene, o: o.letter,
+    "viewpoint": lambda scene, o: scene.viewpoint,
+}
+
+
+def minimal_pair(pattern: str, split: str, seed: int) -> MinimalPair:
+    """Pair number `seed` of a pattern and a split, both of whose scenes belong to the split."""
+    if pattern not in _EDITS:
+        raise ValueError(f"{pattern!r} is no pattern of the scenes; the patterns are {', '.join(PATTERNS)}.")
+    edit, ask_about = _EDITS[pattern]
+    rng = random.Random(f"pair {pattern} {split} {seed}")
+    while True:
+        scene = sample_scene(split, rng.getrandbits(48))
+        edited = edit(scene, rng)
+        if not edited or edited[0].split != split:
+            continue
+        other, item = edited
+        changed = item and other.objects[scene.objects.index(item)]
+        answers = _ANSWERS[pattern](scene, item), _ANSWERS[pattern](other, changed)
+        pair = [(scene, answers[0]), (other, answers[1])]
+        rng.shuffle(pair)
+        return MinimalPair(pattern, (pair[0][0], pair[1][0]), ask_about(item), (pair[0][1], pair[1][1]))

@@ -1,0 +1,115 @@
+"""Draws a scene. Integer arithmetic and own letter strokes alone, so the same scene gives the same bytes anywhere."""
+
+import functools
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .world import CELLS, DIRECTIONS, Scene, SceneObject
+
+SIZE = 64
+SPRITE = 24
+_OVERSAMPLING = 8
+_RGB = {
+    "red": (222, 44, 44),
+    "green": (36, 168, 74),
+    "blue": (48, 92, 224),
+    "yellow": (244, 204, 36),
+    "purple": (152, 60, 196),
+}
+_SKY, _FLOOR, _BLACK, _WHITE = (214, 226, 238), (178, 162, 142), (20, 20, 20), (250, 250, 250)
+_HORIZON = {"above": 10, "front": 32, "below": 54}
+_TOLERANCE, _LEAST_GROUND = 12, 0.45  # of a channel, as JPEG blurs; of the pixels, as four objects cover half
+_QUADRANT = SIZE // 2
+_CENTRE = SPRITE / 2
+
+# Corners in pixels of the sprite, pointing up.
+_POLYGONS: dict[str, list[tuple[float, float]]] = {
+    "square": [(2.5, 2.5), (21.5, 2.5), (21.5, 21.5), (2.5, 21.5)],
+    "triangle": [(12, 0.5), (21, 22.5), (3, 22.5)],
+    "arrow": [(12, 0.5), (22.5, 11.5), (16.5, 11.5), (16.5, 23), (7.5, 23), (7.5, 11.5), (1.5, 11.5)],
+    "star": [
+        (_CENTRE + r * math.sin(math.pi * k / 5), _CENTRE + 0.8 - r * math.cos(math.pi * k / 5))
+        for k, r in enumerate((12.0, 5.6) * 5)
+    ],
+}
+# Strokes of the letters, in pixels from the centre of the badge.
+_STROKES = {
+    "v": [[(-2.6, -3), (0, 3), (2.6, -3)]],
+    "x": [[(-2.6, -3), (2.6, 3)], [(2.6, -3), (-2.6, 3)]],
+    "z": [[(-2.6, -2.6), (2.6, -2.6), (-2.6, 2.6), (2.6, 2.6)]],
+}
+_CRACK: list[tuple[float, float]] = [(9.5, -1), (14, 6), (9, 12), (14.5, 18), (10.5, 25)]
+
+
+def _scaled(points: list[tuple[float, float]], shift: float = 0.0) -> list[tuple[int, int]]:
+    return [(round((x + shift) * _OVERSAMPLING), round((y + shift) * _OVERSAMPLING)) for x, y in points]
+
+
+def _turned(points: list[tuple[float, float]], quarter_turns: int) -> list[tuple[float, float]]:
+    for _ in range(quarter_turns):
+        points = [(SPRITE - y, x) for x, y in points]
+    return points
+
+
+def _draw_letter(draw: ImageDraw.ImageDraw, letter: str) -> None:
+    draw.ellipse(_scaled([(-5.2, -5.2), (5.2, 5.2)], _CENTRE), fill=(*_WHITE, 255))
+    width = round(1.7 * _OVERSAMPLING)
+    if letter == "o":
+        draw.ellipse(_scaled([(-3.2, -3.2), (3.2, 3.2)], _CENTRE), outline=(*_BLACK, 255), width=width)
+    for stroke in _STROKES.get(letter, ()):
+        draw.line(_scaled(stroke, _CENTRE), fill=(*_BLACK, 255), width=width, joint="curve")
+
+
+@functools.cache
+def _sprite(colour: str, shape: str, direction: str, border: bool, state: str, letter: str) -> tuple[np.ndarray, ...]:
+    """Colour times coverage (24, 24, 3) and the background's share (24, 24, 1), both uint16 in [0, 255]."""
+    image = Image.new("RGBA", (SPRITE * _OVERSAMPLING,) * 2)
+    draw = ImageDraw.Draw(image)
+    fill, outline, width = (*_RGB[colour], 255), (*_BLACK, 255), round(2.2 * _OVERSAMPLING)
+    if shape == "circle":
+        draw.ellipse(_scaled([(1, 1), (23, 23)]), fill=fill, outline=outline if border else None, width=width)
+    else:
+        turns = DIRECTIONS.index(direction) if direction else 0
+        points = _scaled(_turned(_POLYGONS[shape], turns))
+        draw.polygon(points, fill=fill, outline=outline if border else None, width=width if border else 1)
+    if state == "broken":
+        draw.line(_scaled(_CRACK), fill=(0, 0, 0, 0), width=round(3 * _OVERSAMPLING), joint="curve")
+    if letter:
+        _draw_letter(draw, letter)
+    pixels = np.asarray(image.convert("RGBa").reduce(_OVERSAMPLING), dtype=np.uint16)
+    return pixels[..., :3], 255 - pixels[..., 3:]
+
+
+def object_box(item: SceneObject) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of an object, in pixels."""
+    row, column = divmod(CELLS.index(item.cell), 2)
+    margin = (_QUADRANT - SPRITE) // 2
+    left, top = column * _QUADRANT + margin + item.offset[0], row * _QUADRANT + margin + item.offset[1]
+    return left, top, left + SPRITE, top + SPRITE
+
+
+def render_array(scene: Scene) -> np.ndarray:
+    """A scene as RGB pixels (64, 64, 3), uint8."""
+    pixels = np.empty((SIZE, SIZE, 3), dtype=np.uint16)
+    pixels[: _HORIZON[scene.viewpoint]] = _SKY
+    pixels[_HORIZON[scene.viewpoint] :] = _FLOOR
+    for item in scene.objects:
+        left, top, right, bottom = object_box(item)
+        paint, background = _sprite(item.colour, item.shape, item.direction, item.border, item.state, item.letter)
+        region = pixels[top:bottom, left:right]
+        region[:] = paint + (region * background + 127) // 255
+    return pixels.astype(np.uint8)
+
+
+def render(scene: Scene) -> Image.Image:
+    """A scene as a 64x64 RGB image."""
+    return Image.fromarray(render_array(scene))
+
+
+def looks_rendered(image: Image.Image) -> bool:
+    """Whether an image may be one of these scenes, of any size: most of its pixels have the colours of their ground."""
+    pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.NEAREST), dtype=np.int16)
+    grounds = (np.abs(pixels - np.array(ground)).max(axis=-1) <= _TOLERANCE for ground in (_SKY, _FLOOR))
+    return bool(np.logical_or(*grounds).mean() >= _LEAST_GROUND)
