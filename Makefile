@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test test-oldest test-newest lint clean
+.PHONY: demo test test-slow test-all test-oldest lint clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,11 +21,17 @@ demo: $(VENV)/.demo  ## ask the embedded miniature about a picture
 	$(BIN)/sdllava mini scene demo-scene.png
 	$(BIN)/sdllava ask demo-scene.png "What colour is the circle?" "How many objects are there?" --max-new-tokens 16
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev  ## the tests that are neither slow nor need a GPU
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-oldest:  ## the tests on the oldest versions that pyproject.toml allows
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+test-slow: $(VENV)/.dev  ## only the slow tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not gpu" --durations 10
+
+test-all: $(VENV)/.dev  ## every test; those that need a GPU skip without one
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "" --durations 10
+
+test-oldest:  ## every test on the oldest versions that pyproject.toml allows
+	$(MAKE) test-all VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

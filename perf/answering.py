@@ -1,5 +1,4 @@
-"""
-Question answering: time to the first token and decoding speed, against transformers' LLaVA of the same language model
+"""Question answering: time to the first token and decoding speed, against transformers' LLaVA of the same language model
 (whose weights are shared) and against our model without its diffusion tower.
 
     python perf/answering.py                       # Vicuna-7B's size; needs a GPU or 40 GiB of memory

@@ -1,5 +1,4 @@
-"""
-Feature extraction at the papers' tap: ours against stock diffusers as people use it.
+"""Feature extraction at the papers' tap: ours against stock diffusers as people use it.
 
 The reference (a) runs everything for every question: CLIP, VAE encoder, text encoder on both prompts, and the whole
 UNet on both halves, read by a forward hook. The reference (b) keeps per image what does not depend on the question,
@@ -59,7 +58,7 @@ class Subject:
 
     @staticmethod
     def _stock_unet(tower: SDLlavaDiffusionModel, dtype: torch.dtype) -> UNet2DConditionModel:
-        """diffusers' own UNet around the tower's weights, or around copies of them in another type."""
+        """Diffusers' own UNet around the tower's weights, or around copies of them in another type."""
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(dict(tower.config.unet_config))
         unet.load_state_dict({name: x.to(dtype) for name, x in tower.unet.state_dict().items()}, assign=True)

@@ -1,5 +1,4 @@
-"""
-How cost and memory grow with questions per image, images at once, taps, timesteps, guidance scales, and, of the whole
+"""How cost and memory grow with questions per image, images at once, taps, timesteps, guidance scales, and, of the whole
 model up to the first token, with images in one conversation.
 
     python perf/growth.py --size mini

@@ -36,8 +36,7 @@ Call = Callable[[], Any]
 
 @dataclass
 class Row:
-    """
-    One measured call.
+    """One measured call.
 
     Args:
         name, reference: what it is, and the row of the same run that its ratio refers to.
@@ -62,8 +61,7 @@ class Row:
 
 
 class Bench:
-    """
-    Rows of one run on one machine.
+    """Rows of one run on one machine.
 
     Raises:
         SystemExit: the device or the type of weights is not there; one sentence.
@@ -96,8 +94,7 @@ class Bench:
         return time.process_time() if self.clock.startswith("CPU") else time.perf_counter()
 
     def time(self, calls: dict[str, Call], reference: str | None = None, per_call: int = 1) -> dict[str, Row]:
-        """
-        Time calls in rounds, one of each a round, so that a change of the machine meets all alike.
+        """Time calls in rounds, one of each a round, so that a change of the machine meets all alike.
 
         The first call of each, untimed, warms it up, counts its operations and gives its entry in `results`.
 

@@ -1,5 +1,4 @@
-"""
-What the papers' model holds in memory when it answers: weights by part and the cache of a conversation from the meta
+"""What the papers' model holds in memory when it answers: weights by part and the cache of a conversation from the meta
 device, which needs no memory and no weights. On a GPU, `--measure` also builds the model and asks it.
 
     python perf/memory.py
@@ -30,8 +29,7 @@ BITS_PER_QUANTIZED_WEIGHT = 4.5
 
 
 def part_bytes(config: SDLlavaConfig, dtype: torch.dtype, four_bit: bool = False) -> dict[str, float]:
-    """
-    Bytes of each part's weights, and of the key-value cache of `CONTEXT` tokens.
+    """Bytes of each part's weights, and of the key-value cache of `CONTEXT` tokens.
 
     Args:
         four_bit: the language model's linear layers in NF4; embeddings, norms and `lm_head` stay in `dtype`.
@@ -84,8 +82,7 @@ class LiveResults(TorchDispatchMode):
 
 
 def peak_results(config: SDLlavaConfig, dtype: torch.dtype) -> float:
-    """
-    The most bytes of intermediate results at once in the VAE's encoder and in the UNet on both halves; a language model
+    """The most bytes of intermediate results at once in the VAE's encoder and in the UNet on both halves; a language model
     that reads a conversation holds fewer.
 
     An upper bound: there, attention keeps its whole matrix of probabilities, which fused attention never holds.

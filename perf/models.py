@@ -125,8 +125,7 @@ def model_config(size: str, model: str = "sd21", **fields) -> SDLlavaConfig:
 
 
 def fill_randomly(module: nn.Module, device: torch.device, dtype: torch.dtype, std: float = 0.02) -> nn.Module:
-    """
-    Give a module of the meta device memory and weights: norms of one, biases of zero, else normal ones.
+    """Give a module of the meta device memory and weights: norms of one, biases of zero, else normal ones.
 
     A block of normal numbers is drawn once and repeated, since drawing billions of them takes minutes.
     """
@@ -184,8 +183,7 @@ def build_tiny_vae(size: str, device: torch.device, dtype: torch.dtype) -> Autoe
 def build_llava(
     size: str, device: torch.device, dtype: torch.dtype, tie_layers: bool = False
 ) -> LlavaForConditionalGeneration:
-    """
-    transformers' own LLaVA-1.5.
+    """Transformers' own LLaVA-1.5.
 
     Args:
         tie_layers: all layers of the language model use the weights of the first. It then computes as much, and reads

@@ -1,5 +1,4 @@
-"""
-Operations, counted on the meta device: of the UNet's pass, whole and up to the papers' tap, which is what a cut can
+"""Operations, counted on the meta device: of the UNet's pass, whole and up to the papers' tap, which is what a cut can
 gain at most; of an answer's first token; and of a training sample, which tells what share of a GPU the aimed-at rates
 take.
 

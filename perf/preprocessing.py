@@ -1,8 +1,7 @@
-"""
-Evaluation on photographs: images read, resized and tokenized in line with the model, or one batch ahead in a thread.
+"""Evaluation on photographs: images read, resized and tokenized in line with the model, or one batch ahead in a thread.
 
-    python perf/preprocessing.py                   # the embedded miniature
-    python perf/preprocessing.py --model MODEL --device cuda
+python perf/preprocessing.py                   # the embedded miniature
+python perf/preprocessing.py --model MODEL --device cuda
 """
 
 import tempfile

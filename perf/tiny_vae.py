@@ -1,5 +1,4 @@
-"""
-A tiny autoencoder in place of the VAE: what it saves, and how far the features move.
+"""A tiny autoencoder in place of the VAE: what it saves, and how far the features move.
 
     python perf/tiny_vae.py MODEL TINY_VAE image.jpg ...
 

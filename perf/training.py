@@ -1,5 +1,4 @@
-"""
-Training: samples a second of both stages, with random weights and realistic sequence lengths.
+"""Training: samples a second of both stages, with random weights and realistic sequence lengths.
 
 The papers' rates on one H100: 558k samples in 4 hours of four, 9.7 a second and GPU; 665k in 10 hours, 4.6.
 

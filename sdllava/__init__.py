@@ -1,5 +1,4 @@
-"""
-Stable Diffusion as a question-aware visual encoder for LLaVA-style vision-language models.
+"""Stable Diffusion as a question-aware visual encoder for LLaVA-style vision-language models.
 
 Importing the package makes transformers' Auto classes and `pipeline("visual-question-answering")` know it. Only the
 `sdllava` command, which must answer `--help` at once, puts that off until it needs a model (`sdllava.register()`).

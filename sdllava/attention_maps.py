@@ -1,5 +1,4 @@
-"""
-Cross-attention maps of a diffusion tower, read by hooks on stock diffusers modules.
+"""Cross-attention maps of a diffusion tower, read by hooks on stock diffusers modules.
 
 The probabilities are computed from the query that the module computed and from its own key projection, with
 `Attention.get_attention_scores`, so the module's scale and upcasting hold. Nothing is replaced, and the hooks are
@@ -22,8 +21,7 @@ _SUFFIX = "-Cross-Q"
 
 
 class AttentionMaps(Mapping):
-    """
-    What the image's positions looked at in the prompt, by layer and timestep: of one call, one row an image.
+    """What the image's positions looked at in the prompt, by layer and timestep: of one call, one row an image.
 
     `maps[layer, timestep]` is a `torch.FloatTensor` of shape `(n, heads, tokens, height, width)` on the CPU, with the
     layer's own height and width; `heads` is 1 where heads were averaged. Over tokens it sums to one.
@@ -63,8 +61,7 @@ class AttentionMaps(Mapping):
         layers: Sequence[str] | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """
-        The mean over heads, layers and timesteps at one resolution, as in S3, Figure 4 (there 16).
+        """The mean over heads, layers and timesteps at one resolution, as in S3, Figure 4 (there 16).
 
         Args:
             resolution: only layers whose maps have this height; not needed where all have the same.
@@ -125,8 +122,7 @@ def _chosen_layers(tower: nn.Module, names: Sequence[str] | None) -> dict[str, s
 def capture_attention(
     tower: nn.Module, layers: Sequence[str] | None = None, per_head: bool = False
 ) -> Iterator[AttentionMaps]:
-    """
-    Keep the cross-attention probabilities of calls of `tower`, or of a model that holds it, inside the context.
+    """Keep the cross-attention probabilities of calls of `tower`, or of a model that holds it, inside the context.
 
     Maps are reduced as they come: only the prompt's half of a guided pass is kept, averaged over heads, and each call
     with a prompt replaces the maps of the one before. The call's outputs are the same as without.
@@ -227,8 +223,7 @@ class _Capture:
 
 
 def attention_probabilities(attention: Any, query: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-    """
-    Softmax of scaled products of queries and keys, in float32.
+    """Softmax of scaled products of queries and keys, in float32.
 
     Args:
         attention: a diffusers `Attention`; its value projection is not needed.

@@ -1,5 +1,4 @@
-"""
-Text-to-image models behind one interface.
+"""Text-to-image models behind one interface.
 
 A backbone turns pixels into latents, prompts into conditioning, and noisy latents into what its taps show. The tower
 (`diffusion.py`) adds noise, guidance and ensembles, and knows no model by name. To add a family, subclass
@@ -38,8 +37,7 @@ class StableDiffusionBackbone(nn.Module):
         self.text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(config.text_encoder_config)))
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        The mode of the VAE's posterior, scaled; what a tiny autoencoder, which has no posterior, gives in its place.
+        """The mode of the VAE's posterior, scaled; what a tiny autoencoder, which has no posterior, gives in its place.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(n, 3, height, width)`): in [-1, 1].
@@ -56,8 +54,7 @@ class StableDiffusionBackbone(nn.Module):
         return (latents * self.vae.config.scaling_factor).float()
 
     def encode_prompts(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor | None = None) -> dict:
-        """
-        What the UNet is conditioned on.
+        """What the UNet is conditioned on.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(n, 77)`): the prompts, padded as the SD tokenizer pads.
@@ -71,8 +68,7 @@ class StableDiffusionBackbone(nn.Module):
     def read(
         self, latents: torch.Tensor, timestep: int, prompts: dict[str, torch.Tensor], taps: Sequence[Tap]
     ) -> list[torch.Tensor]:
-        """
-        Run the UNet up to the last tap.
+        """Run the UNet up to the last tap.
 
         Args:
             latents (`torch.Tensor` of shape `(n, 4, h, w)`): noisy latents x_t.
@@ -130,8 +126,7 @@ class StableDiffusionBackbone(nn.Module):
         timestep: int | torch.Tensor,
         prompts: dict[str, torch.Tensor],
     ) -> Any:
-        """
-        Run a UNet, in its own dtype.
+        """Run a UNet, in its own dtype.
 
         Args:
             latents (`torch.Tensor` of shape `(n, 4, h, w)`): noisy latents x_t.

@@ -62,9 +62,7 @@ class UserTurnMarkers:
 
 
 def user_turn_markers(processor: Any) -> UserTurnMarkers | None:
-    """
-    How a processor's chat template frames user turns, found by rendering a probe; None where it does not show.
-    """
+    """How a processor's chat template frames user turns, found by rendering a probe; None where it does not show."""
     template = processor.chat_template
     if not isinstance(template, str):
         return None

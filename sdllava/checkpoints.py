@@ -1,5 +1,4 @@
-"""
-Checkpoints: the code beside them, safetensors only, and frozen parts that may be left out.
+"""Checkpoints: the code beside them, safetensors only, and frozen parts that may be left out.
 
 A frozen part that was left out is read from the repository that it came from, and used only if its hash is the one
 that the checkpoint records.
@@ -39,8 +38,7 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """
-        As `PreTrainedModel.from_pretrained`, from safetensors only.
+        """As `PreTrainedModel.from_pretrained`, from safetensors only.
 
         A `quantization_config` that names no modules to skip quantises the language model's body alone.
 
@@ -92,8 +90,7 @@ def _quantize_language_model_only(quantization_config: Any) -> None:
 
 
 def refuse_pickle(source: str, error: Exception | None = None, **options) -> None:
-    """
-    Explain why weights could not be read, where that is because they are pickles.
+    """Explain why weights could not be read, where that is because they are pickles.
 
     Raises:
         ValueError: a folder below `source`, or the repository, has pickles where safetensors should be.
@@ -123,8 +120,7 @@ def _in_repository(source: str, name: str, options: dict[str, Any]) -> bool:
 
 
 def check_adapter(source: str | os.PathLike, **options) -> None:
-    """
-    Refuse an adapter whose weights are pickled; what is no adapter passes.
+    """Refuse an adapter whose weights are pickled; what is no adapter passes.
 
     Args:
         options: of `from_pretrained`, such as `token` and `revision`.
@@ -150,8 +146,7 @@ def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_source(source: str, revision: str | None = None) -> dict[str, Any]:
-    """
-    Where a part comes from, for the configuration's `components`.
+    """Where a part comes from, for the configuration's `components`.
 
     Args:
         source (`str`): a repository id, or a local folder, whose path is not recorded.
@@ -187,8 +182,7 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def leave_out_frozen(model: PreTrainedModel) -> tuple[dict[str, str], set[str]]:
-    """
-    What can be left out of a checkpoint of `model`.
+    """What can be left out of a checkpoint of `model`.
 
     Returns:
         the hash of each part's published weights, and the names of the tensors that need not be saved.
@@ -224,8 +218,7 @@ def leave_out_frozen(model: PreTrainedModel) -> tuple[dict[str, str], set[str]]:
 
 
 def fetch_frozen(model: PreTrainedModel) -> None:
-    """
-    Fill the parts that a checkpoint left out, in place.
+    """Fill the parts that a checkpoint left out, in place.
 
     Raises:
         OSError: a repository cannot be read.

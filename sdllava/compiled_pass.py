@@ -14,8 +14,7 @@ logger = logging.get_logger(__name__)
 
 
 class CompiledPass:
-    """
-    Reads taps as `StableDiffusionBackbone.read` does, compiled.
+    """Reads taps as `StableDiffusionBackbone.read` does, compiled.
 
     The hooks that read and share are traced. They lie on a twin of the UNet around the same weights, so that the UNet
     itself stays as it is.

@@ -1,5 +1,4 @@
-"""
-Assembly: published repositories become one model and its processor.
+"""Assembly: published repositories become one model and its processor.
 
 `plan` and `plan_from_llava` read configurations and tokenizers only, and check that the parts fit; weights are read
 after that. The diffusion model is loaded by `diffusion_loading`; the language model and the static encoder go through
@@ -84,8 +83,7 @@ def _components(**sources: str | None) -> dict[str, dict[str, Any]]:
 
 
 def plan(diffusion: str | None = None, vision: str | None = None, language_model: str | None = None, **config) -> Plan:
-    """
-    Read the parts' configurations and tokenizers, check that they fit, and say what they become.
+    """Read the parts' configurations and tokenizers, check that they fit, and say what they become.
 
     Args:
         diffusion, vision, language_model (`str`): repository ids, `id@revision`, or local folders. Without
@@ -175,8 +173,7 @@ def compose(
     dtype: torch.dtype | str = torch.float32,
     **config,
 ) -> SDLlavaForConditionalGeneration:
-    """
-    Put published parts together; fusion and projector are new and need training. See [`plan`] for the arguments.
+    """Put published parts together; fusion and projector are new and need training. See [`plan`] for the arguments.
 
     Args:
         dtype (`torch.dtype`): of all weights but the VAE's.
@@ -243,8 +240,7 @@ def _check_language_model(causal_lm: Any, model: SDLlavaForConditionalGeneration
 
 
 def plan_from_llava(llava: str, diffusion: str | None = None, **config) -> Plan:
-    """
-    As [`plan`], for a Hugging Face LLaVA-1.5 checkpoint that gets a diffusion tower, or none.
+    """As [`plan`], for a Hugging Face LLaVA-1.5 checkpoint that gets a diffusion tower, or none.
 
     The checkpoint keeps its own image processor's setting for the static encoder, so that answers stay the same.
     """
@@ -274,8 +270,7 @@ def plan_from_llava(llava: str, diffusion: str | None = None, **config) -> Plan:
 def compose_from_llava(
     llava: str, diffusion: str | None = None, dtype: torch.dtype | str = torch.float32, **config
 ) -> SDLlavaForConditionalGeneration:
-    """
-    Upgrade a LLaVA-1.5 checkpoint. With `cross_attention` or `gated` fusion the result answers exactly as the LLaVA
+    """Upgrade a LLaVA-1.5 checkpoint. With `cross_attention` or `gated` fusion the result answers exactly as the LLaVA
     until it is trained; with `concat` the projector is wider and starts anew. See [`plan_from_llava`].
     """
     dtype = as_dtype(dtype)

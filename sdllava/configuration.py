@@ -39,8 +39,7 @@ class VersionedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """
-        As `PreTrainedConfig.from_dict`.
+        """As `PreTrainedConfig.from_dict`.
 
         Raises:
             ValueError: a later version of the package wrote it, in a form that this one would misread.
@@ -99,8 +98,7 @@ PAPER_TAP_SDXL = "U-L0-R0-B7-Out"
 
 @strict
 class SDLlavaDiffusionConfig(VersionedConfig):
-    r"""
-    The frozen diffusion model as a visual encoder: which model, where it is read, how it is asked.
+    r"""The frozen diffusion model as a visual encoder: which model, where it is read, how it is asked.
 
     One general form covers every system of S3 (arXiv 2507.07106) and of S4, its workshop version. With ``X_u`` and
     ``X_c`` the features for the empty and for the given prompt, each guidance scale ``s`` gives
@@ -241,8 +239,7 @@ _MODELS_WITHOUT_CLS = ("siglip_vision_model", "siglip2_vision_model")
 
 @strict
 class SDLlavaConfig(VersionedConfig):
-    r"""
-    LLaVA with a diffusion tower. `SDLlavaConfig()` is the papers' model: Stable Diffusion 2.1-base at s = 4, CLIP
+    r"""LLaVA with a diffusion tower. `SDLlavaConfig()` is the papers' model: Stable Diffusion 2.1-base at s = 4, CLIP
     ViT-L/14-336 and Vicuna-7B, fused by cross-attention (S3, 5.2).
 
     Args:

@@ -23,12 +23,11 @@ from .configuration import SDLlavaDiffusionConfig
 
 @dataclass
 class SDLlavaDiffusionOutput(ModelOutput):
-    """
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(n, grid_size ** 2, hidden_size)`): guided and ensembled.
-        unconditional_features, conditional_features (`torch.FloatTensor` of shape `(n, grid_size ** 2, channels)`):
-            the features of the empty and of the given prompt, taps and timesteps side by side on channels; None where
-            no guidance scale needs them.
+    """Args:
+    last_hidden_state (`torch.FloatTensor` of shape `(n, grid_size ** 2, hidden_size)`): guided and ensembled.
+    unconditional_features, conditional_features (`torch.FloatTensor` of shape `(n, grid_size ** 2, channels)`):
+        the features of the empty and of the given prompt, taps and timesteps side by side on channels; None where
+        no guidance scale needs them.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -47,8 +46,7 @@ class FeatureEnsemble(nn.Module):
             self.weight = nn.Parameter(torch.zeros(len(self.widths) * len(config.guidance_scales)))
 
     def forward(self, by_scale: Sequence[torch.Tensor]) -> torch.Tensor:
-        """
-        Args:
+        """Args:
             by_scale: one `(n, tokens, channels)` tensor a guidance scale.
 
         Returns:
@@ -64,8 +62,7 @@ class FeatureEnsemble(nn.Module):
 
 
 class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
-    """
-    Ask a frozen Stable Diffusion with a prompt and take its inner features: VAE encode, noise, UNet up to the taps,
+    """Ask a frozen Stable Diffusion with a prompt and take its inner features: VAE encode, noise, UNet up to the taps,
     guidance on features, ensemble, grid.
 
     The parts are stock modules under `backbone`: `unet`, `vae`, `text_encoder` (and `text_encoder_2`).
@@ -104,8 +101,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
 
     @classmethod
     def from_component_pretrained(cls, diffusion: str, truncate: bool = False, **config) -> "SDLlavaDiffusionModel":
-        """
-        Load a published diffusers repository or folder as a tower; see [`~sdllava.diffusion_loading.load_diffusion`].
+        """Load a published diffusers repository or folder as a tower; see [`~sdllava.diffusion_loading.load_diffusion`].
 
         Args:
             diffusion (`str`): repository id, `id@revision`, or local folder with `model_index.json`.
@@ -123,8 +119,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return super().from_pretrained(*args, **kwargs)
 
     def use_tiny_vae(self, source: str) -> None:
-        """
-        Encode images with a tiny autoencoder instead of the VAE, here and in checkpoints saved from now on: a ninth of
+        """Encode images with a tiny autoencoder instead of the VAE, here and in checkpoints saved from now on: a ninth of
         its operations, and slightly different features.
 
         Args:
@@ -143,8 +138,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         self.freeze()
 
     def compile_pass(self, **options: Any) -> None:
-        """
-        Compile the UNet's pass up to the taps, for calls that record no gradients; the first call on inputs of another
+        """Compile the UNet's pass up to the taps, for calls that record no gradients; the first call on inputs of another
         shape says so and takes a minute or more. To be called where the tower is on the device on which it stays.
 
         Args:
@@ -176,7 +170,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return self
 
     def _init_weights(self, module: nn.Module) -> None:
-        """diffusers' modules initialise themselves when they are built."""
+        """Diffusers' modules initialise themselves when they are built."""
         if isinstance(module, FeatureEnsemble) and module.mode == "learned":
             init.zeros_(module.weight)
 
@@ -193,8 +187,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
 
     @torch.compiler.disable
     def null_prompt(self, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
-        """
-        Conditioning of the empty prompt, first dimension 1; computed once for the weights as they are.
+        """Conditioning of the empty prompt, first dimension 1; computed once for the weights as they are.
 
         Args:
             device: where its token ids lie; default the text encoder's.
@@ -211,8 +204,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return self._null_prompt[1]
 
     def noise(self, latents: torch.Tensor, noise_seed: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Standard normal noise for latents `(n, 4, h, w)`, drawn on the CPU in float32.
+        """Standard normal noise for latents `(n, 4, h, w)`, drawn on the CPU in float32.
 
         One map for all of them from the configuration's seed, or one each from `noise_seed`, a `(n,)` integer tensor.
         """
@@ -232,8 +224,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         prompts: dict[str, torch.Tensor],
         noise_seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
-        Features of noisy latents under prompts, at every tap and timestep.
+        """Features of noisy latents under prompts, at every tap and timestep.
 
         Args:
             latents (`torch.Tensor` of shape `(n, 4, h, w)`): z0.
@@ -265,8 +256,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
     def capture_attention(
         self, layers: Sequence[str] | None = None, per_head: bool = False
     ) -> AbstractContextManager[AttentionMaps]:
-        """
-        Keep the cross-attention maps of calls inside a context; see [`~sdllava.attention_maps.capture_attention`].
+        """Keep the cross-attention maps of calls inside a context; see [`~sdllava.attention_maps.capture_attention`].
 
         ```python
         >>> with tower.capture_attention(layers=["U-L1-R1-B0"]) as maps:
@@ -287,8 +277,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         noise_seed: torch.Tensor | None = None,
         guidance_scales: Sequence[float] | float | None = None,
     ) -> SDLlavaDiffusionOutput:
-        """
-        X = X_u + s (X_c - X_u) for each guidance scale s (S3, equation 1), ensembled.
+        """X = X_u + s (X_c - X_u) for each guidance scale s (S3, equation 1), ensembled.
 
         The unconditional half is skipped at s = 1 and where `unconditional_features` are given, the conditional half
         at s = 0 and where there is no prompt, which makes X = X_u.

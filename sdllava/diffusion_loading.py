@@ -1,5 +1,4 @@
-"""
-A diffusion tower from a published diffusers repository: its parts' configurations first, checked, then their weights,
+"""A diffusion tower from a published diffusers repository: its parts' configurations first, checked, then their weights,
 safetensors only.
 """
 
@@ -24,8 +23,7 @@ from .small_maps import multiply_small_maps
 
 
 def read_diffusion_config(diffusion: str, **config) -> SDLlavaDiffusionConfig:
-    """
-    The configuration of a tower for a published diffusers repository or folder.
+    """The configuration of a tower for a published diffusers repository or folder.
 
     Raises:
         OSError: it is not there, or is no diffusers repository.
@@ -87,8 +85,7 @@ def _check_diffusion_parts(unet, vae, text_encoders, tokenizers) -> None:
 def load_diffusion(
     diffusion: str, truncate: bool = True, dtype: torch.dtype | str = torch.float32, **config
 ) -> SDLlavaDiffusionModel:
-    """
-    Load a published diffusers repository or folder as a tower.
+    """Load a published diffusers repository or folder as a tower.
 
     Args:
         diffusion (`str`): repository id, `id@revision`, or local folder: `unet/`, `vae/`, `text_encoder/`,

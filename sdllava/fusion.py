@@ -28,8 +28,7 @@ def sine_positions(size: int, channels: int, like: torch.Tensor) -> torch.Tensor
 
 
 class CrossAttentionFusion(nn.Module):
-    """
-    Static tokens are queries, diffusion tokens keys and values: pre-norm multi-head attention with a residual.
+    """Static tokens are queries, diffusion tokens keys and values: pre-norm multi-head attention with a residual.
 
     The output projection starts at zero, so a model built on a LLaVA gives LLaVA's own logits before the first step.
     """
@@ -92,8 +91,7 @@ class ConcatTokensFusion(nn.Module):
 
 
 class GatedFusion(nn.Module):
-    """
-    Static tokens plus gated diffusion tokens at the same grid; the gate reads both (an open question of S3).
+    """Static tokens plus gated diffusion tokens at the same grid; the gate reads both (an open question of S3).
 
     The output projection starts at zero, as in cross-attention.
     """

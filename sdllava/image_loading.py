@@ -21,8 +21,7 @@ MAX_DOWNLOAD = 64 << 20
 
 
 def load_rgb(image: ImageLike) -> Image.Image:
-    """
-    Decode an image as upright 8-bit RGB.
+    """Decode an image as upright 8-bit RGB.
 
     Transparent images are laid on white, 16-bit greyscale is scaled to 8 bits, EXIF orientation is applied. Pillow's
     limit on decompressed pixels is kept.

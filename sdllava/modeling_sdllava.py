@@ -59,8 +59,7 @@ class SDLlavaPreTrainedModel(CheckpointMixin, PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory, *args, bundle_frozen: bool = True, **kwargs):
-        """
-        As `PreTrainedModel.save_pretrained`, with the code beside it for processes without this package.
+        """As `PreTrainedModel.save_pretrained`, with the code beside it for processes without this package.
 
         Args:
             bundle_frozen (`bool`): False leaves out the weights of the frozen diffusion model and static encoder where
@@ -113,8 +112,7 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         diffusion_pixel_values: torch.Tensor | None = None,
     ) -> SDLlavaImageEncodings:
-        """
-        What does not depend on the question: latents, static features, unconditional features.
+        """What does not depend on the question: latents, static features, unconditional features.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(n, 3, height, width)`): as the static encoder's processor
@@ -157,8 +155,7 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         diffusion_guidance_scales: Sequence[float] | float | None = None,
         return_dict: bool = True,
     ) -> BaseModelOutputWithPooling:
-        """
-        Image features as the language model sees them.
+        """Image features as the language model sees them.
 
         Args:
             pixel_values, diffusion_pixel_values: see `encode_images`; not needed beside `image_encodings`.
@@ -251,8 +248,7 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> SDLlavaModelOutputWithPast:
-        """
-        As `LlavaModel.forward`, with the diffusion inputs of `get_image_features`.
+        """As `LlavaModel.forward`, with the diffusion inputs of `get_image_features`.
 
         Args:
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, instead of the image inputs.
@@ -348,8 +344,7 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     def set_stage(self, stage: Literal["align", "finetune"]) -> None:
-        """
-        Set what trains (S3, 5.2): in `align` the projector, the fusion, the implicit captioner and learned ensemble
+        """Set what trains (S3, 5.2): in `align` the projector, the fusion, the implicit captioner and learned ensemble
         weights; in `finetune` the language model as well. Encoders stay frozen.
         """
         if stage not in ("align", "finetune"):
@@ -384,8 +379,7 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> SDLlavaCausalLMOutputWithPast:
-        """
-        As `LlavaForConditionalGeneration.forward`, with the diffusion inputs of `get_image_features`.
+        """As `LlavaForConditionalGeneration.forward`, with the diffusion inputs of `get_image_features`.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`): -100 where nothing is predicted.
@@ -423,8 +417,7 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, **kwargs):
-        """
-        As `GenerationMixin.generate`, with the inputs of `get_image_features`, which run once, before the first token.
+        """As `GenerationMixin.generate`, with the inputs of `get_image_features`, which run once, before the first token.
 
         Returns:
             as `GenerationMixin.generate`.

@@ -11,8 +11,7 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class SDLlavaImageEncodings(ModelOutput):
-    """
-    What does not depend on the question, one row an image; give it back as `image_encodings`.
+    """What does not depend on the question, one row an image; give it back as `image_encodings`.
 
     Args:
         latents (`torch.FloatTensor` of shape `(n, 4, h, w)`): z0, float32.
@@ -53,12 +52,11 @@ class SDLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class SDLlavaCausalLMOutputWithPast(ModelOutput):
-    """
-    Args:
-        loss (`torch.FloatTensor` of shape `()`): next-token loss over labels other than -100.
-        logits (`torch.FloatTensor` of shape `(batch, sequence, vocab_size)`)
-        past_key_values, hidden_states, attentions: the language model's.
-        image_hidden_states (`torch.FloatTensor` of shape `(image tokens, hidden_size)`): projected features.
+    """Args:
+    loss (`torch.FloatTensor` of shape `()`): next-token loss over labels other than -100.
+    logits (`torch.FloatTensor` of shape `(batch, sequence, vocab_size)`)
+    past_key_values, hidden_states, attentions: the language model's.
+    image_hidden_states (`torch.FloatTensor` of shape `(image tokens, hidden_size)`): projected features.
     """
 
     loss: torch.Tensor | None = None

@@ -28,8 +28,7 @@ class KeptEncodings:
         return len(self._kept)
 
     def replace_pixels(self, images: Sequence[Image], inputs: Any) -> None:
-        """
-        Put `image_encodings` in the place of the pixels in a processor's output; each new image is encoded once.
+        """Put `image_encodings` in the place of the pixels in a processor's output; each new image is encoded once.
 
         Args:
             images: as they were given to the processor, in order.
@@ -52,9 +51,8 @@ class KeptEncodings:
 
 
 def check_question(question: Any) -> str:
-    """
-    Raises:
-        TypeError, ValueError: the question is no text, or empty.
+    """Raises:
+    TypeError, ValueError: the question is no text, or empty.
     """
     if not isinstance(question, str):
         raise TypeError(f"a question must be text, not {question!r}")
@@ -64,8 +62,7 @@ def check_question(question: Any) -> str:
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):
-    """
-    Answer questions about images.
+    """Answer questions about images.
 
     ```python
     >>> vqa = pipeline("visual-question-answering", model="folder-or-repository")
@@ -94,8 +91,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         return {}, forward, {}
 
     def __call__(self, image=None, question=None, **kwargs) -> list:
-        """
-        Args:
+        """Args:
             image: a PIL image, path, URL, base64 string, a list or dataset of them; or `{"image": ..., "question":
                 ...}`, or a list, generator or dataset of such dictionaries.
             question (`str` or `list[str]`): each is asked about each image.

@@ -34,8 +34,7 @@ class _PartNames:
 
 
 class SDLlavaProcessor(ProcessorMixin):
-    """
-    Makes the inputs of `SDLlavaForConditionalGeneration`.
+    """Makes the inputs of `SDLlavaForConditionalGeneration`.
 
     One row an image: `pixel_values` for the static encoder, `diffusion_pixel_values` in [-1, 1] and
     `diffusion_input_ids` (and `_2` for SDXL) for the diffusion tower.
@@ -143,8 +142,7 @@ class SDLlavaProcessor(ProcessorMixin):
         conversation_questions: Sequence[str] | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """
-        Prepare images and text.
+        """Prepare images and text.
 
         Args:
             images: one image, a list, or a list of lists (one for each text), in the order of the placeholders.
@@ -236,8 +234,7 @@ class SDLlavaProcessor(ProcessorMixin):
         return [int(255 * channel) for channel in mean]
 
     def tokenize_questions(self, questions: Sequence[str], return_tensors=None) -> dict[str, Any]:
-        """
-        What the diffusion model is asked, as token ids of shape `(n, 77)` for each of its tokenizers.
+        """What the diffusion model is asked, as token ids of shape `(n, 77)` for each of its tokenizers.
 
         Image tokens and LLaVA's two format instructions are left out; longer questions are cut, with one warning.
         """
@@ -274,8 +271,7 @@ class SDLlavaProcessor(ProcessorMixin):
         return questions
 
     def apply_chat_template(self, conversation, chat_template=None, question=None, processor_kwargs=None, **kwargs):
-        """
-        As `ProcessorMixin.apply_chat_template`; the diffusion model is asked the last user turn behind each image and
+        """As `ProcessorMixin.apply_chat_template`; the diffusion model is asked the last user turn behind each image and
         before the next turn with an image.
 
         Args:

@@ -1,38 +1,21 @@
-"""The code that travels with a checkpoint, so that it loads where this package is not installed."""
+"""What is copied to a saved checkpoint, and so to the Hub: the code that loads it where `sdllava` is not installed."""
 
 import os
 import shutil
 from pathlib import Path
 
-CODE_FILES = (
-    "attention_maps.py",
-    "backbones.py",
-    "chat_templates.py",
-    "checkpoints.py",
-    "remote_code.py",
-    "compiled_pass.py",
-    "components.py",
-    "configuration.py",
-    "diffusion.py",
-    "diffusion_loading.py",
-    "fusion.py",
-    "image_loading.py",
-    "modeling_sdllava.py",
-    "outputs.py",
-    "pipeline.py",
-    "processors.py",
-    "small_maps.py",
-    "repositories.py",
-    "taps.py",
-    "version.py",
-)
+_STAYS = {"__init__.py", "__main__.py", "registration.py"}
+
+
+def travelling_files() -> list[Path]:
+    """The flat modules of the package: every `sdllava/*.py` except the package's own entry points."""
+    return sorted(path for path in Path(__file__).parent.glob("*.py") if path.name not in _STAYS)
 
 
 def save_code(folder: str | os.PathLike) -> None:
-    """Copy the modules that a checkpoint needs into its folder."""
+    """Copy the modules that a checkpoint needs into its folder, which is created where it is missing."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    for name in CODE_FILES:
-        source = Path(__file__).with_name(name)
-        if source.exists() and source.resolve() != (target / name).resolve():
-            shutil.copyfile(source, target / name)
+    for source in travelling_files():
+        if source.resolve() != (target / source.name).resolve():
+            shutil.copyfile(source, target / source.name)

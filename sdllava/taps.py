@@ -1,5 +1,4 @@
-"""
-Tap names: where a UNet is read, and how.
+"""Tap names: where a UNet is read, and how.
 
 A name is `Stage-Level-Repeat-Block-Feature`, zero-based: `U-L1-R1-B0-Cross-Q` is
 `up_blocks[1].attentions[1].transformer_blocks[0].attn2.to_q` with all heads joined (S3, Table 3). Stages: `D` (down),
@@ -43,8 +42,7 @@ class Tap:
 
 
 def list_taps(unet_config: dict[str, Any], latent_size: int | None = None) -> list[Tap]:
-    """
-    Every tap of a UNet, in the order in which the forward pass reaches it.
+    """Every tap of a UNet, in the order in which the forward pass reaches it.
 
     Args:
         unet_config (`dict`): a `UNet2DConditionModel` configuration.
@@ -113,8 +111,7 @@ def canonical_tap_name(name: str) -> str:
 
 
 def resolve_taps(names: Sequence[str], unet_config: dict[str, Any], latent_size: int | None = None) -> list[Tap]:
-    """
-    Look tap names up in a UNet.
+    """Look tap names up in a UNet.
 
     Raises:
         ValueError: a name does not exist there; the sentence names the nearest that do.
@@ -148,8 +145,7 @@ def _is_other_thread(reader: int | None) -> bool:
 def hook_taps(
     model: nn.Module, taps: Sequence[Tap], read: dict[str, torch.Tensor], reader: int | None = None
 ) -> list[RemovableHandle]:
-    """
-    Let each tap's module put its output into `read`, by its path; once all are there, [`AllTapsRead`] is raised.
+    """Let each tap's module put its output into `read`, by its path; once all are there, [`AllTapsRead`] is raised.
 
     Args:
         reader: the only thread whose passes are read; others may run the same model at the same time.
@@ -172,8 +168,7 @@ def hook_taps(
 def hook_shared_rows(
     modules: Sequence[nn.Module], shared: dict[str, int], reader: int | None = None
 ) -> list[RemovableHandle]:
-    """
-    Let each module compute the first `shared["rows"]` rows of its batch and give the result `shared["blocks"]` times,
+    """Let each module compute the first `shared["rows"]` rows of its batch and give the result `shared["blocks"]` times,
     for rows whose inputs are the same, block by block.
     """
 
@@ -188,8 +183,7 @@ def hook_shared_rows(
 
 
 def read_taps(model: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any]) -> list[torch.Tensor]:
-    """
-    Run `forward` on `model` up to the last tap and return each tap's output.
+    """Run `forward` on `model` up to the last tap and return each tap's output.
 
     The taps are read by forward hooks on the stock modules, which are removed afterwards; nothing behind the last tap
     runs.
@@ -240,8 +234,7 @@ class CutAway(nn.Module):
 
 
 def cut_behind_taps(model: nn.Module, running: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any]) -> None:
-    """
-    Replace in `model` every module that does not run before the last tap by [`CutAway`].
+    """Replace in `model` every module that does not run before the last tap by [`CutAway`].
 
     `attn2.to_k` of a tapped `Cross-Q` stays, so that its attention map can still be drawn.
 

@@ -1,17 +1,17 @@
 """Fixtures that many tests share: tiny published repositories, built once a run."""
 
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; the workers share the cores
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -21,16 +21,45 @@ def seeded():
     torch.manual_seed(0)
 
 
+BuildOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def published(tmp_path_factory) -> dict[str, Path]:
+def build_once(tmp_path_factory) -> BuildOnce:
+    """Builds a folder once per session, whichever worker needs it first; tests only read it.
+
+    The fixture is a function of a name and of what fills the new folder, and returns the folder.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def build(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                torch.manual_seed(0)
+                fill(folder)
+                done.touch()
+        return folder
+
+    return build
+
+
+def save_published(root: Path) -> None:
     """Tiny repositories in the published layouts, by name."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("published")
-    folders = {kind: tiny.save_diffusion(root / kind, kind) for kind in ("sd1", "sd2", "sdxl")}
-    folders |= {kind: tiny.save_vision(root / kind, kind) for kind in ("clip", "siglip", "dinov2")}
-    folders["llm"] = tiny.save_language_model(root / "llm")
-    folders["llava"] = tiny.save_llava(root / "llava")
-    return folders
+    for kind in ("sd1", "sd2", "sdxl"):
+        tiny.save_diffusion(root / kind, kind)
+    for kind in ("clip", "siglip", "dinov2"):
+        tiny.save_vision(root / kind, kind)
+    tiny.save_language_model(root / "llm")
+    tiny.save_llava(root / "llava")
+
+
+@pytest.fixture(scope="session")
+def published(build_once: BuildOnce) -> dict[str, Path]:
+    """Tiny repositories in the published layouts, by name."""
+    return {folder.name: folder for folder in build_once("published", save_published).iterdir()}
 
 
 TOWER = {"taps": ["U-L1-R1-B0-Cross-Q"], "image_size": 64, "grid_size": 4}
@@ -38,30 +67,31 @@ TOWER = {"taps": ["U-L1-R1-B0-Cross-Q"], "image_size": 64, "grid_size": 4}
 
 
 @pytest.fixture(scope="session")
-def composed(published, tmp_path_factory) -> Path:
+def composed(published, build_once: BuildOnce) -> Path:
     """A composed checkpoint with its processor: SD 2, CLIP and a Llama, cross-attention at s = 4."""
     from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
 
-    torch.manual_seed(0)
-    parts = {"diffusion": published["sd2"], "vision": published["clip"], "language_model": published["llm"]}
-    fields = {**TOWER, "fusion_num_attention_heads": 4}
-    folder = tmp_path_factory.mktemp("composed")
-    model = SDLlavaForConditionalGeneration.from_component_pretrained(**parts, **fields)
-    torch.nn.init.normal_(model.model.fusion.out_proj.weight)  # so that the diffusion features reach the answer
-    model.save_pretrained(folder)
-    SDLlavaProcessor.from_component_pretrained(**parts, **fields).save_pretrained(folder)
-    return folder
+    def fill(folder: Path) -> None:
+        parts = {"diffusion": published["sd2"], "vision": published["clip"], "language_model": published["llm"]}
+        fields = {**TOWER, "fusion_num_attention_heads": 4}
+        model = SDLlavaForConditionalGeneration.from_component_pretrained(**parts, **fields)
+        torch.nn.init.normal_(model.model.fusion.out_proj.weight)  # so that the diffusion features reach the answer
+        model.save_pretrained(folder)
+        SDLlavaProcessor.from_component_pretrained(**parts, **fields).save_pretrained(folder)
+
+    return build_once("composed", fill)
 
 
 @pytest.fixture(scope="session")
-def smoke_miniature(tmp_path_factory) -> Path:
+def smoke_miniature(build_once: BuildOnce) -> Path:
     """The miniature's parts at the smoke scale, which have learnt nothing."""
     from research.miniature.pretrain import pretrain
     from research.miniature.scales import PARTS
 
-    folder = tmp_path_factory.mktemp("miniature")
-    assert set(pretrain("smoke", folder)) == set(PARTS)
-    return folder
+    def fill(folder: Path) -> None:
+        assert set(pretrain("smoke", folder)) == set(PARTS)
+
+    return build_once("smoke-miniature", fill)
 
 
 @pytest.fixture(scope="session")

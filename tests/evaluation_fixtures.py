@@ -7,7 +7,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-WORDS = "yes no A B ( ) a red blue dog cat photo of the Answer is image . , ? one two".split()
+WORDS = [
+    "yes",
+    "no",
+    "A",
+    "B",
+    "(",
+    ")",
+    "a",
+    "red",
+    "blue",
+    "dog",
+    "cat",
+    "photo",
+    "of",
+    "the",
+    "Answer",
+    "is",
+    "image",
+    ".",
+    ",",
+    "?",
+    "one",
+    "two",
+]
 
 
 def make_image(seed, size=(40, 30)):

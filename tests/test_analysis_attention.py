@@ -135,7 +135,8 @@ def test_outputs_are_the_same_and_nothing_is_left(kind):
     assert len(maps) == len(maps.layers) > 3
     assert model.unet.attn_processors == processors
     for module in (model, *model.unet.modules()):
-        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
 
 
 def test_average_at_one_resolution():
@@ -182,7 +183,8 @@ def test_words_join_their_tokens_and_keep_special_ones_apart(pad_token):
     assert [w.text for w in found if w.special] == ["<begin>", "<end>", "<padding>"]
     assert sorted(t for w in found for t in w.tokens) == list(range(77))
     dog = next(w for w in found if w.text == "dog")
-    assert tokenizer.decode([ids[t] for t in dog.tokens]).strip() == "dog" and len(dog.tokens) == 3
+    assert tokenizer.decode([ids[t] for t in dog.tokens]).strip() == "dog"
+    assert len(dog.tokens) == 3
     full = tokenizer("word " * 100, padding="max_length", max_length=77, truncation=True)["input_ids"]
     assert sorted(t for w in words(tokenizer, full, 80) for t in w.tokens) == list(range(80))
 
@@ -199,7 +201,8 @@ def test_a_known_pixel_comes_back_to_its_place(size):
         back = map_onto_image(grid, size)
         assert back.shape == (height, width)
         found = np.unravel_index(back.argmax(), back.shape)
-        assert abs(found[0] - (y + 1.5)) <= 3 and abs(found[1] - (x + 1.5)) <= 3
+        assert abs(found[0] - (y + 1.5)) <= 3
+        assert abs(found[1] - (x + 1.5)) <= 3
 
 
 def test_map_of_an_uncropped_grid_is_untouched_where_pixels_are_cells():
@@ -214,14 +217,16 @@ def test_question_attention_of_a_checkpoint_and_of_a_diffusion_model(composed, p
     found = question_attention(whole.tower, whole.processor, image, "a red dog?", timesteps=[10, 250], resolution=2)
     assert [w.text for w in found.words if not w.special] == ["a", "red", "dog", "?"]
     np.testing.assert_allclose(found.maps.sum(axis=0), 1, atol=1e-5)
-    assert "t = 10, 250" in found.place and "U-L1-R2-B0" in found.place
+    assert "t = 10, 250" in found.place
+    assert "U-L1-R2-B0" in found.place
     np.testing.assert_allclose(found.question().grid, sum(found.word(w).grid for w in ("a", "red", "dog", "?")))
     assert found.word("dog").values.shape == (24, 40)
     with pytest.raises(ValueError, match="the question has no word 'cat'"):
         found.word("cat")
 
     cut = load_subject(str(composed))
-    assert not hasattr(cut.tower, "language_model") and cut.tower.config.truncate
+    assert not hasattr(cut.tower, "language_model")
+    assert cut.tower.config.truncate
     deepest = question_attention(cut.tower, cut.processor, image, "a red dog?", layers=["U-L1-R1-B0"])
     model = SDLlavaForConditionalGeneration.from_pretrained(composed).eval()
     processor = SDLlavaProcessor.from_pretrained(composed)
@@ -236,7 +241,9 @@ def test_question_heatmap_of_a_model(composed):
     processor = SDLlavaProcessor.from_pretrained(composed)
     image = Image.effect_noise((40, 24), 80).convert("RGB")
     heat = question_heatmap(model, processor, image, "a red dog?")
-    assert heat.values.shape == (24, 40) and 0 < heat.values.min() and heat.values.max() < 1
+    assert heat.values.shape == (24, 40)
+    assert heat.values.min() > 0
+    assert heat.values.max() < 1
     pixels = processor(images=image, question="", return_tensors="pt")
     encodings = model.encode_images(pixels["pixel_values"], pixels["diffusion_pixel_values"])
     again = model_attention(model, processor, image, "a red dog?", image_encodings=encodings).question()

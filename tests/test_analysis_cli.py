@@ -69,7 +69,8 @@ def test_features_delta_similarity_and_cka(published, images, tmp_path):
     assert numbers["features|U-L2-R1-B0-Cross-Q|50|4"].shape == (4, 4, 4, 64)
     assert numbers["colours|D-L0-R0-B0-Out|50|0"].shape == (4, 8, 8, 3)
     registers = json.loads(str(numbers["meta"]))["registers"]
-    assert len(registers) == 6 and registers[0]["tap"] == "D-L0-R0-B0-Out"
+    assert len(registers) == 6
+    assert registers[0]["tap"] == "D-L0-R0-B0-Out"
 
     run("delta", images / "1.png", "red", "blue", *model, "-o", tmp_path / "d.png", "-o", tmp_path / "d.npz")
     found = np.load(tmp_path / "d.npz")
@@ -79,12 +80,14 @@ def test_features_delta_similarity_and_cka(published, images, tmp_path):
     references = ("--reference", published["clip"], "--reference", published["dinov2"])
     run("similarity", images, *model, *references, "-o", tmp_path / "s.png", "-o", tmp_path / "s.json")
     grid = json.loads((tmp_path / "s.json").read_text())
-    assert np.shape(grid["positions"]) == (2, 1, 1) and set(grid["references"]) == {"CLIP", "DINOv2"}
+    assert np.shape(grid["positions"]) == (2, 1, 1)
+    assert set(grid["references"]) == {"CLIP", "DINOv2"}
 
     outputs = ("-o", tmp_path / "c.png", "-o", tmp_path / "c.json")
     run("cka", images, *model, "--question", "red", "--guidance-scales", "0,4", *outputs)
     matrix = json.loads((tmp_path / "c.json").read_text())
-    assert np.shape(matrix["matrix"]) == (4, 4) and matrix["num_images"] == 4
+    assert np.shape(matrix["matrix"]) == (4, 4)
+    assert matrix["num_images"] == 4
     run("sweep", images, *model, "--question", "red", "--guidance-scales", "0,4", "-o", tmp_path / "sweep")
     run("cka", "--sweep", tmp_path / "sweep", "-o", tmp_path / "again.json")
     np.testing.assert_allclose(json.loads((tmp_path / "again.json").read_text())["matrix"], matrix["matrix"], atol=1e-4)
@@ -138,7 +141,8 @@ def test_a_drawn_map_is_bright_where_its_numbers_are(tmp_path):
 def test_bad_input_gets_one_sentence(composed, images, tmp_path, arguments, message, monkeypatch):
     monkeypatch.chdir(images)
     result = run(*arguments, "--model", composed, fails=True)
-    assert isinstance(result.exception, ValueError | OSError) and message in str(result.exception)
+    assert isinstance(result.exception, ValueError | OSError)
+    assert message in str(result.exception)
     assert not (images / "x.png").exists()
 
 

@@ -47,7 +47,8 @@ def test_reading_elsewhere_shares_weights_and_leaves_the_tower_alone():
     model = tower(taps=["U-L1-R1-B0-Cross-Q"], truncate=True)
     before = model.config.to_dict()
     reader = read_elsewhere(model, taps=["D-L2-R0-B0-Out"], timesteps=[500], guidance_scales=[0.0, 2.0])
-    assert reader.unet is model.unet and model.config.to_dict() == before
+    assert reader.unet is model.unet
+    assert model.config.to_dict() == before
     inputs = tiny.image_inputs(2)
     output = reader(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"])
     assert output.last_hidden_state.shape == (2, 16, 128)
@@ -88,7 +89,8 @@ def test_pca_equals_scikit_learns_up_to_the_fixed_sign(shape):
     np.testing.assert_allclose(flipped.components, ours.components, atol=1e-9)
     np.testing.assert_allclose(flipped.colours(features), ours.colours(features), atol=1e-9)
     colours = ours.colours(features)
-    assert colours.min() == 0 and colours.max() == 1
+    assert colours.min() == 0
+    assert colours.max() == 1
 
 
 def test_pca_is_joint_over_what_is_not_kept_apart():
@@ -97,7 +99,8 @@ def test_pca_is_joint_over_what_is_not_kept_apart():
         read_features(model, latents(model, 3), prompts(model, 3), ["D-L0-R0-B0-Out", "U-L2-R0-B0-Out"], [9, 99])
     )
     joint = pca_maps(found)
-    assert len({id(m.pca) for m in joint}) == 2 and joint[0].pca is joint[2].pca
+    assert len({id(m.pca) for m in joint}) == 2
+    assert joint[0].pca is joint[2].pca
     pixels = np.concatenate([m.values.reshape(-1, 32).numpy() for m in found if m.tap == "D-L0-R0-B0-Out"])
     np.testing.assert_allclose(joint[0].pca.components, fit_pca(pixels).components)
     assert joint[0].colours.shape == (3, 8, 8, 3)
@@ -115,7 +118,8 @@ def test_delta_is_what_the_question_moved():
     assert np.array_equal(delta.difference, expected)
     length = np.linalg.norm(found[0].values.numpy()[0], axis=-1).mean()
     np.testing.assert_allclose(delta.heat[0], np.linalg.norm(expected[0], axis=-1) / length, rtol=1e-5)
-    assert delta.heat.shape == (2, 2, 2) and delta.pca().colours.shape == (2, 2, 2, 3)
+    assert delta.heat.shape == (2, 2, 2)
+    assert delta.pca().colours.shape == (2, 2, 2, 3)
     null = model.null_prompt()["encoder_hidden_states"].expand(2, -1, -1)
     same = delta_maps(list(read_features(model, latents(model), {"encoder_hidden_states": null}, None, None, [0, 1])))
     assert same[0].heat.max() < 1e-5
@@ -134,6 +138,9 @@ def test_registers_are_found_where_they_were_put():
     assert [tuple(place) for place in np.argwhere(report.outlying)] == places
     assert report.per_image == pytest.approx(4 / 3)
     assert report.shared_similarity > 0.99 > 0.6 > report.ordinary_similarity
-    assert report.norm_ratio[0, 1, 2] > 15 and 0.5 < report.variance_share < 1
+    assert report.norm_ratio[0, 1, 2] > 15
+    assert 0.5 < report.variance_share < 1
     plain = find_registers(FeatureMap("U-L1-R1-Res-Out", 50, 0.0, torch.tensor(generator.normal(size=(3, 8, 8, 64)))))
-    assert not plain.outlying.any() and np.isnan(plain.shared_similarity) and plain.variance_share == 0
+    assert not plain.outlying.any()
+    assert np.isnan(plain.shared_similarity)
+    assert plain.variance_share == 0

@@ -77,7 +77,8 @@ def test_an_interrupted_sweep_goes_on_and_another_one_is_refused(subject, folder
         Sweep(tmp_path)
     first = image_path(tmp_path, 0).stat().st_mtime_ns
     assert write_sweep(subject, images, places, tmp_path, batch_size=4) == 5
-    assert image_path(tmp_path, 0).stat().st_mtime_ns == first and not list(tmp_path.glob("*.tmp"))
+    assert image_path(tmp_path, 0).stat().st_mtime_ns == first
+    assert not list(tmp_path.glob("*.tmp"))
     assert write_sweep(subject, images, places, tmp_path) == 0
     other = Places(TAPS, [10], [0.0, 4.0])
     with pytest.raises(ValueError, match=r"another timesteps \(\[10, 500\] instead of \[10\]\)"):
@@ -118,7 +119,8 @@ def test_similarity_and_cka_from_disk_equal_those_computed_at_once(subject, fold
     write_sweep(subject, images, places, tmp_path, batch_size=8)
     sources = (LiveFeatures(subject, images, places), Sweep(tmp_path))
     whole = gather(sources[0], batch_size=3)
-    assert [feature.key for feature in whole] == places.keys and len(whole[0].values) == 8
+    assert [feature.key for feature in whole] == places.keys
+    assert len(whole[0].values) == 8
     for feature, stored in zip(whole, gather(sources[1], batch_size=8)):
         torch.testing.assert_close(feature.values, stored.values, rtol=1e-4, atol=1e-4)
     grids = [similarity_grid(source, batch_size=5) for source in sources]
@@ -126,7 +128,8 @@ def test_similarity_and_cka_from_disk_equal_those_computed_at_once(subject, fold
     values = {f.key: f.values for f in Sweep(tmp_path).batch(range(8))}[TAPS[1], 500, 4.0]
     expected = pair_similarity(values[0::2], values[1::2])
     assert grids[1].positions[1, 1, 1] == pytest.approx(expected.positions.mean())
-    assert grids[1].pooled[1, 1, 1] == pytest.approx(expected.pooled.mean()) and grids[1].num_pairs == 4
+    assert grids[1].pooled[1, 1, 1] == pytest.approx(expected.pooled.mean())
+    assert grids[1].num_pairs == 4
 
     found = [cka(source, batch_size=4) for source in sources]
     np.testing.assert_allclose(found[0].matrix, found[1].matrix, atol=1e-4)
@@ -139,9 +142,11 @@ def test_similarity_and_cka_from_disk_equal_those_computed_at_once(subject, fold
         meter.matrix()[0, 1]
     )
     names, square = found[1].between_taps(10, 4.0)
-    assert names == TAPS and square.shape == (3, 3)
+    assert names == TAPS
+    assert square.shape == (3, 3)
     scales, line = found[1].with_unconditional(TAPS[0], 500)
-    assert scales == [0.0, 4.0] and line[0] == pytest.approx(1)
+    assert scales == [0.0, 4.0]
+    assert line[0] == pytest.approx(1)
 
 
 def test_odd_images_and_too_few_are_refused(subject, folder, places):
@@ -173,7 +178,9 @@ def test_a_datasets_sweep_with_another_prompt_is_refused(subject, folder, places
 def test_images_of_a_dataset_bring_their_own_question(folder, data, tmp_path):
     for prompt, expected in (("question", "What is this?"), ("caption", "Noise."), ("none", None)):
         images = open_images([str(data)], prompt=prompt, image_folder=str(folder))
-        assert len(images) == 1 and images[0].question == expected and images[0].image.size == (30, 29)
+        assert len(images) == 1
+        assert images[0].question == expected
+        assert images[0].image.size == (30, 29)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no images"):
         open_images([str(tmp_path / "empty")])

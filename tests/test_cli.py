@@ -25,7 +25,9 @@ def photograph(tmp_path):
 def test_help_answers_without_torch():
     started = time.perf_counter()
     done = run("--help")
-    assert done.returncode == 0 and "ask" in done.stdout and "compose" in done.stdout
+    assert done.returncode == 0
+    assert "ask" in done.stdout
+    assert "compose" in done.stdout
     assert time.perf_counter() - started < 5
     code = "import sys; sys.argv = ['sdllava']; import sdllava.commands.main; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
@@ -34,10 +36,13 @@ def test_help_answers_without_torch():
 def test_ask_prints_answers_and_json(composed, photograph):
     done = run("ask", photograph, "What?", "Where?", "--model", composed, "--max-new-tokens", 3)
     assert done.returncode == 0, done.stderr
-    assert "What?" in done.stdout and "Where?" in done.stdout
+    assert "What?" in done.stdout
+    assert "Where?" in done.stdout
     done = run("ask", photograph, "What?", "--model", composed, "--json", "--guidance", 0, "--max-new-tokens", 3)
     record = json.loads(done.stdout)
-    assert record["question"] == "What?" and 0 < record["score"] < 1 and isinstance(record["answer"], str)
+    assert record["question"] == "What?"
+    assert 0 < record["score"] < 1
+    assert isinstance(record["answer"], str)
 
 
 def test_compose_writes_a_model_that_answers(published, photograph, tmp_path):
@@ -46,12 +51,15 @@ def test_compose_writes_a_model_that_answers(published, photograph, tmp_path):
     options = ["--fusion", "concat", "--guidance", 0, "--guidance", 1, "--tap", "up-level1-repeat1-vit-block0-out"]
     done = run("compose", tmp_path / "model", *parts, *fields, *options)
     assert done.returncode == 0, done.stderr
-    assert "diffusion_tower" in done.stderr and "GiB" in done.stderr
+    assert "diffusion_tower" in done.stderr
+    assert "GiB" in done.stderr
     config = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "model").config
-    assert config.fusion == "concat" and config.diffusion_config.guidance_scales == [0.0, 1.0]
+    assert config.fusion == "concat"
+    assert config.diffusion_config.guidance_scales == [0.0, 1.0]
     assert run("ask", photograph, "What?", "--model", tmp_path / "model", "--max-new-tokens", 2).returncode == 0
     again = run("compose", tmp_path / "model", *parts)
-    assert again.returncode == 1 and "exists: name a new folder" in again.stderr
+    assert again.returncode == 1
+    assert "exists: name a new folder" in again.stderr
 
 
 def test_compose_upgrades_a_llava(published, tmp_path):
@@ -63,8 +71,10 @@ def test_compose_upgrades_a_llava(published, tmp_path):
 
 def test_a_failed_compose_leaves_nothing_behind(published, tmp_path):
     done = run("compose", tmp_path / "model", "--diffusion", published["clip"], "--language-model", published["llm"])
-    assert done.returncode == 1 and "sdllava: cannot read the diffusion model" in done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 1
+    assert "sdllava: cannot read the diffusion model" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_taps_lists_the_papers_model_and_any_folder(published, composed):
@@ -92,4 +102,6 @@ def test_bad_input_gets_one_sentence(arguments, message, composed, photograph, t
     (tmp_path / "EMPTY").mkdir()
     places = {"PHOTO": photograph, "COMPOSED": composed, "EMPTY": tmp_path / "EMPTY", "OUT": tmp_path / "OUT"}
     done = run(*(places.get(argument, argument) for argument in arguments))
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -220,7 +220,8 @@ def test_published_sampling_settings_survive(published, tmp_path):
     )
     model.save_pretrained(tmp_path / "model")
     loaded = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "model")
-    assert loaded.generation_config.eos_token_id == 2 and loaded.generation_config.temperature is None
+    assert loaded.generation_config.eos_token_id == 2
+    assert loaded.generation_config.temperature is None
 
 
 def language_model(kind: str):
@@ -262,8 +263,10 @@ def test_another_image_size_for_the_static_encoder(published, photograph, vision
     parts = {"vision": published[vision], "language_model": published["llm"], "vision_image_size": 48}
     model = SDLlavaForConditionalGeneration.from_component_pretrained(**parts, dtype="bfloat16")
     inputs = model_inputs(SDLlavaProcessor.from_component_pretrained(**parts), photograph)
-    assert inputs["pixel_values"].shape[-2:] == (48, 48) and model.config.num_image_tokens == 36
-    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1 and model.dtype == torch.bfloat16
+    assert inputs["pixel_values"].shape[-2:] == (48, 48)
+    assert model.config.num_image_tokens == 36
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+    assert model.dtype == torch.bfloat16
 
 
 def test_missing_weights_name_their_own_part(published, tmp_path):

@@ -60,12 +60,14 @@ def test_answers_grow_to_what_the_model_says_fused_guided_and_alone(engine, comp
     image = noise()
     look = engine.look(image)
     pieces = list(engine.answer(look, "Is it red?"))
-    assert len(pieces) > 1 and pieces[-1] == answer_of(composed, image, "Is it red?")
+    assert len(pieces) > 1
+    assert pieces[-1] == answer_of(composed, image, "Is it red?")
     guided = answer_of(composed, image, "Is it red?", diffusion_guidance_scales=[0.0])
     assert list(engine.answer(look, "Is it red?", 0.0))[-1] == guided
     alone = answer_of(composed, image, "Is it red?", without_diffusion=True)
     assert list(engine.answer_without_diffusion(look, "Is it red?"))[-1] == alone
-    assert engine.guidance_scale == 4.0 and engine.has_static_encoder
+    assert engine.guidance_scale == 4.0
+    assert engine.has_static_encoder
 
 
 def test_a_reader_who_leaves_keeps_nobody_waiting_and_a_failure_is_told(engine, monkeypatch):
@@ -89,8 +91,10 @@ def test_attention_and_delta_are_the_analysis_own(engine):
     pixels = engine.processor(images=image, question="Is it red?", return_tensors="pt")
     with torch.no_grad():
         output = engine.model.model.diffusion_tower(pixels["diffusion_pixel_values"], pixels["diffusion_input_ids"])
-    assert (delta.tap, delta.timestep) == ("U-L1-R1-B0-Cross-Q", 50) and delta.heat.shape == (1, 2, 2)
-    assert 0 < delta.heat.max() and output.conditional_features is not None
+    assert (delta.tap, delta.timestep) == ("U-L1-R1-B0-Cross-Q", 50)
+    assert delta.heat.shape == (1, 2, 2)
+    assert delta.heat.max() > 0
+    assert output.conditional_features is not None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,8 @@ def test_a_map_on_the_page_is_bright_where_its_numbers_are():
     grid = np.zeros((8, 8), np.float32)
     grid[3, 6] = 1  # of the padded square: y 10..20 and x 60..70 of an image of 80 x 40
     html = heat_html(Image.new("RGB", (80, 40)), grid, 0.0, 1.0, "<b>word</b>", "share")
-    assert "&lt;b&gt;word" in html and "<b>" not in html
+    assert "&lt;b&gt;word" in html
+    assert "<b>" not in html
     with Image.open(BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", html)[1]))) as opened:
         pixels = np.asarray(opened).astype(int)
     row, column = np.unravel_index((pixels[..., 0] - pixels[..., 2]).argmax(), pixels.shape[:2])
@@ -144,7 +149,8 @@ def test_the_space_folder_runs_the_same_page(tmp_path, composed):
     assert set(files) == {"app.py", "README.md", "requirements.txt"}
     compile(files["app.py"], "app.py", "exec")
     assert 'demo(model="someone/model", host="0.0.0.0", port=7860)' in files["app.py"]
-    assert files["README.md"].startswith("---\ntitle: model\n") and "sdk: gradio" in files["README.md"]
+    assert files["README.md"].startswith("---\ntitle: model\n")
+    assert "sdk: gradio" in files["README.md"]
     assert files["requirements.txt"].startswith("sdllava[demo]==")
     with pytest.raises(ValueError, match="owner/name"):
         write_space(tmp_path / "other", str(composed))
@@ -289,7 +295,8 @@ def test_a_request_that_names_a_file_by_its_address_is_refused(address):
 
     data = {"data": [{"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}], "fn_index": 0}
     response = httpx.post(f"{address}gradio_api/queue/join", json={**data, "session_hash": "x"})
-    assert response.status_code == 400 and "addresses are not fetched" in response.text
+    assert response.status_code == 400
+    assert "addresses are not fetched" in response.text
     assert httpx.post(f"{address}gradio_api/queue/join", content=b"x" * 2**21).status_code == 413
     too_large = {"files": ("a.png", b"\0" * (MAX_BYTES + 1000))}
     assert httpx.post(f"{address}gradio_api/upload", files=too_large).status_code == 413

@@ -55,7 +55,9 @@ def test_one_noise_map_for_all_images_or_one_for_each_seed():
     assert torch.equal(shared[0], shared[2])
     assert torch.equal(shared[0], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(7)))
     each = model.noise(latents, torch.tensor([7, 8, 7]))
-    assert torch.equal(each[0], shared[0]) and torch.equal(each[0], each[2]) and not torch.equal(each[0], each[1])
+    assert torch.equal(each[0], shared[0])
+    assert torch.equal(each[0], each[2])
+    assert not torch.equal(each[0], each[1])
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
@@ -84,7 +86,8 @@ def test_text_embeddings_equal_the_sdxl_pipeline(published):
         expected_ids = pipe._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.float32, 32)
     options = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
     got = model.encode_prompts(*(tokenizer(prompts, **options)["input_ids"] for tokenizer in tokenizers))
-    assert torch.equal(got["encoder_hidden_states"], expected) and torch.equal(got["text_embeds"], pooled)
+    assert torch.equal(got["encoder_hidden_states"], expected)
+    assert torch.equal(got["text_embeds"], pooled)
 
     seen = {}
     model.unet.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True)
@@ -139,9 +142,8 @@ def test_a_tiny_autoencoder_takes_the_vaes_place_and_is_saved(composed, tmp_path
     tiny_tower = model.model.diffusion_tower
     size = count_parameters(tiny_tower.vae)
     tiny_tower.use_tiny_vae(str(tmp_path / "taesd"))
-    assert count_parameters(tiny_tower.vae) < size and not any(
-        p.requires_grad for p in tiny_tower.backbone.parameters()
-    )
+    assert count_parameters(tiny_tower.vae) < size
+    assert not any(p.requires_grad for p in tiny_tower.backbone.parameters())
     pixels = tiny.image_inputs(2)["diffusion_pixel_values"]
     with torch.no_grad():
         same_layout = pixels.contiguous(memory_format=torch.channels_last)
@@ -223,8 +225,10 @@ def test_a_compiled_tower_still_trains_and_shows_its_attention():
         with model.capture_attention(["U-L1-R1-B0"]) as found:
             ask(model)
         maps.append(found["U-L1-R1-B0", 50])
-    assert torch.equal(*maps) and compiled._captures == 0
-    assert compiled._compiled_pass is not None and copy.deepcopy(compiled)._compiled_pass is None
+    assert torch.equal(*maps)
+    assert compiled._captures == 0
+    assert compiled._compiled_pass is not None
+    assert copy.deepcopy(compiled)._compiled_pass is None
     latents, prompts, other = (
         torch.randn(1, 4, 8, 8),
         compiled.null_prompt(),
@@ -232,7 +236,8 @@ def test_a_compiled_tower_still_trains_and_shows_its_attention():
     )
     with torch.no_grad():
         found, expected = (model.backbone.read(latents, 50, prompts, other) for model in (compiled, plain))
-    assert len(found) == 2 and all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert len(found) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
     compiled.unet.requires_grad_(True)
     inputs = tiny.image_inputs(1)
     compiled(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"]).last_hidden_state.sum().backward()
@@ -264,7 +269,8 @@ def test_without_a_prompt_the_features_are_unconditional(conditioning):
     counted = samples_through_unet(model)
     with torch.no_grad():
         output = model(pixels, ids)
-    assert output.conditional_features is None and counted == [2]
+    assert output.conditional_features is None
+    assert counted == [2]
     assert torch.equal(output.last_hidden_state, output.unconditional_features)
 
 
@@ -346,11 +352,14 @@ def test_what_is_cut_is_neither_in_memory_nor_in_the_file(tmp_path):
     cut, whole = tower(), tower(truncate=False)
     names = set(cut.state_dict())
     gone = set(whole.state_dict()) - names
-    assert any(".up_blocks.3." in name for name in gone) and any(".conv_out." in name for name in gone)
-    assert any("vae.decoder" in name for name in gone) and not names - set(whole.state_dict())
+    assert any(".up_blocks.3." in name for name in gone)
+    assert any(".conv_out." in name for name in gone)
+    assert any("vae.decoder" in name for name in gone)
+    assert not names - set(whole.state_dict())
     block = "backbone.unet.up_blocks.1.attentions.1.transformer_blocks.0"
     assert {f"{block}.attn2.to_q.weight", f"{block}.attn2.to_k.weight"} <= names
-    assert f"{block}.attn2.to_v.weight" in gone and f"{block}.ff.net.2.weight" in gone
+    assert f"{block}.attn2.to_v.weight" in gone
+    assert f"{block}.ff.net.2.weight" in gone
     cut.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert set(file.keys()) == names
@@ -379,12 +388,16 @@ def test_the_vae_keeps_float32_in_half_precision(tmp_path, vae_in_fp32, expected
     reference = SDLlavaDiffusionModel.from_pretrained(tmp_path)
     features, exact = ask(loaded, guidance_scales=[1.0]), ask(reference, guidance_scales=[1.0])
     error = (features.last_hidden_state.float() - exact.last_hidden_state).norm() / exact.last_hidden_state.norm()
-    assert features.last_hidden_state.dtype == torch.bfloat16 and error < 0.05
+    assert features.last_hidden_state.dtype == torch.bfloat16
+    assert error < 0.05
 
 
 def test_guide_skips_what_a_scale_does_not_need():
     a, b = torch.zeros(1), torch.ones(1)
-    assert guide(a, b, 0) is a and guide(None, b, 1) is b and guide(a, None, 4) is a and guide(a, b, 4).item() == 4
+    assert guide(a, b, 0) is a
+    assert guide(None, b, 1) is b
+    assert guide(a, None, 4) is a
+    assert guide(a, b, 4).item() == 4
 
 
 @pytest.mark.parametrize(
@@ -432,6 +445,5 @@ def test_noise_and_empty_prompt_do_not_depend_on_the_surroundings():
         torch.set_default_dtype(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         other = model.null_prompt()["encoder_hidden_states"]
-    assert other.dtype == null.dtype == torch.float32 and torch.equal(
-        other, model.null_prompt()["encoder_hidden_states"]
-    )
+    assert other.dtype == null.dtype == torch.float32
+    assert torch.equal(other, model.null_prompt()["encoder_hidden_states"])

@@ -121,7 +121,8 @@ def test_captions_layouts(tmp_path):
     (sample, *_rest) = get_benchmark("captions").read(write_captions(tmp_path / "jsonl"))
     assert sample.target == ["a red dog number 0", "the dog 0 is red"]
     plain = get_benchmark("captions", "plain")
-    assert plain.template == "plain" and plain.read(tmp_path / "jsonl")[0].prompt == ""
+    assert plain.template == "plain"
+    assert plain.read(tmp_path / "jsonl")[0].prompt == ""
     (tmp_path / "k" / "val2014").mkdir(parents=True)
     make_image(1).save(tmp_path / "k" / "val2014" / "x.jpg")
     image = {"filename": "x.jpg", "filepath": "val2014", "sentences": [{"raw": " A dog. "}]}
@@ -153,7 +154,8 @@ def test_mini_and_its_pairs():
     assert benchmark.score(wrong_once)["pairs"] == 0
     assert 10 < benchmark.chance(records)["questions"] < 60
     captions = get_benchmark("mini_captions").read(None)
-    assert len(captions) == 500 and len(captions[3].target) == 1
+    assert len(captions) == 500
+    assert len(captions[3].target) == 1
     assert open_image(captions[3].images[0]).tobytes() != open_image(captions[4].images[0]).tobytes()
     item = get_matching_benchmark("mini_pairs").read(None)[0]
     assert open_image(item.images[0]).tobytes() != open_image(item.images[1]).tobytes()
@@ -171,7 +173,8 @@ def test_mmvp_vlm_and_winoground(tmp_path):
     for number in (1, 2):
         make_image(number).save(with_type / f"{number}.jpg")
     (item,) = get_matching_benchmark("mmvp_vlm").read(vlm)
-    assert item.texts == ("left", "right") and item.info["pattern"] == "Orientation and Direction"
+    assert item.texts == ("left", "right")
+    assert item.info["pattern"] == "Orientation and Direction"
     wino = tmp_path / "wino"
     row = {"id": 0, "caption_0": "a b", "caption_1": "b a"}
     write_parquet(

@@ -27,10 +27,12 @@ def test_pairing_cancels_what_both_runs_share():
     first = {str(k): {"x": float(v)} for k, v in enumerate(hard)}
     second = {k: {"x": unit["x"] + 1} for k, unit in reversed(first.items())}
     paired = difference(first, second, dict, "x")
-    assert paired["paired"] and paired["difference"] == pytest.approx(1)
+    assert paired["paired"]
+    assert paired["difference"] == pytest.approx(1)
     assert paired["interval"] == pytest.approx([1, 1])
     apart = difference(first, {f"other {k}": unit for k, unit in second.items()}, dict, "x")
-    assert not apart["paired"] and apart["interval"][0] < -3 < 5 < apart["interval"][1]
+    assert not apart["paired"]
+    assert apart["interval"][0] < -3 < 5 < apart["interval"][1]
 
 
 def test_resamples_without_a_unit_of_the_score_are_left_out():
@@ -79,11 +81,14 @@ def blink_run(folder, right, model):
 def test_compare_with_the_papers(tmp_path):
     a = blink_run(tmp_path / "a", lambda t, k: k < 3, "A")
     blink_run(tmp_path / "b", lambda t, k: k < 3 or (t == 5 and k < 9), "B")
-    assert a["scores"]["macro"] == pytest.approx(30) and a["chance"]["macro"] == pytest.approx(50)
+    assert a["scores"]["macro"] == pytest.approx(30)
+    assert a["chance"]["macro"] == pytest.approx(50)
     (comparison,) = compare([tmp_path / "a", tmp_path / "b"])
-    assert comparison.headline == ["macro", "micro"] and sorted(comparison.parts) == sorted(TASKS)
+    assert comparison.headline == ["macro", "micro"]
+    assert sorted(comparison.parts) == sorted(TASKS)
     (found,) = comparison.differences
-    assert found["paired"] and found["difference"] == pytest.approx(60 / 14)
+    assert found["paired"]
+    assert found["difference"] == pytest.approx(60 / 14)
     assert 0 < found["interval"][0] < found["interval"][1] < 8
     text = markdown(comparison)
     assert "| **a** | 30.00 [" in text
@@ -121,7 +126,8 @@ def test_caption_scores_of_other_tokens_are_not_subtracted(tmp_path, monkeypatch
         (tmp_path / name / "results.json").write_text(json.dumps(results))
         (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (comparison,) = compare([tmp_path / "a", tmp_path / "b"])
-    assert comparison.differences == [{}] and "| **b** | 50.00 |" in markdown(comparison)
+    assert comparison.differences == [{}]
+    assert "| **b** | 50.00 |" in markdown(comparison)
 
 
 def test_pictures(tmp_path):

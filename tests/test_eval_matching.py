@@ -158,7 +158,8 @@ def test_masks_and_trials_change_the_score(published):
         for mask in ("all", "no_padding", "text")
     }
     # fewer keys, smaller sums
-    assert (scores["all"] > scores["no_padding"]).all() and (scores["no_padding"] > scores["text"]).all()
+    assert (scores["all"] > scores["no_padding"]).all()
+    assert (scores["no_padding"] > scores["text"]).all()
     assert np.abs(scores["all"][0] - scores["all"][1]).max() > 1e-5
     later = matcher(published, seed=1, trials=1, unconditional=False).score(IMAGES, TEXTS)
     np.testing.assert_array_equal(later[0], scores["all"][1])  # trial k of seed s is trial 0 of seed s + k
@@ -219,7 +220,8 @@ def test_match_tabulates_timesteps_ensemble_and_spread(published, tmp_path):
     ours = matcher(published)
     results = match(ours, "winoground", tmp_path / "out", {"id": "tiny"}, ours.options, str(tmp_path / "data"))
     assert set(results["timesteps"]) == {"t = 89", "t = 489"}
-    assert results["trials"] == 2 and set(results["spread"]) == {"text", "image", "group"}
+    assert results["trials"] == 2
+    assert set(results["spread"]) == {"text", "image", "group"}
     assert results["matching"]["layers_read"] == ours.layers
     records = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     scores = np.array([record["scores"] for record in records])
@@ -319,7 +321,9 @@ def test_clip_and_siglip_of_transformers(published, tmp_path):
     assert scores[0, 0, 1, 0] == pytest.approx(model(**inputs).logits_per_image.item(), abs=1e-4)
     write_winoground(tmp_path / "data")
     results = match(ours, "winoground", tmp_path / "out", {"id": "clip"}, data=str(tmp_path / "data"))
-    assert results["timesteps"] == {} and results["spread"] is None and results["matching"] is None
+    assert results["timesteps"] == {}
+    assert results["spread"] is None
+    assert results["matching"] is None
 
 
 def test_open_clip(tmp_path):

@@ -68,6 +68,7 @@ def test_lmms_eval_adapter(composed):
     options = {"max_new_tokens": 4, "temperature": 0, "until": ["\n"]}
     requests = [SimpleNamespace(args=("", messages, options, k, "t", "test")) for k in range(3)]
     replies = model.generate_until(requests)
-    assert len(replies) == 3 and all(isinstance(reply, str) for reply in replies)
+    assert len(replies) == 3
+    assert all(isinstance(reply, str) for reply in replies)
     with pytest.raises(ValueError, match="no --model_args typo"):
         type(model)(pretrained=str(composed), typo=1)

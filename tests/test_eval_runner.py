@@ -93,7 +93,8 @@ def test_the_next_batch_is_prepared_while_one_is_answered():
             assert item > 1 or not began[item + 2].is_set()
             seen.append(value)
     assert seen == [0, 10, 20]
-    assert list(one_ahead(str, [])) == [] and list(one_ahead(str, [7])) == ["7"]
+    assert list(one_ahead(str, [])) == []
+    assert list(one_ahead(str, [7])) == ["7"]
 
 
 def test_results_folder(loaded, tmp_path):
@@ -104,11 +105,14 @@ def test_results_folder(loaded, tmp_path):
     assert stored == json.loads(json.dumps(results))
     assert set(stored["scores"]) == {"Acc", "Q_Acc", "I_Acc", "G_Acc"} == set(stored["blind"]["scores"])
     assert stored["chance"]["G_Acc"] == 6.25
-    assert stored["data"]["samples"] == 12 and stored["units"] == 3
+    assert stored["data"]["samples"] == 12
+    assert stored["units"] == 3
     assert stored["template"]["example"].startswith("USER: <image>Is the dog red? Please answer Yes or No.")
-    assert stored["dtype"] == "float32" and stored["batch_size"] == 5
+    assert stored["dtype"] == "float32"
+    assert stored["batch_size"] == 5
     assert stored["protocol"]["description"].startswith("greedy")
-    assert {"transformers", "torch"} <= set(stored["versions"]) and stored["command"]
+    assert {"transformers", "torch"} <= set(stored["versions"])
+    assert stored["command"]
     for name, (low, high) in stored["intervals_95"].items():
         assert low <= stored["scores"][name] <= high
     records = read_records(tmp_path / "out" / "samples.jsonl")
@@ -163,7 +167,9 @@ def test_sampling_does_not_depend_on_batch_or_resume(loaded, tmp_path):
         benchmark_tokens(loaded, tmp_path / name, options)
     assert (tmp_path / "a" / "samples.jsonl").read_bytes() == (tmp_path / "b" / "samples.jsonl").read_bytes()
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert results["scores"] == {} and "absent" in results["notes"]["judge"] and "absent" in results["notes"]["score"]
+    assert results["scores"] == {}
+    assert "absent" in results["notes"]["judge"]
+    assert "absent" in results["notes"]["score"]
 
 
 def benchmark_tokens(loaded, output, options):
@@ -223,15 +229,19 @@ def test_endpoint_judge(loaded, tmp_path, endpoint):
         assert results["scores"] == {"pair_accuracy": 100.0, "single_accuracy": 100.0}
         assert results["judge"].startswith("gpt-4-0314 at http://127.0.0.1")
         path, key, body = endpoint.requests[0]
-        assert path == "/v1/chat/completions" and key == "Bearer secret"
-        assert body["model"] == "gpt-4-0314" and body["temperature"] == 0.2 and body["max_tokens"] == 1024
+        assert path == "/v1/chat/completions"
+        assert key == "Bearer secret"
+        assert body["model"] == "gpt-4-0314"
+        assert body["temperature"] == 0.2
+        assert body["max_tokens"] == 1024
         assert [message["role"] for message in body["messages"]] == ["system", "user"]
         assert len(endpoint.requests) == 5
         assert "secret" not in (tmp_path / "out" / "results.json").read_text()
         evaluate(loaded, "mmvp", tmp_path / "out", options, judge=judge_at(endpoint))
         assert len(endpoint.requests) == 5  # judgments are kept
         without = evaluate(loaded, "mmvp", tmp_path / "out", options)
-    assert without["scores"] == {} and without["judge"] is None
+    assert without["scores"] == {}
+    assert without["judge"] is None
 
 
 def write_llava_bench(folder):
@@ -256,19 +266,22 @@ def test_llava_bench_with_and_without_a_judge(loaded, tmp_path, endpoint, monkey
     monkeypatch.setattr(LLaVABench, "max_new_tokens", 4)
     options = EvaluationOptions(data=str(write_llava_bench(tmp_path / "data")))
     results = evaluate(loaded, "llava_bench", tmp_path / "out", options)
-    assert results["scores"] == {} and results["judge"] is None
+    assert results["scores"] == {}
+    assert results["judge"] is None
     assert results["notes"]["judge"].startswith("absent: 3 replies are written and not judged")
     assert len(read_records(tmp_path / "out" / "samples.jsonl")) == 3
     endpoint.answer = "8 6\nGood."
     results = evaluate(loaded, "llava_bench", tmp_path / "out", options, judge=judge_at(endpoint))
     assert results["scores"] == {"all": 75.0, "conv": 75.0, "detail": 75.0, "complex": 75.0}
-    assert results["judge"] == judge_at(endpoint).name and "judge" not in results["notes"]
+    assert results["judge"] == judge_at(endpoint).name
+    assert "judge" not in results["notes"]
     assert read_records(tmp_path / "out" / "samples.jsonl")[0]["judgment"] == "8 6\nGood."
     assert "reviews" not in results["notes"]
     endpoint.answer = None  # refused: counted as published, and said
     judge = EndpointJudge("another", f"http://127.0.0.1:{endpoint.server_port}/v1")
     results = evaluate(loaded, "llava_bench", tmp_path / "out", options, judge=judge)
-    assert results["scores"]["all"] == 100.0 and results["notes"]["reviews"].startswith("3 do not begin with two")
+    assert results["scores"]["all"] == 100.0
+    assert results["notes"]["reviews"].startswith("3 do not begin with two")
 
 
 def test_blink_asks_the_judge_only_what_its_parser_cannot_read(loaded, tmp_path, endpoint, monkeypatch):
@@ -279,9 +292,11 @@ def test_blink_asks_the_judge_only_what_its_parser_cannot_read(loaded, tmp_path,
     results = evaluate(loaded, "blink", tmp_path / "out", options, judge=judge_at(endpoint))
     assert len(endpoint.requests) == 1
     assert "Answer: the first one" in endpoint.requests[0][2]["messages"][0]["content"]
-    assert results["scores"]["Jigsaw"] == 100 and results["scores"]["Counting"] == 0
+    assert results["scores"]["Jigsaw"] == 100
+    assert results["scores"]["Counting"] == 0
     without = evaluate(loaded, "blink", tmp_path / "other", options)
-    assert without["scores"]["Jigsaw"] == 0 and without["unparsed"] == 1
+    assert without["scores"]["Jigsaw"] == 0
+    assert without["unparsed"] == 1
 
 
 def test_judge_that_is_not_there(loaded, tmp_path, endpoint):
@@ -301,7 +316,9 @@ def test_local_judge(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     raw = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate("<pad> </s> <unk> 8 7 yes no rate this".split())}, "<unk>")
+        models.WordLevel(
+            {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "8", "7", "yes", "no", "rate", "this"])}, "<unk>"
+        )
     )
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

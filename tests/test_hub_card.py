@@ -106,9 +106,13 @@ def test_the_text_says_what_was_recorded(recorded):
         assert row in text.splitlines()
     assert re.search(r"^\| hardware \| 4 x \S+", text, re.M)
     assert text.index("## Training: align") < text.index("## Training: finetune")
-    assert "OpenRAIL licence" in text and "emptied them with probability 0.3" in text
-    assert 'model="me/model", trust_remote_code=True' in text and "2507.07106" in text
-    assert "/home/" not in text and " /data/" not in text and "blind run" not in text
+    assert "OpenRAIL licence" in text
+    assert "emptied them with probability 0.3" in text
+    assert 'model="me/model", trust_remote_code=True' in text
+    assert "2507.07106" in text
+    assert "/home/" not in text
+    assert " /data/" not in text
+    assert "blind run" not in text
 
 
 def test_what_was_not_recorded_is_absent(checkpoint):
@@ -117,15 +121,19 @@ def test_what_was_not_recorded_is_absent(checkpoint):
     headings = re.findall(r"^## (.*)$", card.text, re.M)
     assert headings == ["The model", "How to use", "Limits and risks", "Citation"]
     assert "No training is recorded" in card.text
-    assert "OpenRAIL" not in card.text and "hours" not in card.text and "None" not in card.text
+    assert "OpenRAIL" not in card.text
+    assert "hours" not in card.text
+    assert "None" not in card.text
 
 
 def test_the_author_has_the_last_word(recorded):
     said = {"name": "my-model", "license": "mit", "language": ["de"], "limits": ["It knows drawings only."]}
     (recorded / "card.json").write_text(json.dumps(said))
     card = make_card(recorded, "me/model")
-    assert card.data.license == "mit" and card.data.language == ["de"]
-    assert "# my-model" in card.text and "- It knows drawings only." in card.text
+    assert card.data.license == "mit"
+    assert card.data.language == ["de"]
+    assert "# my-model" in card.text
+    assert "- It knows drawings only." in card.text
     (recorded / "card.json").write_text(json.dumps({"licence": "mit"}))
     with pytest.raises(ValueError, match="licence='mit' is no field of a card: name"):
         make_card(recorded)
@@ -136,9 +144,12 @@ def test_an_adapters_card_names_its_base_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     card = make_card(tmp_path, "me/adapter")
     metadata = card.data.to_dict()
-    assert metadata["base_model"] == ["me/base"] and metadata["base_model_relation"] == "adapter"
-    assert metadata["library_name"] == "peft" and "custom_code" not in metadata["tags"]
-    assert 'from_pretrained("me/adapter")' in card.text and "`me/base`" in card.text
+    assert metadata["base_model"] == ["me/base"]
+    assert metadata["base_model_relation"] == "adapter"
+    assert metadata["library_name"] == "peft"
+    assert "custom_code" not in metadata["tags"]
+    assert 'from_pretrained("me/adapter")' in card.text
+    assert "`me/base`" in card.text
 
 
 def test_an_adapter_of_a_local_model_is_not_pushed(tmp_path):
@@ -176,11 +187,14 @@ def test_metadata_that_the_hub_would_refuse_is_named(change, named):
 
 def test_a_card_written_by_hand_is_left_alone(recorded):
     path = recorded / "README.md"
-    assert write_card(recorded, "me/model") and MARK in path.read_text()
-    assert write_card(recorded, "me/other") and "me/other" in path.read_text()
+    assert write_card(recorded, "me/model")
+    assert MARK in path.read_text()
+    assert write_card(recorded, "me/other")
+    assert "me/other" in path.read_text()
     path.write_text("# Mine\n")
     assert not write_card(recorded, "me/model")
-    assert path.read_text() == "# Mine\n" and collect(recorded, "me/model")["README.md"] == path
+    assert path.read_text() == "# Mine\n"
+    assert collect(recorded, "me/model")["README.md"] == path
 
 
 def test_the_card_is_made_again_from_what_was_pushed(recorded, tmp_path):
@@ -195,7 +209,9 @@ def test_the_card_is_made_again_from_what_was_pushed(recorded, tmp_path):
 
 def test_the_recipe_goes_with_the_model(recorded):
     recipe = yaml.safe_load(collect(recorded, "me/model")["recipe.yaml"])
-    assert recipe["stage"] == "finetune" and recipe["learning_rate"] == 2e-5 and recipe["init_from"] == "align"
+    assert recipe["stage"] == "finetune"
+    assert recipe["learning_rate"] == 2e-5
+    assert recipe["init_from"] == "align"
     assert "vision" not in recipe
 
 
@@ -203,7 +219,8 @@ def test_a_resumed_or_repeated_stage_is_recorded_once(tmp_path):
     for seconds in (10.0, 25.0):
         record_training(tmp_path, "align", {"seed": 1}, seconds, steps=5)
     (stage,) = json.loads((tmp_path / "training.json").read_text())["stages"]
-    assert stage["seconds"] == 25.0 and "torch" in stage["versions"]
+    assert stage["seconds"] == 25.0
+    assert "torch" in stage["versions"]
 
 
 def test_no_path_of_a_machine_is_public():

@@ -69,7 +69,8 @@ def test_a_push_uploads_the_checkpoint_bitwise_and_nothing_else(hub, checkpoint,
     assert result.returncode == 0, result.stderr
     repository = hub.repositories["tester/model"]
     assert result.stdout.strip() == f"{hub.endpoint}/tester/model/commit/{repository.refs['main']}"
-    assert repository.private and repository.messages[repository.refs["main"]] == "First"
+    assert repository.private
+    assert repository.messages[repository.refs["main"]] == "First"
     files = hub.files("tester/model")
     kept = [name for name in before if not name.startswith(("checkpoint-4", "optimizer", "training_args", "run.json"))]
     kept = [name for name in kept if name not in ("notes.txt", "modeling_sdllava.py", "expected.json")]
@@ -84,10 +85,12 @@ def test_a_push_uploads_the_checkpoint_bitwise_and_nothing_else(hub, checkpoint,
 def test_branches_and_pull_requests(hub, tmp_path):
     assert run_push(hub, tmp_path, EARLIER, "tester/model", "--revision", "trial").returncode == 0
     repository = hub.repositories["tester/model"]
-    assert hub.files("tester/model", "main") == {} and "config.json" in hub.files("tester/model", "trial")
+    assert hub.files("tester/model", "main") == {}
+    assert "config.json" in hub.files("tester/model", "trial")
     result = run_push(hub, tmp_path, EARLIER, "tester/model", "--pull-request")
     assert result.stdout.strip() == f"{hub.endpoint}/tester/model/discussions/1"
-    assert hub.files("tester/model", "main") == {} and "config.json" in hub.files("tester/model", "refs/pr/1")
+    assert hub.files("tester/model", "main") == {}
+    assert "config.json" in hub.files("tester/model", "refs/pr/1")
     assert not repository.private
 
 
@@ -95,14 +98,17 @@ def test_a_dry_run_lists_files_sizes_and_the_card_and_sends_nothing(hub, tmp_pat
     result = run_push(hub, tmp_path, EARLIER, "tester/model", "--dry-run", token=None)
     assert result.returncode == 0, result.stderr
     assert "       115,880  model.safetensors\n" in result.stdout
-    assert "pipeline_tag: visual-question-answering" in result.stdout and "## How to use" in result.stdout
+    assert "pipeline_tag: visual-question-answering" in result.stdout
+    assert "## How to use" in result.stdout
     assert not any("tester" in request or "create" in request for request in hub.requests)
 
 
 def test_a_bad_name_is_told_before_anything_is_written(hub, tmp_path):
     result = run_push(hub, tmp_path, EARLIER, "a/b/c", "--dry-run", "--space", str(tmp_path / "space"))
-    assert result.returncode == 1 and "'namespace/repo_name': 'a/b/c'" in result.stderr
-    assert not result.stdout and not (tmp_path / "space").exists()
+    assert result.returncode == 1
+    assert "'namespace/repo_name': 'a/b/c'" in result.stderr
+    assert not result.stdout
+    assert not (tmp_path / "space").exists()
 
 
 def test_an_upload_cut_off_half_way_is_repeated_within_a_push(hub, tmp_path):
@@ -151,7 +157,8 @@ def test_a_download_cut_off_half_way_ends_whole_and_parts_can_be_asked_for(hub, 
     url = f"{hub.endpoint}/tester/model/resolve/main/model.safetensors"
     part = urllib.request.Request(url, headers={"Range": "bytes=100-"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(part) as response:
-        assert response.status == 206 and response.read() == weights[100:]
+        assert response.status == 206
+        assert response.read() == weights[100:]
         assert response.headers["Content-Range"] == f"bytes 100-{len(weights) - 1}/{len(weights)}"
         assert response.headers["ETag"] == f'"{hashlib.sha256(weights).hexdigest()}"'
 
@@ -159,9 +166,12 @@ def test_a_download_cut_off_half_way_ends_whole_and_parts_can_be_asked_for(hub, 
 @pytest.mark.parametrize(("token", "reason"), [("hf_wrong", "Invalid credentials"), (None, "Invalid username")])
 def test_a_wrong_token_gets_a_clear_error(hub, tmp_path, token, reason):
     result = run_push(hub, tmp_path, EARLIER, "tester/model", token=token)
-    assert result.returncode == 1 and hub.repositories == {}
+    assert result.returncode == 1
+    assert hub.repositories == {}
     last = result.stderr.strip().splitlines()[-1]
-    assert "does not let this token write to tester/model (401" in last and reason in last and "hf auth login" in last
+    assert "does not let this token write to tester/model (401" in last
+    assert reason in last
+    assert "hf auth login" in last
 
 
 def test_a_card_written_by_hand_in_the_repository_stays(hub, tmp_path):

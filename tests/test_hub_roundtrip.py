@@ -50,7 +50,8 @@ def read(hub, pushed, tmp_path_factory) -> Path:
 
 def test_without_the_package_logits_and_answers_are_bitwise_those_of_the_pusher(read, hub):
     (said,) = ast.literal_eval((read / "pipeline.txt").read_text())
-    assert said["answer"] and 0 < said["score"] <= 1
+    assert said["answer"]
+    assert 0 < said["score"] <= 1
     assert sum(name.startswith("model-0") for name in hub.files("tester/sharded")) > 2
     assert hub.repositories["tester/sharded"].private
 
@@ -75,16 +76,20 @@ print(repr(vqa(image=hub_answers.picture(), question=hub_answers.QUESTION, max_n
 
 def test_an_adapter_is_pushed_as_an_adapter_of_its_base_model(pushed, hub):
     files = hub.files("tester/adapter")
-    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    assert "adapter_model.safetensors" in files
+    assert "model.safetensors" not in files
     card = yaml.safe_load(files["README.md"].decode().split("---")[1])
-    assert card["base_model"] == ["tester/whole"] and card["base_model_relation"] == "adapter"
+    assert card["base_model"] == ["tester/whole"]
+    assert card["base_model_relation"] == "adapter"
 
 
 def test_the_card_names_the_parts_with_their_commits_and_licences(pushed, hub):
     card = hub.files("tester/sharded")["README.md"].decode()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["base_model"] == ["tester/sd2", "tester/clip", "tester/llm"]
-    assert metadata["language"] == ["en"] and metadata["license"] == "other" and "trial" in metadata["tags"]
+    assert metadata["language"] == ["en"]
+    assert metadata["license"] == "other"
+    assert "trial" in metadata["tags"]
     for name, licence in (("sd2", "openrail++"), ("clip", "mit"), ("llm", "mit")):
         commit = hub.repositories[f"tester/{name}"].refs["main"]
         assert f"| tester/{name} | {commit} | {licence} |" in card
@@ -106,6 +111,9 @@ def test_a_trainers_push(hub, published, tmp_path):
     assert {"model.safetensors", "config.json", "processor_config.json", "training.json"} <= set(files)
     assert {"modeling_sdllava.py", "generation_config.json"} <= set(files)
     card = files["README.md"].decode()
-    assert "## Training: finetune" in card and "| optimizer steps | 2 |" in card and "| data | colours.json |" in card
-    assert "recipe.yaml" in files and "training_args.bin" not in files
+    assert "## Training: finetune" in card
+    assert "| optimizer steps | 2 |" in card
+    assert "| data | colours.json |" in card
+    assert "recipe.yaml" in files
+    assert "training_args.bin" not in files
     assert not any(str(tmp_path).encode() in content for content in files.values())

@@ -90,7 +90,8 @@ def test_a_part_under_its_gate_is_not_written(tmp_path):
     scale = type(smoke)(**{**vars(smoke), "gates": {"vae": Gate("psnr", 99.0, " dB")}})
     with pytest.raises(CheckFailedError, match=r"'vae' reached a psnr of .* dB .* under the 99 dB"):
         train_part("vae", scale, tmp_path)
-    assert not (tmp_path / "diffusion").exists() and not (tmp_path / "checks.json").exists()
+    assert not (tmp_path / "diffusion").exists()
+    assert not (tmp_path / "checks.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -107,10 +108,12 @@ def test_the_parts_are_in_the_published_layouts(parts):
 
     pipeline = StableDiffusionPipeline.from_pretrained(parts / "diffusion")
     assert pipeline.vae.config.scaling_factor != 0.18215
-    assert pipeline.tokenizer.pad_token_id == 0 and pipeline.tokenizer.model_max_length == 77
+    assert pipeline.tokenizer.pad_token_id == 0
+    assert pipeline.tokenizer.model_max_length == 77
     clip = CLIPModel.from_pretrained(parts / "clip")
     image = CLIPImageProcessor.from_pretrained(parts / "clip")(sample_image(), return_tensors="pt")["pixel_values"]
-    assert image.shape == (1, 3, 64, 64) and image.min() >= -1
+    assert image.shape == (1, 3, 64, 64)
+    assert image.min() >= -1
     assert clip.vision_model(image).last_hidden_state.shape[1] == 8 * 8 + 1
     assert CLIPTokenizer.from_pretrained(parts / "clip").pad_token_id == clip.config.text_config.eos_token_id
     llama = AutoModelForCausalLM.from_pretrained(parts / "llm")
@@ -143,10 +146,12 @@ def test_the_denoiser_predicts_noise_and_the_unet_goes_on_with_the_velocity(name
 
 def test_the_unet_learns_from_a_schedule_that_ends_in_noise_alone(parts):
     part = build("unet", SCALES["smoke"], parts, seed=0)
-    assert part.scheduler.alphas_cumprod[-1] == 0 and part.scheduler.config.timestep_spacing == "trailing"
+    assert part.scheduler.alphas_cumprod[-1] == 0
+    assert part.scheduler.config.timestep_spacing == "trailing"
     torch.manual_seed(0)
     timesteps = part._timesteps(4000)
-    assert timesteps.max() < 1000 and (timesteps[1::4] >= 900).all()
+    assert timesteps.max() < 1000
+    assert (timesteps[1::4] >= 900).all()
     assert timesteps[3::4].float().mean() == pytest.approx(500, abs=25)  # as drawn
     assert timesteps[0::2].float().mean() == pytest.approx(667, abs=20)  # the later of two
 
@@ -162,7 +167,8 @@ def test_prompts_are_read_in_the_order_of_the_quadrants(parts):
         torch.testing.assert_close(read[4:], single[name])
     taught = load_file(parts / "prompts" / "model.safetensors")
     used = load_file(parts / "diffusion" / "text_encoder" / "model.safetensors")
-    assert taught.keys() == used.keys() and all(torch.equal(used[key], value) for key, value in taught.items())
+    assert taught.keys() == used.keys()
+    assert all(torch.equal(used[key], value) for key, value in taught.items())
 
 
 def sample_image():
@@ -182,7 +188,8 @@ def finished(smoke_miniature, tmp_path_factory):
     for name in ("checks.json", "diffusion", "clip", "llm"):
         (folder / name).symlink_to(smoke_miniature / name)
     result = CliRunner().invoke(app, ["train", "--scale", "smoke", "--out", str(folder)], catch_exceptions=False)
-    assert result.exit_code == 0 and result.stdout.endswith(f"the model is in {folder / 'sdllava-mini'}\n")
+    assert result.exit_code == 0
+    assert result.stdout.endswith(f"the model is in {folder / 'sdllava-mini'}\n")
     return folder
 
 
@@ -208,7 +215,8 @@ def test_a_killed_stage_ends_with_the_same_weights(stage, finished, tmp_path, mo
     assert not (tmp_path / stage / "config.json").exists()
     ours = load_file(train_stage(stage, "smoke", tmp_path) / "model.safetensors")
     theirs = load_file(finished / stage / "model.safetensors")
-    assert len(steps) > 3 and ours.keys() == theirs.keys()
+    assert len(steps) > 3
+    assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
@@ -218,10 +226,13 @@ def test_the_parts_go_through_both_stages_and_the_result_answers(parts, finished
     model = SDLlavaForConditionalGeneration.from_pretrained(finished / "sdllava-mini")
     processor = SDLlavaProcessor.from_pretrained(finished / "sdllava-mini")
     stored = load_file(finished / "sdllava-mini" / "model.safetensors")
-    assert {value.dtype for value in stored.values()} == {torch.float16} and model.dtype == torch.float32
-    assert not model.config.diffusion_config.truncate and not list((finished / "sdllava-mini").glob("*.py"))
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    assert model.dtype == torch.float32
+    assert not model.config.diffusion_config.truncate
+    assert not list((finished / "sdllava-mini").glob("*.py"))
     card = (finished / "sdllava-mini" / "README.md").read_text(encoding="utf-8")
-    assert "It knows rendered scenes only" in card and "judge accuracy" in card
+    assert "It knows rendered scenes only" in card
+    assert "judge accuracy" in card
     content = [{"type": "image", "image": sample_image()}, {"type": "text", "text": "How many objects are there?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -257,7 +268,8 @@ def test_every_word_is_one_token_of_both_tokenizers(tmp_path):
         scene, question = sample_question("train", seed)
         for text in (caption(scene), question.text, question.answer):
             count = len(words_in(text))
-            assert len(llama(text).input_ids) == count + 1 and llama.unk_token_id not in llama(text).input_ids
+            assert len(llama(text).input_ids) == count + 1
+            assert llama.unk_token_id not in llama(text).input_ids
             assert len(clip(text).input_ids) == count + 2 <= 77
     assert llama.decode(llama("top left").input_ids, skip_special_tokens=True) == "top left"
 
@@ -315,7 +327,8 @@ def test_the_judge_finds_objects_where_they_are_told_or_anywhere():
     own = torch.arange(8)
     assert set(shows(own).values()) == {1.0}
     moved = shows(own.view(2, 4).flip(1).flatten())  # every object in the opposite quadrant
-    assert moved["anywhere"] == 1.0 and moved["object"] < 1.0
+    assert moved["anywhere"] == 1.0
+    assert moved["object"] < 1.0
     other = shows(own.view(2, 4).flip(0).flatten())  # the other scene
     assert other["anywhere"] < 1.0
 
@@ -385,7 +398,8 @@ def test_a_close_up_shows_the_object_that_it_describes():
         shown = next(
             o for o in scene.objects if o.cell == f"{'bottom' if top else 'top'} {'right' if left else 'left'}"
         )
-        assert quadrant.shape == (3, 32, 32) and prompt in ("", describe(shown))
+        assert quadrant.shape == (3, 32, 32)
+        assert prompt in ("", describe(shown))
 
 
 def test_the_rate_warms_up_stays_and_falls():
@@ -407,8 +421,11 @@ def test_written_scenes_are_read_by_the_training_data_room(tmp_path):
     arguments = ["scenes", str(tmp_path / "s.parquet"), "--count", "3", "--examples", str(tmp_path / "e.html")]
     assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
     rows = list(load_data([DataSource(str(tmp_path / "s.parquet"))]))
-    assert len(rows) == 3 and not any(row["error"] for row in rows)
-    assert rows[0]["messages"][0]["content"].startswith("<image>") and rows[0]["images"][0]["bytes"]
+    assert len(rows) == 3
+    assert not any(row["error"] for row in rows)
+    assert rows[0]["messages"][0]["content"].startswith("<image>")
+    assert rows[0]["images"][0]["bytes"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["e.html", "s.parquet"]
     refused = CliRunner().invoke(app, ["scenes", str(tmp_path / "t.parquet"), "--split", "dev"])
-    assert refused.exit_code == 1 and "'dev' is no split" in refused.output
+    assert refused.exit_code == 1
+    assert "'dev' is no split" in refused.output

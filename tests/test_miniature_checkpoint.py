@@ -34,7 +34,8 @@ def test_twenty_stored_scenes_are_answered_as_stored(pipe):
 
 def test_it_is_small_and_read_as_float32(pipe):
     assert sum(file.stat().st_size for file in mini_path().rglob("*")) < 40e6
-    assert pipe.model.dtype.is_floating_point and str(pipe.model.dtype) == "torch.float32"
+    assert pipe.model.dtype.is_floating_point
+    assert str(pipe.model.dtype) == "torch.float32"
 
 
 def test_in_bfloat16_its_diffusion_features_stay_within_a_hundredth(pipe):
@@ -55,5 +56,6 @@ def test_the_command_says_of_a_photograph_alone_that_the_miniature_does_not_know
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
     picture.save(tmp_path / "picture.png")
     result = CliRunner().invoke(app, ["ask", str(tmp_path / "picture.png"), "How many objects are there?"])
-    assert result.exit_code == 0 and result.stdout.strip()
+    assert result.exit_code == 0
+    assert result.stdout.strip()
     assert ("looks like no rendered scene" in result.stderr) == photograph

@@ -36,7 +36,9 @@ def test_a_claim_is_the_higher_minus_the_lower_on_the_same_units():
     lower = right_of(["x"] * 40, [k % 2 for k in range(40)])
     higher = right_of(["x"] * 40, [1] * 40)
     found = claim("more is right", lower, higher, shares, "mean")
-    assert found["difference"] == 50 and found["paired"] and found["interval"][0] > 20
+    assert found["difference"] == 50
+    assert found["paired"]
+    assert found["interval"][0] > 20
     assert sentence(found).startswith("**Holds**: more is right: +50.0 points [+")
     assert sentence(claim("more is right", higher, lower, shares, "mean")).startswith("**Does not hold**")
 
@@ -77,7 +79,8 @@ def test_the_mean_over_scales_is_guidance_at_the_mean_scale():
     unconditional, conditional = torch.randn(5, 8), torch.randn(5, 8)
     found = guidance.ensembles(unconditional, conditional)
     torch.testing.assert_close(found[guidance.MEAN], guide(unconditional, conditional, 5 / 3))
-    assert found[guidance.CONCAT].shape == (5, 24) and torch.equal(found["s = 0"], unconditional)
+    assert found[guidance.CONCAT].shape == (5, 24)
+    assert torch.equal(found["s = 0"], unconditional)
 
 
 @pytest.fixture
@@ -93,7 +96,8 @@ def test_a_finished_part_is_read_not_measured_and_told_as_it_is(parts, monkeypat
     for name, row in numbers["rows"].items():
         assert f"| {name} | {cell(row['scores']['mean'], row['intervals']['mean'])} |" in text
     assert all(sentence(found) in text for found in numbers["claims"])
-    assert "they are no result" in text and "| vae | psnr " in text
+    assert "they are no result" in text
+    assert "| vae | psnr " in text
     assert all(len(found["under_other_noise"]) == 2 for found in numbers["claims"])
     assert (parts / "docs/miniature/guidance.png").stat().st_size > 5000
 
@@ -131,7 +135,8 @@ def test_the_time_of_a_run_that_was_stopped_counts_in_the_next(parts, monkeypatc
 )
 def test_what_cannot_be_studied_is_told_before_anything_is_written(options, told, tmp_path):
     result = CliRunner().invoke(app, ["study", "--from", str(tmp_path), "--out", str(tmp_path / "docs"), *options])
-    assert result.exit_code and told in " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code
+    assert told in " ".join(result.output.replace("│", " ").split())
     assert not any(tmp_path.iterdir())
 
 
@@ -141,7 +146,8 @@ def test_the_whole_study_goes_through_training_and_evaluation(parts):
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     text = (parts / "docs" / "miniature.md").read_text()
-    assert text.count("\n## (") == 6 and text.count(".png)") == 6
+    assert text.count("\n## (") == 6
+    assert text.count(".png)") == 6
     untold = finished_part(parts, "d")["rows"]["no captions"]
     assert untold["runs"]["its caption"]["scores"] == untold["runs"]["no caption"]["scores"]  # s = 0 sees no prompt
     assert untold["leakage"]["likelihood_gain"]["mean"] == pytest.approx(0, abs=1e-5)

@@ -192,7 +192,8 @@ def test_kept_encodings_give_the_same_answer_for_one_conditional_pass(fused):
     assert counted == [2, 2, 2, 4]
     rows = encodings.rows()
     swapped = SDLlavaImageEncodings.cat([rows[1], rows[0]])
-    assert torch.equal(swapped.latents, encodings.latents.flip(0)) and len(rows) == 2
+    assert torch.equal(swapped.latents, encodings.latents.flip(0))
+    assert len(rows) == 2
 
 
 def test_guidance_scales_can_be_chosen_per_call(fused):
@@ -238,7 +239,8 @@ def test_gradient_checkpointing_changes_no_gradient():
         inputs = batch(model, [1])
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and any("implicit_captioner" in name for name in gradients[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any("implicit_captioner" in name for name in gradients[0])
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -260,7 +262,8 @@ def test_the_implicit_captioners_gradient_agrees_with_finite_differences():
             values.append(loss().item())
             for weight, before in zip(weights, shifted):
                 weight.copy_(before)
-    assert norm > 0 and (values[0] - values[1]) / (2 * step) == pytest.approx(norm.item() ** 2, rel=0.05)
+    assert norm > 0
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(norm.item() ** 2, rel=0.05)
 
 
 @pytest.mark.parametrize("stage", ["align", "finetune"])

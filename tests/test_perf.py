@@ -46,7 +46,8 @@ def test_features_are_those_of_stock_diffusers_with_fewer_operations(tmp_path):
     assert float(rows["a question, ours, batch 2"]["note"].split()[-1]) < 1e-4  # s = 4 enlarges what rounding does
     stock, ours = (float(remark.split()[-3]) for remark in found["remarks"])
     assert 0 < ours < 2 * stock < 1e-4  # from float64
-    assert found["matrix_peak_gflops"] > 0 and all(len(row["seconds"]) == 1 for row in rows.values())
+    assert found["matrix_peak_gflops"] > 0
+    assert all(len(row["seconds"]) == 1 for row in rows.values())
 
 
 def test_growth_costs_what_it_computes(tmp_path):
@@ -55,9 +56,11 @@ def test_growth_costs_what_it_computes(tmp_path):
     growth.main("sd21", None, "mini", "cpu", "float32", 1, tmp_path / "out.json")
     gflop = {row["name"]: row["gflop"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert gflop["4 image(s) at once"] == pytest.approx(4 * gflop["1 image(s) at once"], rel=1e-3)
-    assert gflop["4 tap(s)"] == gflop["1 tap(s)"] and gflop["4 scale(s)"] == gflop["1 scale(s)"]
+    assert gflop["4 tap(s)"] == gflop["1 tap(s)"]
+    assert gflop["4 scale(s)"] == gflop["1 scale(s)"]
     conversation = [gflop[f"{n} image(s) in a conversation, to the first token"] for n in (1, 2, 4)]
-    assert 1.9 * conversation[0] < conversation[1] and 1.9 * conversation[1] < conversation[2]
+    assert 1.9 * conversation[0] < conversation[1]
+    assert 1.9 * conversation[1] < conversation[2]
     assert gflop["1 timestep(s)"] < gflop["2 timestep(s)"] < gflop["4 timestep(s)"] < 4 * gflop["1 timestep(s)"]
 
 
@@ -85,7 +88,8 @@ def test_answering_decodes_at_the_same_operations_as_llava(tie_layers, tmp_path)
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     first = {name.removeprefix("first token, "): row["gflop"] for name, row in rows.items() if "first token" in name}
     alone, question = first["ours, CLIP alone, batch 1"], first["ours, first question, batch 1"]
-    assert first["transformers' LLaVA, batch 1"] == pytest.approx(alone, rel=1e-3) and alone < question
+    assert first["transformers' LLaVA, batch 1"] == pytest.approx(alone, rel=1e-3)
+    assert alone < question
     known, follow_up = first["ours, CLIP alone, image known, batch 1"], first["ours, follow-up question, batch 1"]
     assert known < alone < follow_up < question
 
@@ -95,7 +99,8 @@ def test_preparing_ahead_gives_the_same_replies(tmp_path):
 
     preprocessing.main("mini", 2, 5, "cpu", "auto", 1, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["rows"][1]["note"] == "the same replies" and found["clock"] == "seconds"
+    assert found["rows"][1]["note"] == "the same replies"
+    assert found["clock"] == "seconds"
 
 
 def test_operations_and_memory_are_counted_without_weights(tmp_path, capsys):
@@ -118,7 +123,9 @@ def test_training_leaves_frozen_parts_without_gradient_and_optimizer_state(tmp_p
     ways = ["align, batches of 2", "finetune, batches of 2"]
     assert [row["name"] for row in rows] == [name for way in ways for name in (way, f"{way} by length")]
     lengths = training.text_lengths("finetune", 100, None)
-    assert lengths == sorted(lengths) and abs(lengths[50] - 220) < 10 and lengths[-1] <= training.LONGEST_TEXT
+    assert lengths == sorted(lengths)
+    assert abs(lengths[50] - 220) < 10
+    assert lengths[-1] <= training.LONGEST_TEXT
 
 
 def test_the_papers_model_fits_small_gpus():
@@ -129,7 +136,8 @@ def test_the_papers_model_fits_small_gpus():
     whole, quantized = (memory.part_bytes(config, dtype, four_bit) for four_bit in (False, True))
     assert whole["language_model"] == 2 * 6_607_605_760
     results = memory.peak_results(config, dtype)
-    assert sum(whole.values()) + results < 24e9 and sum(quantized.values()) + results < 12e9
+    assert sum(whole.values()) + results < 24e9
+    assert sum(quantized.values()) + results < 12e9
 
 
 def test_a_4_bit_language_model_holds_what_is_computed():
@@ -144,7 +152,8 @@ def test_a_4_bit_language_model_holds_what_is_computed():
     memory.quantize(language_model, dtype)
     states = [p.quant_state.absmax for p in language_model.parameters() if hasattr(p, "quant_state")]
     held = sum(x.numel() * x.itemsize for x in [*language_model.parameters(), *states])
-    assert len(states) == 7 * 4 and held == pytest.approx(expected, rel=1e-3)
+    assert len(states) == 7 * 4
+    assert held == pytest.approx(expected, rel=1e-3)
     with torch.inference_mode():
         model, inputs = subjects.ways(1)["ours, first question"]
         assert answering.generation(model, inputs, 4)().shape[1] == inputs["input_ids"].shape[1] + 4

@@ -34,7 +34,8 @@ def same(first, second) -> bool:
 def test_every_way_to_give_an_image(vqa, tmp_path):
     picture().save(tmp_path / "p.png")
     expected = vqa(image=picture(), question="What?")
-    assert set(expected[0]) == {"answer", "score"} and 0 < expected[0]["score"] < 1
+    assert set(expected[0]) == {"answer", "score"}
+    assert 0 < expected[0]["score"] < 1
     text = base64.b64encode((tmp_path / "p.png").read_bytes()).decode()
     for way in (str(tmp_path / "p.png"), tmp_path / "p.png", text):
         assert same(vqa(image=way, question="What?"), expected)
@@ -60,9 +61,11 @@ def test_lists_batches_and_datasets_answer_as_one_by_one(vqa):
 def test_top_k_gives_that_many_answers_best_first(vqa):
     answers = vqa(image=picture(), question="What?", top_k=3)
     scores = [answer["score"] for answer in answers]
-    assert len(answers) == 3 and scores == sorted(scores, reverse=True)
+    assert len(answers) == 3
+    assert scores == sorted(scores, reverse=True)
     batched = vqa([{"image": picture(), "question": "What?"}] * 2, top_k=3, batch_size=2)
-    assert [len(a) for a in batched] == [3, 3] and same(batched[1], answers)
+    assert [len(a) for a in batched] == [3, 3]
+    assert same(batched[1], answers)
 
 
 def test_the_score_is_the_mean_probability_of_the_answers_tokens(vqa):
@@ -91,7 +94,8 @@ def test_a_follow_up_question_costs_one_conditional_pass(vqa):
 def test_guidance_can_be_chosen(vqa):
     free = vqa(image=picture(), question="What?", guidance_scales=[0.0])
     other = vqa(image=picture(), question="Where is it?", guidance_scales=[0.0])
-    assert free[0]["score"] != vqa(image=picture(), question="What?")[0]["score"] and len(other) == 1
+    assert free[0]["score"] != vqa(image=picture(), question="What?")[0]["score"]
+    assert len(other) == 1
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,8 @@ def test_image_text_to_text(composed, tmp_path):
 
 def test_a_photograph_through_every_part(vqa, photographs):
     (answer,) = vqa(image=str(photographs / "dog.jpg"), question="Is the dog facing left?")
-    assert isinstance(answer["answer"], str) and 0 < answer["score"] < 1
+    assert isinstance(answer["answer"], str)
+    assert 0 < answer["score"] < 1
     buffer = io.BytesIO()
     Image.open(photographs / "horse.png").save(buffer, "PNG")
     assert len(vqa(image=base64.b64encode(buffer.getvalue()).decode(), question="What is this?")) == 1

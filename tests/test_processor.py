@@ -97,12 +97,15 @@ def cmyk_jpeg() -> Image.Image:
 )
 def test_every_kind_of_image_becomes_right_rgb(image, pixel, expected):
     rgb = load_rgb(image)
-    assert rgb.mode == "RGB" and rgb.getpixel(pixel) == expected
+    assert rgb.mode == "RGB"
+    assert rgb.getpixel(pixel) == expected
 
 
 def test_cmyk_becomes_red():
     r, g, b = load_rgb(cmyk_jpeg()).getpixel((4, 4))
-    assert r > 240 and g < 15 and b < 15
+    assert r > 240
+    assert g < 15
+    assert b < 15
 
 
 def test_paths_base64_bytes_and_data_urls_give_the_same_image(tmp_path):
@@ -167,7 +170,8 @@ def test_bad_images_get_one_sentence(image, error, message):
 def test_padding_centres_on_the_mean_colour():
     square = pad_to_square(red((40, 20)), (122, 116, 104))
     assert square.size == (40, 40)
-    assert square.getpixel((0, 9)) == (122, 116, 104) and square.getpixel((0, 10)) == (200, 10, 30)
+    assert square.getpixel((0, 9)) == (122, 116, 104)
+    assert square.getpixel((0, 10)) == (200, 10, 30)
 
 
 def test_both_encoders_see_the_same_square(processor):
@@ -254,7 +258,8 @@ def test_long_questions_are_cut_with_one_warning(processor, caplog):
     for _ in range(2):
         inputs = processor(images=red(), text="<image>", question="long " * 60, return_tensors="pt")
     python_logging.getLogger("transformers").propagate = False
-    assert inputs["diffusion_input_ids"].shape == (1, 77) and inputs["diffusion_input_ids"][0, -1] == tiny.EOS
+    assert inputs["diffusion_input_ids"].shape == (1, 77)
+    assert inputs["diffusion_input_ids"][0, -1] == tiny.EOS
     assert sum("longer than the diffusion model's 77 tokens" in r.message for r in caplog.records) == 1
 
 
@@ -274,7 +279,8 @@ def test_placeholders_masks_and_round_trip(processor, tmp_path):
 def test_batches_are_padded_on_the_left(processor):
     texts = ["<image>\nWhat is this?", "Hello"]
     inputs = processor(images=[[red()], []], text=texts, padding=True, return_tensors="pt")
-    assert inputs["attention_mask"][1, 0] == 0 and inputs["attention_mask"][:, -1].tolist() == [1, 1]
+    assert inputs["attention_mask"][1, 0] == 0
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
     assert inputs["pixel_values"].shape[0] == 1
 
 

@@ -170,7 +170,8 @@ def test_splits_never_overlap_and_held_out_pairs_are_never_trained_on():
 
 def test_rendering_is_repeatable_to_the_byte():
     pixels = np.stack([render_array(sample_scene("test", seed)) for seed in range(200)])
-    assert pixels.shape == (200, 64, 64, 3) and pixels.dtype == np.uint8
+    assert pixels.shape == (200, 64, 64, 3)
+    assert pixels.dtype == np.uint8
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == RENDERED
     assert np.array_equal(np.asarray(render(sample_scene("test", 7))), pixels[7])
 
@@ -207,17 +208,20 @@ def test_the_dataset_is_in_trls_format():
     assert {"images", "messages", "pattern", "scene"} == set(rows.column_names)
     for row in rows:
         roles = [message["role"] for message in row["messages"]]
-        assert roles == ["user", "assistant"] * (len(roles) // 2) and 2 <= len(roles) <= 6
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert 2 <= len(roles) <= 6
         assert [part["type"] for part in row["messages"][0]["content"]] == ["image", "text"]
         assert row["images"][0].size == (64, 64)
     captions = scene_dataset("train", 2, task="captions")
     assert captions[0]["messages"][0]["content"] == [{"type": "image"}]
     pairs = scene_dataset("validation", 9, task="pairs")
-    assert pairs["pattern"][::2] == list(PATTERNS) and pairs["pair"][:4] == [0, 0, 1, 1]
+    assert pairs["pattern"][::2] == list(PATTERNS)
+    assert pairs["pair"][:4] == [0, 0, 1, 1]
     assert scene_dataset("test", 5, turns=3)["scene"] == rows["scene"]
     assert scene_dataset("test", 5, seed=1, turns=3)["scene"] != rows["scene"]
     twice = scene_dataset("train", 300, patterns=("state", "count", "count"))["pattern"]
-    assert set(twice) == {"state", "count"} and twice.count("count") / 300 == pytest.approx(2 / 3, abs=0.08)
+    assert set(twice) == {"state", "count"}
+    assert twice.count("count") / 300 == pytest.approx(2 / 3, abs=0.08)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +240,8 @@ def test_wrong_arguments_are_named(arguments, sentence):
 def test_the_page_of_examples_holds_every_pattern(tmp_path):
     write_examples(tmp_path / "scenes.html", pairs_per_pattern=1)
     page = (tmp_path / "scenes.html").read_text(encoding="utf-8")
-    assert page.count("<img") == 2 * len(PATTERNS) and all(f"<h2>{pattern}</h2>" in page for pattern in PATTERNS)
+    assert page.count("<img") == 2 * len(PATTERNS)
+    assert all(f"<h2>{pattern}</h2>" in page for pattern in PATTERNS)
     assert minimal_pair("text", "train", 0).question in page
 
 
@@ -252,4 +257,5 @@ def test_scenes_are_told_from_photographs_at_any_size():
         picture = render(sample_scene("test", seed))
         compressed = BytesIO()
         picture.resize((256, 256)).save(compressed, "JPEG", quality=60)
-        assert looks_rendered(picture) and looks_rendered(Image.open(compressed))
+        assert looks_rendered(picture)
+        assert looks_rendered(Image.open(compressed))

@@ -94,10 +94,12 @@ CONVERSATIONS = [("What is left?",), ("What is left?", "noise", "And what is on 
 @pytest.mark.parametrize("texts", CONVERSATIONS)
 def test_a_served_answer_is_generates_streamed_or_not(client, checkpoint, generated, texts):
     expected = generated(*texts)
-    assert len(expected) == TOKENS and expected.isalpha()
+    assert len(expected) == TOKENS
+    assert expected.isalpha()
     assert ask(client, checkpoint, *texts) == expected
     pieces = ask(client, checkpoint, *texts, stream=True)
-    assert len(pieces) > 1 and "".join(pieces) == expected
+    assert len(pieces) > 1
+    assert "".join(pieces) == expected
 
 
 def test_the_diffusion_model_is_asked_the_last_turn(client, checkpoint, generated):
@@ -179,5 +181,6 @@ def test_what_a_serving_engine_asks_of_model_and_processor(checkpoint):
         alone = model.get_image_features(**{name: rows[1:2] for name, rows in images.items()}).pooler_output
     assert [len(rows) for rows in features] == counts.num_image_tokens
     torch.testing.assert_close(alone[0], features[1])
-    assert model.get_encoder("image") is not None and model.model.language_model is not None
+    assert model.get_encoder("image") is not None
+    assert model.model.language_model is not None
     assert (inputs["input_ids"] == processor.image_token_id).sum() == sum(counts.num_image_tokens)

@@ -133,4 +133,5 @@ def test_the_deepest_of_several_taps_decides_the_cut():
     inputs = tiny.image_inputs(2)
     with torch.no_grad():
         features = [m(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"])[0] for m in (cut, whole)]
-    assert torch.equal(*features) and features[0].shape == (2, 16, 64 + 32 + 64)
+    assert torch.equal(*features)
+    assert features[0].shape == (2, 16, 64 + 32 + 64)

@@ -92,7 +92,8 @@ def test_evaluation_shows_sample_answers(work, capsys, lora):
     train(["--config", str(recipe), *command(work, f"evaluated-{lora}", **flags)])
     shown = capsys.readouterr().out
     assert "what is the colour of the thing ?\n  expected: red\n  answered: " in shown
-    assert "expected: green" in shown and "expected: blue" not in shown
+    assert "expected: green" in shown
+    assert "expected: blue" not in shown
     assert "'eval_loss'" in shown
 
 
@@ -107,7 +108,8 @@ def test_the_command_continues_from_a_checkpoint_of_ours(work):
 def test_what_the_run_prints_first(work, capsys):
     train(command(work, "printed", stage="align", max_steps=1, save_strategy="no"))
     shown = capsys.readouterr().out
-    assert "language model" in shown and "projector" in shown
+    assert "language model" in shown
+    assert "projector" in shown
     assert "Memory expected on each process" in shown
 
 
@@ -125,7 +127,8 @@ def test_the_plain_trainer_takes_model_and_collator(work):
     trainer = Trainer(model, arguments, collator, train_dataset=data, callbacks=[EpochCallback(collator)])
     trainer.train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed and all(name.startswith(("model.fusion", "model.multi_modal_projector")) for name in changed)
+    assert changed
+    assert all(name.startswith(("model.fusion", "model.multi_modal_projector")) for name in changed)
 
 
 def test_a_llava_is_continued(published, work):

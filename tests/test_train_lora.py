@@ -55,7 +55,8 @@ def test_an_adapter_sits_where_asked_and_brings_projector_and_fusion(work):
     language = {name for name in adapted if ".language_model." in name}
     unet = {name for name in adapted if ".unet." in name}
     assert adapted == language | unet
-    assert len(language) == 2 * 7 and all(".attn2." in name for name in unet)
+    assert len(language) == 2 * 7
+    assert all(".attn2." in name for name in unet)
     ranks = {name: p.shape[0] for name, p in model.named_parameters() if ".lora_A." in name}
     assert {rank for name, rank in ranks.items() if ".unet." in name} == {2}
     assert {rank for name, rank in ranks.items() if ".unet." not in name} == {4}
@@ -86,7 +87,8 @@ def test_qlora_holds_the_language_model_alone_in_4_bits(work):
     arguments = ModelArguments(init_from=str(work / "base"), dtype="bfloat16")
     model = build_model(arguments, AdapterArguments(lora_r=4, load_in_4bit=True))
     packed = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
-    assert len(packed) == 2 * 7 and all(".language_model.layers." in name for name in packed)
+    assert len(packed) == 2 * 7
+    assert all(".language_model.layers." in name for name in packed)
     counts = {count.name: count.trained + count.frozen for count in count_parameters(model)}
     unpacked = SDLlavaForConditionalGeneration.from_pretrained(work / "base")
     expected = [*unpacked.model.language_model.parameters(), *unpacked.lm_head.parameters()]
@@ -105,7 +107,8 @@ def test_lora_in_the_unet_alone_ends_in_a_plain_model(work):
     base = SDLlavaForConditionalGeneration.from_pretrained(work / "base").state_dict()
     changed = {name for name, tensor in final.state_dict().items() if not torch.equal(tensor, base[name])}
     in_unet = {name for name in changed if ".unet." in name}
-    assert in_unet and all(".attn2." in name for name in in_unet)
+    assert in_unet
+    assert all(".attn2." in name for name in in_unet)
     assert not any(".vae." in name or ".text_encoder." in name or "vision_tower" in name for name in changed)
 
 

@@ -99,7 +99,8 @@ def test_truncation_never_cuts_placeholders_or_all_answers(processor):
     whole = tokenize_record(processor, record)
     length = len(whole.input_ids)
     cut = tokenize_record(processor, record, max_length=length - 2)
-    assert cut.input_ids == whole.input_ids[:-2] and cut.labels == whole.labels[:-2]
+    assert cut.input_ids == whole.input_ids[:-2]
+    assert cut.labels == whole.labels[:-2]
     with pytest.raises(RecordError, match=f"placeholders up to token {length - 8}, behind max_length={length - 10}"):
         tokenize_record(processor, record, max_length=length - 10)
     text_only = to_record(conversation("what is the thing ?", "red"))
@@ -199,7 +200,8 @@ def test_bad_samples_are_named_or_contribute_nothing(processor, tmp_path):
     with pytest.raises(ValueError, match=r"data\.json:5 is no sample"):
         SDLlavaCollator(processor)([good, {"name": "data.json:5", "error": "is no sample"}])
     batch = SDLlavaCollator(processor, skip_bad_samples=True)([good, bad])
-    assert (batch["labels"][1] == IGNORED).all() and (batch["labels"][0] != IGNORED).any()
+    assert (batch["labels"][1] == IGNORED).all()
+    assert (batch["labels"][0] != IGNORED).any()
     assert batch["pixel_values"].shape[0] == 2
     assert (batch["input_ids"][1] == processor.image_token_id).sum() == processor.num_image_tokens
 
@@ -224,7 +226,8 @@ def test_check_data_reports_everything(processor, tmp_path):
     assert report.truncated[0].startswith("d:4 has")
     text = report.summary()
     assert "USER:<image>*4\n what ASSISTANT:[[red </s>]]" in text
-    assert "unreadable: d:3 is no JSON object" in text and "truncated: d:4" in text
+    assert "unreadable: d:3 is no JSON object" in text
+    assert "truncated: d:4" in text
     prompts = PromptOptions(pseudo_captions={"b.png": "a cat"})
     report = check_data(rows[:1], SDLlavaCollator(processor, prompts))
     assert report.bad == ["d:1 has the image 'a.png', for which there is no pseudo-caption"]

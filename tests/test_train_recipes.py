@@ -38,7 +38,8 @@ def test_a_recipe_builds_on_its_base(tmp_path):
 def test_a_recipe_runs_without_an_accelerator(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     *_, training_args = parse_arguments(KINDS, ["--config", "own-data/lora", "--output_dir", str(tmp_path)])
-    assert training_args.use_cpu and training_args.bf16
+    assert training_args.use_cpu
+    assert training_args.bf16
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,8 @@ def test_bad_recipes_say_why(tmp_path, files, reason):
 @pytest.mark.parametrize("path", sorted(RECIPE_FOLDER.parent.glob("configs/*.yaml")), ids=lambda path: path.stem)
 def test_launch_configurations_are_accelerates(path):
     config = ClusterConfig.from_yaml_file(path)
-    assert config.num_processes == 4 and config.mixed_precision == "bf16"
+    assert config.num_processes == 4
+    assert config.mixed_precision == "bf16"
     if config.deepspeed_config:
         assert f"zero{config.deepspeed_config['zero_stage']}" == path.stem
 
@@ -91,7 +93,8 @@ def test_the_documentation_lists_every_recipe():
 def test_every_recipe_parses_and_continues_from_another(name, tmp_path):
     path = RECIPE_FOLDER / f"{name}.yaml"
     first = path.read_text().splitlines()[0]
-    assert first.startswith("# ") and first.endswith(".")
+    assert first.startswith("# ")
+    assert first.endswith(".")
     values = load_recipe(path)
     assert name.startswith("own-data") or values["output_dir"] == f"runs/{name}"
     if values["stage"] == "finetune" and not name.startswith("own-data"):

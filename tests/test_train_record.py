@@ -22,7 +22,10 @@ def test_the_time_of_all_sessions_is_recorded_and_a_new_run_begins_at_zero(tmp_p
         return stage
 
     first = session(0, 5)
-    assert 100 <= first["seconds"] < 110 and first["steps"] == 5 and first["processes"] == 2
-    assert first["settings"]["datasets"] == [{"path": "x.json"}] and first["settings"]["learning_rate"] == 1
+    assert 100 <= first["seconds"] < 110
+    assert first["steps"] == 5
+    assert first["processes"] == 2
+    assert first["settings"]["datasets"] == [{"path": "x.json"}]
+    assert first["settings"]["learning_rate"] == 1
     assert 200 <= session(5, 9)["seconds"] < 220
     assert 100 <= session(0, 9)["seconds"] < 110

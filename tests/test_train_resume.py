@@ -129,5 +129,6 @@ def test_checkpoints_rotate_and_name_the_best(work):
     checkpoints = sorted((work / "best").glob("checkpoint-*"))
     state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
-    assert best.parent == work / "best" and best in checkpoints
+    assert best.parent == work / "best"
+    assert best in checkpoints
     assert len(checkpoints) == (1 if best == checkpoints[-1] else 2)

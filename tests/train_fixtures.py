@@ -12,10 +12,30 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "what is the left right colour of thing ? red green blue yellow black white grey pink brown orange".split()
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "left",
+    "right",
+    "colour",
+    "of",
+    "thing",
+    "?",
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "black",
+    "white",
+    "grey",
+    "pink",
+    "brown",
+    "orange",
+]
 COLOURS = dict(
     zip(
-        "red green blue yellow black white grey pink brown orange".split(),
+        ["red", "green", "blue", "yellow", "black", "white", "grey", "pink", "brown", "orange"],
         [
             (220, 20, 20), (20, 200, 20), (20, 20, 220), (230, 230, 20), (5, 5, 5),
             (250, 250, 250), (128, 128, 128), (255, 150, 190), (110, 60, 20), (255, 140, 0),

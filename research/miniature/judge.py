@@ -85,8 +85,7 @@ class JudgePart:
 
     @torch.no_grad()
     def agreement(self, pixels: Tensor, scenes: list[Scene]) -> dict[str, float]:
-        """
-        Share of quadrants, by attribute, that show what the scene's record says.
+        """Share of quadrants, by attribute, that show what the scene's record says.
 
         "object" is colour and shape together, and "anywhere" the share of objects whose colour and shape some quadrant
         shows, though it may be another than told.

@@ -84,7 +84,7 @@ class Run:
     def _load(self) -> None:
         with safe_open(self.state_file, "pt") as file:
             meta = file.metadata()
-            stored = {key: file.get_tensor(key) for key in file.keys()}
+            stored = {key: file.get_tensor(key) for key in file}
         if int(meta["seed"]) != self.seed or int(meta["batch_size"]) != self.budget.batch_size:
             raise ValueError(
                 f"{self.state_file} was trained with seed {meta['seed']} and batches of {meta['batch_size']}, not seed "

@@ -43,7 +43,8 @@ class StageBudget:
 @dataclass(frozen=True)
 class Scale:
     """Widths of the parts, their budgets and gates, how many held-out scenes a check reads, the fusion's heads, and the
-    two stages."""
+    two stages.
+    """
 
     judge_width: int
     vae_channels: tuple[int, ...]

@@ -22,8 +22,7 @@ from .reading import read_elsewhere
 
 @dataclass(frozen=True)
 class Word:
-    """
-    A word of a prompt.
+    """A word of a prompt.
 
     Args:
         text (`str`): as in the prompt; special tokens are `<begin>`, `<end>`, `<padding>` and `<implicit caption>`.
@@ -38,8 +37,7 @@ class Word:
 
 @dataclass
 class HeatMap:
-    """
-    A map over an image.
+    """A map over an image.
 
     Args:
         values (`np.ndarray` of shape `(height, width)`, float32): at the image's own size.
@@ -60,8 +58,7 @@ class HeatMap:
 
 @dataclass
 class QuestionAttention:
-    """
-    The attention of one image's positions to the words of its question.
+    """The attention of one image's positions to the words of its question.
 
     Args:
         words (`list[Word]`): in the order of the prompt, special tokens among them.
@@ -100,8 +97,7 @@ class QuestionAttention:
 def words_in_prompt(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], num_tokens: int | None = None
 ) -> list[Word]:
-    """
-    The words of a tokenized prompt, sub-word tokens joined.
+    """The words of a tokenized prompt, sub-word tokens joined.
 
     Args:
         tokenizer: CLIP's, which marks the end of a word with `</w>`.
@@ -130,8 +126,7 @@ def join_words(maps: torch.Tensor, words: Sequence[Word]) -> np.ndarray:
 
 
 def map_onto_image(grid: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """
-    A map over the padded square, enlarged (bilinear) and cropped to the image.
+    """A map over the padded square, enlarged (bilinear) and cropped to the image.
 
     Args:
         grid (`np.ndarray` of shape `(side, side)`): over the square that [`~sdllava.image_loading.pad_to_square`] made.
@@ -155,8 +150,7 @@ def attention_by_word(
     layers: Sequence[str] | None = None,
     timesteps: Sequence[int] | None = None,
 ) -> list[QuestionAttention]:
-    """
-    Captured maps, averaged at one resolution and joined to words, one entry an image.
+    """Captured maps, averaged at one resolution and joined to words, one entry an image.
 
     Args:
         maps: from `tower.capture_attention()`.
@@ -187,8 +181,7 @@ def capture_question(
     layers: Sequence[str] | None = None,
     timesteps: Sequence[int] | None = None,
 ) -> AttentionMaps:
-    """
-    The attention to one question over one image, by layer and timestep.
+    """The attention to one question over one image, by layer and timestep.
 
     Args:
         tower, processor: from [`~sdllava.analysis.loading.load_subject`], or a model's own.
@@ -218,8 +211,7 @@ def question_attention(
     timesteps: Sequence[int] | None = None,
     resolution: int | None = None,
 ) -> QuestionAttention:
-    """
-    [`capture_question`], averaged over layers and timesteps and joined to words.
+    """[`capture_question`], averaged over layers and timesteps and joined to words.
 
     Args:
         image: anything that [`~sdllava.image_loading.load_rgb`] reads.
@@ -244,8 +236,7 @@ def question_heatmap(
     question: str,
     image_encodings: SDLlavaImageEncodings | None = None,
 ) -> HeatMap:
-    """
-    Where a model's question looks: all words together, averaged over the layers at [`default_resolution`].
+    """Where a model's question looks: all words together, averaged over the layers at [`default_resolution`].
 
     Args:
         image: anything that [`~sdllava.image_loading.load_rgb`] reads.

@@ -14,8 +14,7 @@ GroupField = Literal["tap", "timestep", "guidance_scale"]
 
 @dataclass(frozen=True)
 class PCA:
-    """
-    Principal components of channel vectors, with sign and scale fixed: equal features always give equal colours.
+    """Principal components of channel vectors, with sign and scale fixed: equal features always give equal colours.
 
     Args:
         mean (`np.ndarray` of shape `(channels,)`, float64)
@@ -42,8 +41,7 @@ class PCA:
 
 
 def fit_pca(features: np.ndarray, n_components: int = 3) -> PCA:
-    """
-    Fit principal components to channel vectors of shape `(samples, channels)`.
+    """Fit principal components to channel vectors of shape `(samples, channels)`.
 
     Raises:
         ValueError: there are fewer samples or channels than components.
@@ -68,8 +66,7 @@ def fit_pca(features: np.ndarray, n_components: int = 3) -> PCA:
 
 @dataclass
 class PCAMap:
-    """
-    A feature map in the colours of its group's components.
+    """A feature map in the colours of its group's components.
 
     Args:
         tap, timestep, guidance_scale: where it was read; the scale is None for a difference of features.
@@ -85,8 +82,7 @@ class PCAMap:
 
 
 def pca_maps(maps: Sequence[FeatureMap], fit_per: Sequence[GroupField] = ("tap",)) -> list[PCAMap]:
-    """
-    Feature maps as colours. Each group of maps that agree in `fit_per` gets one joint PCA over all of its images.
+    """Feature maps as colours. Each group of maps that agree in `fit_per` gets one joint PCA over all of its images.
 
     Args:
         maps: from [`~sdllava.analysis.reading.read_features`].
@@ -112,8 +108,7 @@ def pca_maps(maps: Sequence[FeatureMap], fit_per: Sequence[GroupField] = ("tap",
 
 @dataclass
 class DeltaMap:
-    """
-    What a question moved at one tap and timestep: X_c - X_u (S3, section 4.2).
+    """What a question moved at one tap and timestep: X_c - X_u (S3, section 4.2).
 
     Args:
         tap (`str`), timestep (`int`): where.
@@ -134,8 +129,7 @@ class DeltaMap:
 
 
 def delta_maps(maps: Sequence[FeatureMap]) -> list[DeltaMap]:
-    """
-    Differences of conditional and unconditional features.
+    """Differences of conditional and unconditional features.
 
     Args:
         maps: feature maps that hold the guidance scales 0 and 1 of each tap and timestep.
@@ -156,8 +150,7 @@ def delta_maps(maps: Sequence[FeatureMap]) -> list[DeltaMap]:
 
 @dataclass
 class RegisterReport:
-    """
-    Register tokens: positions of outlying norm that images share (S3, section 3.1 and C.1).
+    """Register tokens: positions of outlying norm that images share (S3, section 3.1 and C.1).
 
     Args:
         tap (`str`), timestep (`int`), guidance_scale (`float`): where.
@@ -185,8 +178,7 @@ class RegisterReport:
 
 
 def find_registers(feature: FeatureMap, threshold: float = 6.0) -> RegisterReport:
-    """
-    Look for register tokens in one feature map.
+    """Look for register tokens in one feature map.
 
     Args:
         threshold: a norm is outlying where it lies above the image's median by more than this many standard

@@ -63,8 +63,7 @@ def open_images(
     prompt: Literal["question", "caption", "none"] = "question",
     image_folder: str | None = None,
 ) -> ImageSet | RecordSet:
-    """
-    Open what is looked at.
+    """Open what is looked at.
 
     Args:
         sources: image files and folders of image files (in the order of their names); or one dataset, anything that

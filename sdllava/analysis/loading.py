@@ -26,8 +26,7 @@ class _CheckpointTower(SDLlavaDiffusionModel):
 
 @dataclass
 class Subject:
-    """
-    What is looked into.
+    """What is looked into.
 
     Args:
         name (`str`): for titles.
@@ -55,8 +54,7 @@ class Subject:
 
 
 def load_subject(model: str, dtype: torch.dtype | None = None, device: str | None = None) -> Subject:
-    """
-    Load a tower to look into.
+    """Load a tower to look into.
 
     Args:
         model (`str`): folder or repository of an SDLlava model, whose tower alone is read and reaches as far as its

@@ -11,8 +11,7 @@ SUFFIXES = (".npz", ".json")
 
 
 def save_numbers(path: str | os.PathLike, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-    """
-    Write arrays with what says where they come from, aside, then put them in place.
+    """Write arrays with what says where they come from, aside, then put them in place.
 
     A `.npz` file holds the arrays, and `meta` as JSON text; a `.json` file holds nested lists beside `meta`'s fields,
     with null for values that are not finite.

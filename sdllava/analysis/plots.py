@@ -1,5 +1,4 @@
-"""
-Drawing of attention, features and similarities: takes numbers, gives matplotlib figures.
+"""Drawing of attention, features and similarities: takes numbers, gives matplotlib figures.
 
 Colours are viridis and cividis, which colour-blind readers can order, and Okabe and Ito's for lines.
 """
@@ -28,8 +27,7 @@ LONGEST_SIDE = 512
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
-    """
-    An empty figure of a size in inches that needs no display.
+    """An empty figure of a size in inches that needs no display.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -78,8 +76,7 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def overlay(axes: "Axes", image: Image.Image, grid: np.ndarray, low: float, high: float, title: str = "") -> Any:
-    """
-    Draw a map over the grey image that it belongs to.
+    """Draw a map over the grey image that it belongs to.
 
     Args:
         grid (`np.ndarray` of shape `(side, side)`): over the padded square.
@@ -118,8 +115,7 @@ def draw_heatmap(heat: HeatMap, path: str | os.PathLike, title: str = "") -> Non
 
 
 def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) -> "Figure":
-    """
-    The words of a question over their image: a row for each layer or timestep (S3, Figures 4 and 11).
+    """The words of a question over their image: a row for each layer or timestep (S3, Figures 4 and 11).
 
     Words get very different shares of attention, so each map is drawn relative to its mean, which stands above it.
     """
@@ -147,8 +143,7 @@ def _place(tap: str, timestep: int, scale: float | None) -> str:
 def pca_figure(
     images: Sequence[Image.Image], maps: Sequence[PCAMap], title: str, registers: Sequence[RegisterReport] = ()
 ) -> "Figure":
-    """
-    Feature maps in the colours of their principal components: a row a place, a column an image (S3, Figure 2).
+    """Feature maps in the colours of their principal components: a row a place, a column an image (S3, Figure 2).
 
     Args:
         images: upright RGB; drawn padded to squares, as the model sees them.
@@ -176,8 +171,7 @@ def pca_figure(
 def delta_figure(
     images: Sequence[Image.Image], questions: Sequence[str], deltas: Sequence[DeltaMap], title: str
 ) -> "Figure":
-    """
-    What each question moved, as a heat over its image, and the difference's own PCA (S3, Figures 5, 7 and 12).
+    """What each question moved, as a heat over its image, and the difference's own PCA (S3, Figures 5, 7 and 12).
 
     Args:
         images, questions: one a column; the deltas' rows are in their order.
@@ -212,8 +206,7 @@ def _matrix(axes: "Axes", values: np.ndarray, rows: Sequence[str], columns: Sequ
 
 
 def similarity_figure(grid: SimilarityGrid, references: dict[str, float], title: str) -> "Figure":
-    """
-    Mean cosine similarity of image pairs over taps and timesteps, a panel a guidance scale (S3, Figure 2c).
+    """Mean cosine similarity of image pairs over taps and timesteps, a panel a guidance scale (S3, Figure 2c).
 
     Args:
         references: the same for other encoders, by name; drawn as rows of their own.
@@ -234,9 +227,7 @@ def similarity_figure(grid: SimilarityGrid, references: dict[str, float], title:
 
 
 def cka_figure(result: CKAResult, title: str) -> "Figure":
-    """
-    CKA between taps, a panel a timestep and scale (S3, Figure 9), and of each scale with s = 0 (Figure 5c).
-    """
+    """CKA between taps, a panel a timestep and scale (S3, Figure 9), and of each scale with s = 0 (Figure 5c)."""
     places = list(dict.fromkeys(key[1:] for key in result.keys))
     taps = list(dict.fromkeys(key[0] for key in result.keys))
     guided = [(t, s) for t, s in places if s != 0 and (taps[0], t, 0.0) in result.keys]

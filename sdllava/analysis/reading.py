@@ -13,8 +13,7 @@ from ..taps import Tap, list_taps, resolve_taps
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """
-    Features of n images at one place.
+    """Features of n images at one place.
 
     Args:
         tap (`str`), timestep (`int`, 0..999), guidance_scale (`float`): where, and how it was asked.
@@ -40,8 +39,7 @@ def reachable_taps(tower: SDLlavaDiffusionModel) -> list[Tap]:
 
 
 def choose_taps(tower: SDLlavaDiffusionModel, names: Sequence[str] | None = None) -> list[Tap]:
-    """
-    Taps by name; default the configured ones.
+    """Taps by name; default the configured ones.
 
     Raises:
         ValueError: a name does not exist in this UNet, or what it names was cut away.
@@ -65,8 +63,7 @@ def read_elsewhere(
     timesteps: Sequence[int] | None = None,
     guidance_scales: Sequence[float] | None = None,
 ) -> SDLlavaDiffusionModel:
-    """
-    The same diffusion model, read at other places. Weights are shared and `tower` stays as it is.
+    """The same diffusion model, read at other places. Weights are shared and `tower` stays as it is.
 
     Several taps, timesteps and scales come side by side on channels (`ensemble="concat"`).
     """
@@ -95,8 +92,7 @@ def read_features(
     timesteps: Sequence[int] | None = None,
     guidance_scales: Sequence[float] | None = None,
 ) -> Iterator[FeatureMap]:
-    """
-    Features at every tap, timestep and guidance scale; all taps and both prompts of a timestep in one forward.
+    """Features at every tap, timestep and guidance scale; all taps and both prompts of a timestep in one forward.
 
     Args:
         latents (`torch.Tensor` of shape `(n, 4, h, w)`): from `tower.encode_latents`.

@@ -16,8 +16,7 @@ from ..repositories import missing, split_revision
 
 @dataclass(frozen=True)
 class PairSimilarity:
-    """
-    Cosine similarities of pairs of images.
+    """Cosine similarities of pairs of images.
 
     Args:
         positions (`np.ndarray` of shape `(pairs,)`, float64): mean over positions of the similarity of the two vectors
@@ -31,8 +30,7 @@ class PairSimilarity:
 
 
 def pair_similarity(first: torch.Tensor, second: torch.Tensor) -> PairSimilarity:
-    """
-    Compare feature maps of paired images.
+    """Compare feature maps of paired images.
 
     Args:
         first, second (`torch.Tensor` of shape `(pairs, height, width, channels)` or `(pairs, tokens, channels)`).
@@ -44,8 +42,7 @@ def pair_similarity(first: torch.Tensor, second: torch.Tensor) -> PairSimilarity
 
 
 def unbiased_hsic(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """
-    Song et al.'s unbiased estimate of the Hilbert-Schmidt independence criterion (their equation 5).
+    """Song et al.'s unbiased estimate of the Hilbert-Schmidt independence criterion (their equation 5).
 
     Args:
         first, second (`torch.Tensor` of shape `(n, n)`): Gram matrices of the same n >= 4 examples.
@@ -64,8 +61,7 @@ def unbiased_hsic(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 class MinibatchCKA:
-    """
-    Linear CKA of every pair of named representations, in minibatches of any size from 4 (Nguyen et al., 2021).
+    """Linear CKA of every pair of named representations, in minibatches of any size from 4 (Nguyen et al., 2021).
 
     The unbiased estimates of the batches are averaged, so the expectation does not depend on the batch size. Of a batch
     only Gram matrices are held, in float64.
@@ -88,8 +84,7 @@ class MinibatchCKA:
         self.batches += 1
 
     def matrix(self) -> np.ndarray:
-        """
-        `np.ndarray` of shape `(names, names)`, float64: 1 for equal representations, about 0 for independent ones.
+        """`np.ndarray` of shape `(names, names)`, float64: 1 for equal representations, about 0 for independent ones.
 
         An unbiased estimate can be a little below 0; where a representation does not vary at all it is nan.
         """
@@ -129,9 +124,7 @@ class StaticEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Images, padded to squares, as patch features `(n, tokens, channels)` and global features `(n, channels)`.
-        """
+        """Images, padded to squares, as patch features `(n, tokens, channels)` and global features `(n, channels)`."""
         colour = [int(255 * mean) for mean in self.processor.image_mean]
         squares = [pad_to_square(load_rgb(image), colour) for image in images]
         pixels = self.processor(squares, size=self.size, do_center_crop=False, return_tensors="pt")["pixel_values"]

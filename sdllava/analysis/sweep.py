@@ -1,5 +1,4 @@
-"""
-Taps x timesteps x guidance scales over many images: computed as asked for, or written to disk once and read again.
+"""Taps x timesteps x guidance scales over many images: computed as asked for, or written to disk once and read again.
 
 A sweep is a folder: `sweep.json` says what it holds, and each image has one safetensors file with a tensor of shape
 `(height, width, channels)` for every place, named `tap|timestep|scale`.
@@ -134,8 +133,7 @@ def write_sweep(
     num_processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """
-    Write features of every image at every place; all taps of a timestep come from one forward.
+    """Write features of every image at every place; all taps of a timestep come from one forward.
 
     Features are kept in the type the tower computes. Images that are already there are skipped, so an interrupted
     sweep goes on where it stopped, and several processes share one folder.
@@ -221,8 +219,7 @@ def _begin(folder: Path, manifest: dict[str, Any]) -> None:
 
 @dataclass
 class SimilarityGrid:
-    """
-    Mean cosine similarity of paired images, by place (S3, Figure 2c).
+    """Mean cosine similarity of paired images, by place (S3, Figure 2c).
 
     Args:
         taps, timesteps, guidance_scales: the axes.
@@ -240,8 +237,7 @@ class SimilarityGrid:
 
 
 def similarity_grid(source: LiveFeatures | Sweep, batch_size: int = 8) -> SimilarityGrid:
-    """
-    Compare images 0 and 1, 2 and 3, and so on, at every place of `source`.
+    """Compare images 0 and 1, 2 and 3, and so on, at every place of `source`.
 
     Args:
         batch_size: images at once, rounded down to whole pairs.
@@ -270,8 +266,7 @@ def similarity_grid(source: LiveFeatures | Sweep, batch_size: int = 8) -> Simila
 
 @dataclass
 class CKAResult:
-    """
-    Linear CKA between places (S3, Figures 5c and 9).
+    """Linear CKA between places (S3, Figures 5c and 9).
 
     Args:
         keys: `(tap, timestep, guidance scale)` of each row and column.
@@ -295,8 +290,7 @@ class CKAResult:
 
 
 def cka(source: LiveFeatures | Sweep, batch_size: int = 16) -> CKAResult:
-    """
-    Linear CKA between every two places of `source`, over all of its images.
+    """Linear CKA between every two places of `source`, over all of its images.
 
     Args:
         batch_size: images at once; batches are made as even as possible, with at least 4 images.

@@ -21,8 +21,7 @@ from ..taps import list_taps
 
 
 def compose_to_folder(output: Path, parts: dict[str, str], dtype: str, fields: dict[str, Any]) -> None:
-    """
-    Put parts together and write model and processor; an interrupted run leaves nothing at `output`.
+    """Put parts together and write model and processor; an interrupted run leaves nothing at `output`.
 
     Args:
         output: a folder that does not exist.

@@ -17,8 +17,7 @@ class DType(StrEnum):
 
 
 def model_path(model: str) -> str:
-    """
-    The folder or repository that `--model` names.
+    """The folder or repository that `--model` names.
 
     Raises:
         ValueError: it names neither.
@@ -42,8 +41,7 @@ def default_device() -> str:
 
 
 def check_device(device: str) -> str:
-    """
-    The device that `--device` names.
+    """The device that `--device` names.
 
     Raises:
         ValueError: torch knows no such device, or there is no CUDA.

@@ -41,8 +41,7 @@ def picture_html(image: Image.Image, caption: str) -> str:
 
 
 def heat_html(image: Image.Image, grid: np.ndarray, low: float, high: float, caption: str, unit: str) -> str:
-    """
-    A map over its grey image, with a colour bar.
+    """A map over its grey image, with a colour bar.
 
     Args:
         grid (`np.ndarray` of shape `(side, side)`): over the padded square.

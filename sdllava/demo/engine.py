@@ -40,8 +40,7 @@ class Look:
 
 
 def open_upload(data: bytes) -> Image.Image:
-    """
-    Decode an uploaded image; it is refused by its header, before its pixels are decoded, where it is too large.
+    """Decode an uploaded image; it is refused by its header, before its pixels are decoded, where it is too large.
 
     Raises:
         ValueError: one sentence, for the user.
@@ -61,8 +60,7 @@ def open_upload(data: bytes) -> Image.Image:
 
 
 class Engine:
-    """
-    A loaded model behind a lock.
+    """A loaded model behind a lock.
 
     Args:
         model, processor: with a diffusion tower.
@@ -181,9 +179,8 @@ class Engine:
 
 
 def check_text(question: str) -> str:
-    """
-    Raises:
-        ValueError: the question is empty or longer than `MAX_QUESTION`.
+    """Raises:
+    ValueError: the question is empty or longer than `MAX_QUESTION`.
     """
     question = check_question(question).strip()
     if len(question) > MAX_QUESTION:

@@ -181,8 +181,7 @@ def build_page(engine: Engine) -> gr.Blocks:
 
 
 def launch(engine: Engine, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> Any:
-    """
-    Serve the page until interrupted.
+    """Serve the page until interrupted.
 
     Uploads go through a private folder, which each file leaves as soon as it is read and which is removed at the end.
 

@@ -31,8 +31,7 @@ Uploads are bounded in size, deleted as soon as they are read, and never kept.
 
 
 def space_files(model: str) -> dict[str, str]:
-    """
-    The files of a Space, by name.
+    """The files of a Space, by name.
 
     Args:
         model: the repository of the model, `owner/name`.

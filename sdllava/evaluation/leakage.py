@@ -34,7 +34,7 @@ def text_log_likelihood(
     questions: Sequence[Sequence[str]],
     batch_size: int = 8,
 ) -> np.ndarray:
-    """log p(text | image features, prompt) per token in nats, of shape (samples,), teacher-forced.
+    """Log p(text | image features, prompt) per token in nats, of shape (samples,), teacher-forced.
 
     Args:
         texts: what the language model would have to say.

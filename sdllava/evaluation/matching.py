@@ -94,7 +94,7 @@ def _last_block(stage: list[str]) -> list[str]:
 
 
 def pooled_logits(query: torch.Tensor, key: torch.Tensor, attention, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """mean over heads and pixels of log sum over keys of exp(q . k * scale), in float32.
+    """Mean over heads and pixels of log sum over keys of exp(q . k * scale), in float32.
 
     Args:
         query: `(n, pixels, heads * d)`, the output of `to_q`.

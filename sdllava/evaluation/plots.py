@@ -15,7 +15,7 @@ PAPER_ROWS = {
 
 
 def pyplot():
-    """matplotlib's pyplot on its file backend.
+    """Matplotlib's pyplot on its file backend.
 
     Raises:
         ImportError: matplotlib is not installed.

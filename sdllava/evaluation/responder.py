@@ -130,8 +130,7 @@ class Responder:
         blind: bool = False,
         prepared: Prepared | None = None,
     ) -> list[str]:
-        """
-        One reply per sample, special tokens and outer blanks removed.
+        """One reply per sample, special tokens and outer blanks removed.
 
         Args:
             prepared: from `prepare` of the same samples, where that was done ahead.

@@ -18,7 +18,7 @@ INSTALL = 'install Java and `pip install "sdllava[eval]"` (pycocoevalcap)'
 
 
 def ptb_jar() -> Path | None:
-    """pycocoevalcap's jar of the Stanford tokeniser, where it is installed."""
+    """Pycocoevalcap's jar of the Stanford tokeniser, where it is installed."""
     from importlib.util import find_spec
 
     spec = find_spec("pycocoevalcap")

@@ -81,8 +81,7 @@ class CardMetadata:
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """
-    Check a card's metadata against [`CardMetadata`], offline.
+    """Check a card's metadata against [`CardMetadata`], offline.
 
     Raises:
         ValueError: with the field and what is wrong.
@@ -104,8 +103,7 @@ def make_card(
     results: Sequence[str | os.PathLike] = (),
     tags: Sequence[str] = (),
 ) -> ModelCard:
-    """
-    The card of a checkpoint, from what its folder records; see [`~sdllava.hub.push.records.read_records`].
+    """The card of a checkpoint, from what its folder records; see [`~sdllava.hub.push.records.read_records`].
 
     Args:
         repo_id (`str`, *optional*): where it will be; without it the examples name the model as its author does.

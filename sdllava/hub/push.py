@@ -42,8 +42,7 @@ Files = dict[str, Path | bytes]
 
 
 def collect(folder: str | os.PathLike, repo_id: str, results: Sequence[str | os.PathLike] = (), tags=()) -> Files:
-    """
-    What a push of a checkpoint's folder uploads, by its path in the repository.
+    """What a push of a checkpoint's folder uploads, by its path in the repository.
 
     Args:
         results: folders of evaluations to report, beside those below `folder`.
@@ -130,8 +129,7 @@ def push_folder(
     bundle_frozen: bool = True,
     **options,
 ) -> CommitInfo:
-    """
-    Push a checkpoint's folder with its processor, code, recipe and model card.
+    """Push a checkpoint's folder with its processor, code, recipe and model card.
 
     Args:
         results: folders of evaluations to report in the card, beside those below `folder`.
@@ -157,8 +155,7 @@ def results_of(folder: str | os.PathLike, results: Sequence[str | os.PathLike] =
 
 
 def leave_out_frozen(folder: str | os.PathLike, target: str | os.PathLike) -> None:
-    """
-    Copy a checkpoint without its frozen parts.
+    """Copy a checkpoint without its frozen parts.
 
     Raises:
         ValueError: it is no whole model of this package, or the parts cannot be left out.
@@ -188,8 +185,7 @@ def upload(
     commit_description: str | None = None,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """
-    Upload files in one commit. What an interrupted upload had sent is not sent again. Weights of an earlier upload that
+    """Upload files in one commit. What an interrupted upload had sent is not sent again. Weights of an earlier upload that
     the new ones replace are deleted; a card that was written by hand is not replaced by one made here.
 
     Args:
@@ -245,8 +241,7 @@ def _has_card_by_hand(api: HfApi, repo_id: str, revision: str | None) -> bool:
 def push_model(
     model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", bundle_frozen: bool = True, **options
 ) -> CommitInfo:
-    """
-    `push_to_hub` of this package's models: weights, configuration, generation configuration, code and card.
+    """`push_to_hub` of this package's models: weights, configuration, generation configuration, code and card.
 
     Args:
         max_shard_size, bundle_frozen: of `save_pretrained`.

@@ -1,5 +1,4 @@
-"""
-What a run leaves in its folder for the model card, and reading it back.
+"""What a run leaves in its folder for the model card, and reading it back.
 
 `training.json` (the stages of training), any `results.json` below the folder (evaluations), and `card.json` (the
 author's own words, see [`AUTHOR_FIELDS`]). Paths of a machine never get into them.
@@ -33,8 +32,7 @@ class Records:
 
 
 def read_records(folder: str | os.PathLike, results: Sequence[str | os.PathLike] = ()) -> Records:
-    """
-    Everything that a folder records.
+    """Everything that a folder records.
 
     Args:
         results: folders of further evaluations, beside those below `folder`.
@@ -88,8 +86,7 @@ def public(value: Any) -> Any:
 def record_training(
     folder: str | os.PathLike, stage: str, settings: dict[str, Any], seconds: float, steps: int, processes: int = 1
 ) -> None:
-    """
-    Write `training.json`: this stage, behind those of the checkpoint that it went on from (`settings["init_from"]`).
+    """Write `training.json`: this stage, behind those of the checkpoint that it went on from (`settings["init_from"]`).
 
     Args:
         stage (`str`): its name, `"align"` or `"finetune"`.

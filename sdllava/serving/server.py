@@ -1,5 +1,4 @@
-"""
-An OpenAI-compatible endpoint through transformers' own server (`transformers serve`).
+"""An OpenAI-compatible endpoint through transformers' own server (`transformers serve`).
 
 The stock command cannot serve this package's models, because it never imports it. What vLLM's Transformers backend
 asks of a model is there as well: one row an image for every processor output, `get_image_features` with
@@ -82,8 +81,7 @@ def serve(
     dtype: str = "auto",
     non_blocking: bool = False,
 ) -> Any:
-    """
-    Serve a model until interrupted: `POST /v1/chat/completions`, with images, streamed or not. `GET /v1/models` names
+    """Serve a model until interrupted: `POST /v1/chat/completions`, with images, streamed or not. `GET /v1/models` names
     it.
 
     The diffusion model is asked the last user turn behind each image, as everywhere. Images come as URLs or as data

@@ -1,5 +1,4 @@
-"""
-Frozen and costly results kept on disk: the folder's form, reading it, and writing it.
+"""Frozen and costly results kept on disk: the folder's form, reading it, and writing it.
 
 A cache is a folder with `record.json`, which says what made it, and shards `*.safetensors`, whose tensors are named
 `<key>.<tensor>`; the key is that of an image, or of an image and a question.
@@ -41,8 +40,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
 
 
 class FeatureCache:
-    """
-    A cache to read. Tensors are mapped from disk, by whichever process asks.
+    """A cache to read. Tensors are mapped from disk, by whichever process asks.
 
     Args:
         folder: what `sdllava cache` wrote.
@@ -61,7 +59,7 @@ class FeatureCache:
         self.shards: dict[str, str] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             with safe_open(path, "pt") as shard:
-                self.shards.update((name.partition(".")[0], path.name) for name in shard.keys())
+                self.shards.update((name.partition(".")[0], path.name) for name in shard)
         self.read_as: torch.dtype | None = None  # of features; None leaves them as they are kept
         self._open: tuple[int, dict[str, Any]] = (0, {})
 

@@ -42,8 +42,7 @@ class CacheItem:
 def cache_record(
     model: "SDLlavaForConditionalGeneration", processor: "SDLlavaProcessor", kind: str, dtype: str
 ) -> dict[str, Any]:
-    """
-    What makes a cache of this kind what it is: weights, settings, preprocessing, noise and dtype.
+    """What makes a cache of this kind what it is: weights, settings, preprocessing, noise and dtype.
 
     Weights are named by a digest of a sample of their values, rounded to bfloat16, so that the same weights held in
     another dtype, or in another checkpoint, are the same.
@@ -95,8 +94,7 @@ def write_cache(
     num_processes: int = 1,
     shard_bytes: int = 1 << 30,
 ) -> int:
-    """
-    Compute what is frozen and costly for all images of the data, and keep it; what the folder holds already stays.
+    """Compute what is frozen and costly for all images of the data, and keep it; what the folder holds already stays.
 
     Args:
         kind: "latents" (the VAE's, whatever the noise and the question), "static" (static and unconditional features,

@@ -27,8 +27,7 @@ def _shared_epoch() -> torch.Tensor:
 
 @dataclass
 class SDLlavaCollator:
-    """
-    Makes a batch of rows with `images` and `messages` (or `prompt` and `completion`, or LLaVA's `conversations`).
+    """Makes a batch of rows with `images` and `messages` (or `prompt` and `completion`, or LLaVA's `conversations`).
 
     Args:
         processor ([`SDLlavaProcessor`])
@@ -65,11 +64,10 @@ class SDLlavaCollator:
         return replace(self, prompts=prompts, fixed_noise=True, cache=None)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """
-        Returns:
-            `dict`: `input_ids`, `attention_mask`, `labels` `(batch, sequence)`, padded on the right; one row an image
-            of `pixel_values`, `diffusion_pixel_values`, `diffusion_input_ids` (and `_2`) as the model needs them,
-            `diffusion_noise_seed` `(n,)` in training, and `image_encodings` from a cache.
+        """Returns:
+        `dict`: `input_ids`, `attention_mask`, `labels` `(batch, sequence)`, padded on the right; one row an image
+        of `pixel_values`, `diffusion_pixel_values`, `diffusion_input_ids` (and `_2`) as the model needs them,
+        `diffusion_noise_seed` `(n,)` in training, and `image_encodings` from a cache.
         """
         samples = [self._sample(row, number) for number, row in enumerate(rows)]
         batch: dict[str, Any] = self._pad([sample.tokens for sample in samples])

@@ -29,8 +29,7 @@ HYPERPARAMETERS = (
 
 
 class TrainingRecord(TrainerCallback):
-    """
-    Writes `training.json` at every checkpoint and at the end, its seconds those of all sessions of the run.
+    """Writes `training.json` at every checkpoint and at the end, its seconds those of all sessions of the run.
 
     Args:
         settings (`dict`): the run's model, adapter and data arguments, as JSON values.

@@ -55,8 +55,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(model: "PreTrainedModel", batch_size: int, length: int, checkpointing: bool) -> MemoryEstimate:
-    """
-    Memory of one process that holds the whole model, before any sharding (FSDP, ZeRO).
+    """Memory of one process that holds the whole model, before any sharding (FSDP, ZeRO).
 
     Activations are those of the language model in half precision with a fused attention, after Korthikanti et al.
     (arXiv 2205.05198, section 4): 34 bytes a token, channel and layer, or with checkpointing 2 bytes and one whole

@@ -40,8 +40,7 @@ class Tokens:
 def tokenize_record(
     processor: "SDLlavaProcessor", record: Record, template: str | None = None, max_length: int | None = None
 ) -> Tokens:
-    """
-    Render a record with its chat template, expand its image tokens, and mark what is supervised.
+    """Render a record with its chat template, expand its image tokens, and mark what is supervised.
 
     Args:
         template: instead of the processor's own; it needs `{% generation %}` markers around the answers.

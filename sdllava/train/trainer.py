@@ -32,8 +32,7 @@ class EpochCallback(TrainerCallback):
 
 
 class SDLlavaTrainer(SFTTrainer):
-    """
-    SFTTrainer whose checkpoints appear whole or not at all, and whose evaluation uses the evaluation's noise.
+    """SFTTrainer whose checkpoints appear whole or not at all, and whose evaluation uses the evaluation's noise.
 
     Args:
         data_collator ([`SDLlavaCollator`]): used for training; evaluation uses its `for_evaluation()`.
@@ -105,8 +104,7 @@ class SDLlavaTrainer(SFTTrainer):
             write_card(folder, self.hub_model_id)
 
     def push_to_hub(self, commit_message: str = "End of training", token: str | None = None, **options: Any) -> Any:
-        """
-        Save, and push model, processor, code, recipe and card, but no optimizer state, pickle or path of this machine.
+        """Save, and push model, processor, code, recipe and card, but no optimizer state, pickle or path of this machine.
 
         Args:
             options: of [`~sdllava.hub.push.push_folder`]; default what the training arguments say.

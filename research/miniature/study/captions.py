@@ -103,8 +103,7 @@ def _colours(scenes: list[Scene]) -> Tensor:
 
 
 def read_out_leakage(parts: Path, scale: StudyScale) -> dict[str, Units]:
-    """
-    Units of a read-out of the image's colours that is shown mismatched images.
+    """Units of a read-out of the image's colours that is shown mismatched images.
 
     It learns from features that were asked with the image's own caption, as the language model does, and is tested on
     features that were asked with another's: of the colours that the image does not show, does it take those of the

@@ -272,8 +272,7 @@ def _unmeasured(found: dict[str, NUMBER]) -> list[str]:
 
 
 def page(found: dict[str, NUMBER], pictures: dict[str, str]) -> str:
-    """
-    The page as Markdown.
+    """The page as Markdown.
 
     Args:
         found: each part's numbers.

@@ -38,8 +38,7 @@ def _solutions(features: Tensor, targets: Tensor, strengths: Sequence[float]) ->
 
 
 def fit_readout(features: Tensor, targets: Tensor) -> Readout:
-    """
-    Ridge regression from features `(n, channels)` to targets `(n, k)`.
+    """Ridge regression from features `(n, channels)` to targets `(n, k)`.
 
     The strength, one of `STRENGTHS`, is the one that predicts the last fifth of the rows best from the others; then
     all rows are used.
@@ -74,8 +73,7 @@ def right_of(names: Sequence[str], right: Sequence[float]) -> Units:
 
 
 def ordered_pairs(scores: Tensor, positive: Tensor, negative: Tensor) -> Units:
-    """
-    For each row how many pairs of a positive and a negative column are ranked rightly, a tie counting half.
+    """For each row how many pairs of a positive and a negative column are ranked rightly, a tie counting half.
 
     Args:
         scores `(n, k)`.

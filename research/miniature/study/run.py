@@ -20,7 +20,8 @@ from .scales import STUDY_SCALES
 @dataclass(frozen=True)
 class StudyPart:
     """The module that measures a part, the budgets that it spends, the miniature's parts that it reads, and under how
-    many more noise maps its claims are measured."""
+    many more noise maps its claims are measured.
+    """
 
     module: str
     budgets: tuple[str, ...]
@@ -95,9 +96,8 @@ def _measure(name: str, folder: Path, work: Path, scale: str) -> dict[str, Any]:
 
 
 def _refuse_other_settings(name: str, folder: Path, settings: dict[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: what an earlier run left of a part is of other weights or budgets.
+    """Raises:
+    ValueError: what an earlier run left of a part is of other weights or budgets.
     """
     record = folder / "study" / name / "settings.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else settings
@@ -119,8 +119,7 @@ def _run_part(name: str, folder: Path, settings: dict[str, Any]) -> None:
 
 
 def run_study(folder: str | os.PathLike, out: str | os.PathLike, scale: str = "mini", parts: tuple[str, ...] = ()):
-    """
-    Measures the parts that the folder's `study/` does not hold yet, and writes the page of all that it holds.
+    """Measures the parts that the folder's `study/` does not hold yet, and writes the page of all that it holds.
 
     Args:
         folder: of the miniature's parts, as `sdllava mini train` leaves them.

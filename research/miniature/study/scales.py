@@ -7,17 +7,16 @@ from ..scales import LETTERS_OFTEN, StageBudget
 
 @dataclass(frozen=True)
 class StudyScale:
-    """
-    Args:
-        readout: (a) scenes to fit and to test the read-out of attributes.
-        match_items, match_trials: (b) minimal pairs in all, and noise draws.
-        align, finetune, questions: (c) both stages of every variant, and samples of `mini` to answer.
-        captions, described: (d) the first stage with captions, and scenes of `mini_captions` to describe.
-        leakage: (d) scenes to fit and to test the read-out of colours.
-        asked: (e) questions to fit and to test the read-out of answers.
-        pairs: (f) minimal pairs of each pattern.
-        groups, group_size: (f) disjoint groups of scenes, each of which gives one CKA.
-        heads: of the cross-attention fusion.
+    """Args:
+    readout: (a) scenes to fit and to test the read-out of attributes.
+    match_items, match_trials: (b) minimal pairs in all, and noise draws.
+    align, finetune, questions: (c) both stages of every variant, and samples of `mini` to answer.
+    captions, described: (d) the first stage with captions, and scenes of `mini_captions` to describe.
+    leakage: (d) scenes to fit and to test the read-out of colours.
+    asked: (e) questions to fit and to test the read-out of answers.
+    pairs: (f) minimal pairs of each pattern.
+    groups, group_size: (f) disjoint groups of scenes, each of which gives one CKA.
+    heads: of the cross-attention fusion.
     """
 
     readout: tuple[int, int]

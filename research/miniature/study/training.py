@@ -66,8 +66,7 @@ class Stage:
         return [word for key, value in values.items() for word in (f"--{key}", *_words(value))]
 
     def train(self, **cached_as: Any) -> Path:
-        """
-        Caches the features that are not kept yet, and trains.
+        """Caches the features that are not kept yet, and trains.
 
         Args:
             cached_as: arguments under which the features are cached where they differ from the run's own, so that

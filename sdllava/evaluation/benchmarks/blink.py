@@ -99,7 +99,8 @@ def score(predictions: Mapping[str, str], answers: Mapping[str, str]) -> dict:
 
 def join_images(images: list[Image.Image], gap: int = 10) -> Image.Image:
     """One strip, left to right with a black gap in pixels, shorter images centred: the authors' helper for models
-    that take a single image."""
+    that take a single image.
+    """
     strip = Image.new("RGB", (sum(i.width for i in images) + gap * (len(images) - 1), max(i.height for i in images)))
     left = 0
     for image in images:

@@ -1,0 +1,85 @@
+"""Files and folders that appear whole or not at all: written under another name, flushed to the disk, then renamed."""
+
+import glob
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file or a folder under a temporary name, and rename it when the block ends.
+
+    An exception in the block removes what was written and leaves `path` as it was. What a killed process left is
+    removed by the next call for the same path. Missing parent folders are created.
+
+    Args:
+        path: The file or folder to write. An existing one is replaced.
+
+    Yields:
+        `Path`: The temporary path, in the same folder and with the same suffix. The block creates it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for stale in path.parent.glob(f".{host}-*-{glob.escape(path.name)}"):
+        process = stale.name.removeprefix(f".{host}-").removesuffix(f"-{path.name}")
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            _remove(stale)
+    written = path.with_name(f".{host}-{os.getpid()}-{path.name}")
+    _remove(written)
+    try:
+        yield written
+        move_into_place(written, path)
+    finally:
+        _remove(written)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a UTF-8 text file atomically.
+
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full. An earlier file stays as it was.
+    """
+    try:
+        with atomic_path(path) as written:
+            written.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(
+            f"{os.fspath(path)!r} could not be written: {error.strerror}. Make room or choose another place, then run "
+            "the same command again."
+        ) from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a value as indented JSON, atomically. Raises as `write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def move_into_place(written: Path, place: Path) -> None:
+    """Flush a file or folder to the disk, then rename it. An existing `place` is replaced, never merged."""
+    for path in [written, *written.rglob("*")] if written.is_dir() else [written]:
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+    if not place.is_dir():
+        os.replace(written, place)
+        return
+    old = written.with_name(f"{written.name}.old")
+    os.replace(place, old)
+    os.replace(written, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
