@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.images import open_image
-from ..data.prompts import PromptOptions, diffusion_prompts
+from ..data.prompts import PromptOptions, training_prompts
 from ..data.records import RecordError, to_record
 from ..image_loading import load_rgb
 
@@ -52,7 +52,7 @@ class RecordSet(Sequence[AskedImage]):
         if row["error"] or not row["images"]:
             raise RecordError(f"row {index} {row['error'] or 'has no image'}")
         record = to_record(row)
-        question = diffusion_prompts(record, self.options, seed=0, epoch=0, sample=index)[0]
+        question = training_prompts(record, self.options, seed=0, epoch=0, sample=index)[0]
         image = load_rgb(open_image(record["images"][0], record["folder"]))
         return AskedImage(record["name"], image, None if self.options.source == "none" else question)
 

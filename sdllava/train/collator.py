@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from ..data.images import open_image
-from ..data.prompts import PromptOptions, diffusion_prompts, noise_seeds, pseudo_caption
+from ..data.prompts import PromptOptions, noise_seeds, pseudo_caption, training_prompts
 from ..data.records import Message, Record, RecordError, sample_key, strip_markers, to_record
 from .cache import FeatureCache, image_key
 from .tokens import IGNORED, Tokens, tokenize_record
@@ -114,7 +114,7 @@ class SDLlavaCollator:
             tokens = self.tokens(record)
             epoch = int(self._epoch if row.get("epoch") is None else row["epoch"])
             key = sample_key(record)
-            prompts = diffusion_prompts(record, self.prompts, self.seed, epoch, key)
+            prompts = training_prompts(record, self.prompts, self.seed, epoch, key)
             noise = noise_seeds(self.seed, epoch, key, len(record["images"]))
             keys = [self._cache_key(image, prompt) for image, prompt in zip(record["images"], prompts, strict=True)]
             images = [open_image(image, record["folder"]) for image in record["images"]] if self._needs_images() else []
