@@ -49,6 +49,8 @@ def open_image(image: Any, folder: str | None) -> PIL.Image.Image:
     Raises:
         RecordError: The image is missing, unreadable, or outside the folder.
     """
+    name: str | None
+    content: Any
     if isinstance(image, PIL.Image.Image):
         name, content = None, image
     elif isinstance(image, dict) and image.get("bytes") is not None:

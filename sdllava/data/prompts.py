@@ -127,8 +127,8 @@ def possible_prompts(record: Record, options: PromptOptions) -> list[list[str]]:
     """
     if options.source == "noisy_caption":
         raise ValueError(
-            "The diffusion prompt's source is 'noisy_caption', whose prompts differ in every epoch, so their features "
-            "cannot be cached. Use 'caption', or train without a cache."
+            "The features of noisy captions cannot be cached, because noisy captions differ in every epoch. Use the "
+            "prompt source 'caption', or train without a cache."
         )
     prompts = []
     for image, turns in zip(record["images"], image_turns(record), strict=True):
