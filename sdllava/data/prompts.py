@@ -76,6 +76,8 @@ def drop_words(text: str, probability: float, generator: np.random.Generator) ->
 
 def image_turns(record: Record) -> list[list[int]]:
     """The user messages about each image, by their index: those of [`~sdllava.questions.turns_about_images`]."""
+    if not record["images"]:
+        return []
     users = [i for i, message in enumerate(record["messages"]) if message["role"] == "user"]
     counts = [record["messages"][i]["content"].count(IMAGE_MARKER) for i in users]
     return [[users[turn] for turn in turns] for turns in turns_about_images(counts)]
