@@ -105,13 +105,13 @@ def subject():
 
 def test_features_are_those_of_stock_diffusers_with_fewer_operations(subject):
     import features
-    from measure import count_gflop, difference
+    from measure import count_gflop, difference, tokens_on_grid
 
     with torch.inference_mode():
         counted = {name: count_gflop(call) for name, call in features.question_calls(subject).items()}
         gflop = {name: operations for name, (operations, _) in counted.items()}
         whole, ours, cached, follow_up = gflop
-        expected = subject.ours._to_grid(counted[whole][1])
+        expected = tokens_on_grid(counted[whole][1], subject.ours.config.grid_size)
     assert float(difference(counted[ours][1], expected).split()[-1]) < 1e-4  # s = 4 amplifies rounding errors
     assert gflop[follow_up] < gflop[ours] < gflop[whole]
     assert gflop[follow_up] < 0.6 * gflop[cached]
