@@ -142,14 +142,17 @@ def test_other_settings_raise(work):
         train(command(work, "settings", learning_rate=0.1))
 
 
-def test_settings_of_a_run_without_a_checkpoint_are_replaced(work):
+def test_a_folder_without_checkpoints_is_used_again(work):
+    """Its settings and its model are replaced; other files are kept."""
     folder = work / "begun"
     folder.mkdir()
-    (folder / "run.json").write_text('{"learning_rate": 7}')
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        train(command(work, "begun", init_from="nowhere"))
+    for name, text in {"run.json": '{"learning_rate": 7}', "model.safetensors": "old", "notes.txt": "old"}.items():
+        (folder / name).write_text(text)
     train(command(work, "begun", max_steps=1, save_strategy="no"))
     assert json.loads((folder / "run.json").read_text())["learning_rate"] == 5e-3
+    assert weights(folder)
+    assert (folder / "notes.txt").read_text() == "old"
+    assert not (folder / UNFINISHED).exists()
 
 
 def test_a_replaced_checkpoint_is_never_there_in_part(tmp_path, monkeypatch):
@@ -166,17 +169,6 @@ def test_a_replaced_checkpoint_is_never_there_in_part(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         move_into_place(tmp_path / "new", tmp_path / "checkpoint-2")
     assert {path.name: path.read_text() for path in (tmp_path / "checkpoint-2").iterdir()} == {"a": "new", "b": "new"}
-
-
-def test_the_final_model_replaces_files_and_keeps_others(work):
-    folder = work / "again"
-    folder.mkdir()
-    for name in ("model.safetensors", "notes.txt"):
-        (folder / name).write_text("old")
-    train(command(work, "again", max_steps=1, save_strategy="no"))
-    assert weights(folder)
-    assert (folder / "notes.txt").read_text() == "old"
-    assert not (folder / UNFINISHED).exists()
 
 
 def test_checkpoints_rotate_name_the_best_and_are_pushed_when_complete(work, monkeypatch):
