@@ -12,6 +12,7 @@ from sdllava import SDLlavaDiffusionModel, list_taps
 from sdllava.analysis.features import delta_maps, find_registers, fit_pca, pca_maps
 from sdllava.analysis.reading import FeatureMap, choose_taps, read_features, reconfigure
 
+
 def tower(kind: str = "sd2", **fields) -> SDLlavaDiffusionModel:
     return SDLlavaDiffusionModel(tiny.diffusion_config(kind, **{"truncate": False, **fields})).eval()
 
@@ -68,7 +69,10 @@ def test_a_reconfigured_tower_shares_weights_and_does_not_modify_the_original():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"taps": ["U-L1-R1-B0-Out"]}, "Tap 'U-L1-R1-B0-Out' comes after 'U-L1-R1-B0-Cross-Q', the last tap of this truncated model"),
+        (
+            {"taps": ["U-L1-R1-B0-Out"]},
+            "Tap 'U-L1-R1-B0-Out' comes after 'U-L1-R1-B0-Cross-Q', the last tap of this truncated model",
+        ),
         ({"taps": ["U-L9-R0-B0-Out"]}, "(?i)no tap 'U-L9-R0-B0-Out'"),
         ({"timesteps": [1000]}, r"Timestep 1000 is outside the training schedule. Use a value in 0..999\."),
         ({"prompts": None, "guidance_scales": [4.0]}, r"Guidance scales \[4.0\] need a question"),
@@ -130,7 +134,9 @@ def test_delta_is_the_difference_of_conditional_and_unconditional_features():
     null = model.null_prompt()["encoder_hidden_states"].expand(2, -1, -1)
     same = delta_maps(list(read_features(model, latents(model), {"encoder_hidden_states": null}, None, None, [0, 1])))
     assert same[0].heat.max() < 1e-5
-    with pytest.raises(ValueError, match=r"The difference at 'U-L1-R1-B0-Out', t = 50 needs the guidance scales 0 and 1"):
+    with pytest.raises(
+        ValueError, match=r"The difference at 'U-L1-R1-B0-Out', t = 50 needs the guidance scales 0 and 1"
+    ):
         delta_maps(found[:1])
 
 

@@ -79,7 +79,7 @@ def test_cka_of_constant_features_is_nan_and_small_batches_raise_errors():
     found = cka([{"x": torch.randn(8, 3), "y": torch.ones(8, 3)}])
     assert np.isnan(found[0, 1])
     assert found[0, 0] == pytest.approx(1)
-    with pytest.raises(ValueError, match="at least 4 examples per batch, not 3. Use a larger batch"):
+    with pytest.raises(ValueError, match=r"at least 4 examples per batch, not 3\. Use a larger batch"):
         MinibatchCKA(["x"]).update({"x": torch.randn(3, 3)})
     with pytest.raises(ValueError, match="CKA of 0 batches is undefined"):
         MinibatchCKA(["x"]).matrix()
