@@ -1,14 +1,16 @@
-"""The language of the repository: words to avoid, machine paths, and relative links.
+"""The language of the repository: words to avoid, machine paths, relative links, and versions in files for tools.
 
 CONTRIBUTING.md describes the language. A hit names the file, the line, and the words to use instead.
 """
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = (".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".jinja")
@@ -175,3 +177,34 @@ def test_relative_links_resolve():
             elif anchor and linked.suffix == ".md" and anchor not in anchors(linked):
                 problems.append(f"{name}: there is no such heading")
     assert not problems, "\n".join(problems)
+
+
+def test_tools_and_workflows_use_the_versions_of_the_project():
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {hook["repo"].rsplit("/", 1)[-1]: hook["rev"] for hook in hooks}["ruff-pre-commit"] == f"v{pins['ruff']}"
+    matrix = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]["test"]["strategy"]["matrix"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["requires-python"] == f">={matrix['python'][0]}"
+    assert all((ROOT / name).is_file() for name in matrix["constraints"])
+    oldest = (ROOT / "constraints-oldest.txt").read_text()
+    for package in ("torch", "transformers", "diffusers"):
+        (requirement,) = (x for x in project["project"]["dependencies"] if re.match(rf"{package}\b", x))
+        lowest = re.search(r">=([\d.]+)", requirement).group(1)
+        assert re.search(rf"^{package}=={re.escape(lowest)}(\.0)*$", oldest, flags=re.MULTILINE), requirement
+        assert pins[package]
+
+
+def test_the_citation_has_the_packages_version():
+    from sdllava.version import __version__
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (__version__, "Apache-2.0")
+
+
+@pytest.mark.parametrize("name", ["bug", "feature", "question"])
+def test_issue_forms_are_complete(name):
+    form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
+    assert set(form) == {"name", "description", "labels", "body"}
+    assert len({field["id"] for field in form["body"]}) == len(form["body"])
+    assert all(field["attributes"]["label"] for field in form["body"])
