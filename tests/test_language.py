@@ -40,7 +40,8 @@ RATES = (
 
 ERRORS = "raises `ValueError`; returns HTTP 400 with a message"
 RULES = [
-    Rule("static", r"\bstatic (encoders?|features?|towers?|tokens?|maps?|\w+ ?=)|\bhas static\b", "vision, vision_*"),
+    # `static_norm` is a key of saved checkpoints
+    Rule("static", r"\bstatic (encoders?|features?|towers?|tokens?|maps?|(?!norm)\w+ ?=)|\bhas static\b", "vision"),
     Rule(
         "asked",
         r"\b(is|are|was|were|be|been|being) asked\b|\basked (of|about|with|for|features)\b",
