@@ -229,7 +229,8 @@ def write_blink(folder, per_task=2):
                     **images,
                     "choices": choices,
                     "answer": "(A)",
-                    "prompt": f"Which one of {task}?\nSelect from the following choices.\n(A) {choices[0]}\n(B) {choices[1]}\n",
+                    "prompt": f"Which one of {task}?\nSelect from the following choices.\n(A) {choices[0]}\n"
+                    f"(B) {choices[1]}\n",
                 }
             )
         write_parquet(folder / task / "val-00000-of-00001.parquet", rows, ("image_1", "image_2", "image_3", "image_4"))
