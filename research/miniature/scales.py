@@ -60,6 +60,7 @@ class Scale:
         check_scenes: The number of held-out scenes in each part's check.
         fusion_heads: Heads of the cross-attention fusion.
         stages: The budgets of both stages.
+        sample_steps: Denoising steps of the UNet's samples in its check.
     """
 
     judge_width: int
@@ -72,6 +73,7 @@ class Scale:
     check_scenes: dict[str, int]
     fusion_heads: int
     stages: dict[str, StageBudget]
+    sample_steps: int = 25
 
 
 _MINI = Scale(
@@ -120,6 +122,7 @@ SCALES = {
             "align": StageBudget(scenes=8, epochs=1, batch_size=4),
             "finetune": StageBudget(scenes=8, epochs=1, batch_size=4, turns=2),
         },
+        sample_steps=2,
     ),
     "mini": _MINI,
     "gpu": replace(
