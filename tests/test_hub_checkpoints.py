@@ -1,4 +1,4 @@
-"""Checkpoints: versions, safetensors only, code that is never run where the package is installed, parts left out."""
+"""Checkpoints: versions, safetensors only, remote code that never runs with the package installed, parts left out."""
 
 import json
 import shutil
@@ -23,7 +23,9 @@ from sdllava.train.adapters import load_merged
 from sdllava.version import CONFIGURATION_VERSION, __version__
 
 EARLIER = Path(__file__).parent / "data" / "earlier-version"
-"""Saved before configurations recorded a version, with the answer that it gave then."""
+"""Saved before configurations recorded a version, with its answer at that time."""
+
+sdllava.register()
 
 
 @pytest.fixture
@@ -87,14 +89,14 @@ def test_an_earlier_version_answers_as_it_did():
 @pytest.mark.parametrize(
     "load", [AutoConfig, SDLlavaConfig, AutoModelForImageTextToText, SDLlavaForConditionalGeneration]
 )
-def test_a_newer_version_is_refused_with_both_versions_and_the_remedy(checkpoint, load):
+def test_a_newer_version_raises_with_both_versions_and_the_fix(checkpoint, load):
     change(checkpoint, configuration_version=CONFIGURATION_VERSION + 1, sdllava_version="9.8.7")
     with pytest.raises(ValueError, match=rf"version {CONFIGURATION_VERSION + 1}.*9\.8\.7.*--upgrade sdllava"):
         load.from_pretrained(checkpoint)
 
 
 def spoil(checkpoint: Path, tmp_path: Path) -> Path:
-    """Replace the code beside a checkpoint by code that leaves a trace when it is run."""
+    """Replace the code of a checkpoint by code that leaves a trace when it runs."""
     trace = tmp_path / "executed"
     files = list(checkpoint.glob("*.py"))
     assert len(files) > 5
@@ -104,7 +106,7 @@ def spoil(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("trust", [True, None])
-def test_the_code_beside_a_checkpoint_never_runs_where_the_package_is_installed(checkpoint, tmp_path, trust):
+def test_the_code_of_a_checkpoint_never_runs_with_the_package_installed(checkpoint, tmp_path, trust):
     trace = spoil(checkpoint, tmp_path)
     for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor):
         loaded = auto.from_pretrained(checkpoint, trust_remote_code=trust)
@@ -116,7 +118,7 @@ def test_the_code_beside_a_checkpoint_never_runs_where_the_package_is_installed(
     assert not trace.exists()
 
 
-def test_a_pickled_model_is_refused_unread(checkpoint, tmp_path):
+def test_a_pickled_model_raises_unread(checkpoint, tmp_path):
     state = torch.nn.Linear(2, 2).state_dict()
     (checkpoint / "model.safetensors").unlink()
     torch.save(state, checkpoint / "pytorch_model.bin")
@@ -126,12 +128,12 @@ def test_a_pickled_model_is_refused_unread(checkpoint, tmp_path):
         SDLlavaForConditionalGeneration.from_pretrained(checkpoint, use_safetensors=False)
 
 
-def test_a_pickle_beside_safetensors_is_not_read(checkpoint):
+def test_a_pickle_in_a_folder_with_safetensors_is_not_read(checkpoint):
     (checkpoint / "pytorch_model.bin").write_bytes(b"no pickle at all")
     SDLlavaForConditionalGeneration.from_pretrained(checkpoint)
 
 
-def test_a_pickled_adapter_is_refused(checkpoint, tmp_path):
+def test_a_pickled_adapter_raises(checkpoint, tmp_path):
     config = {"peft_type": "LORA", "base_model_name_or_path": str(checkpoint), "target_modules": ["q_proj"]}
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -142,7 +144,7 @@ def test_a_pickled_adapter_is_refused(checkpoint, tmp_path):
             load(str(adapter))
 
 
-def test_a_pickled_diffusion_model_is_refused(published, tmp_path):
+def test_a_pickled_diffusion_model_raises(published, tmp_path):
     folder = shutil.copytree(published["sd2"], tmp_path / "sd2")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
@@ -189,7 +191,7 @@ def test_frozen_parts_that_were_left_out_come_back_bitwise(with_sources, tmp_pat
     )
 
 
-def test_frozen_parts_with_another_hash_are_refused(with_sources, published, tmp_path):
+def test_frozen_parts_with_another_hash_raise(with_sources, published, tmp_path):
     with_sources.save_pretrained(tmp_path / "small", bundle_frozen=False)
     other = tiny.save_diffusion(tmp_path / "other")
     components = {**with_sources.config.components, "diffusion": {"id": str(other)}}
