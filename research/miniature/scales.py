@@ -114,7 +114,9 @@ SCALES = {
         clip=(32, 1, 32, 1),
         llm=(32, 1, 2),
         unet_channels=(8, 8, 16, 16),
-        budgets={name: Budget(4, 2, 1e-3, ema=0.9 if name == "unet" else 0.0, save_every=2) for name in PARTS},
+        budgets={
+            name: Budget(4, 2, 1e-3, ema=0.9 if name in ("judge", "unet") else 0.0, save_every=2) for name in PARTS
+        },
         gates={},
         check_scenes=dict.fromkeys(PARTS, 2),
         fusion_heads=2,
