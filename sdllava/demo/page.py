@@ -96,7 +96,7 @@ class Page:
     def ask(self, encoded: EncodedImage | None, question: str, scale: float) -> tuple:
         """Compute the attention maps of a question and its effect on the features."""
         if encoded is None:
-            raise gr.Error("There is not yet an image. Choose an example or upload one.", title="Error")
+            raise gr.Error("No image is open. Choose an example or upload one.", title="Error")
         question = _or_error(check_length, question)
         attention = _or_error(self.engine.attention, encoded, question)
         words = [(word.text, i) for i, word in enumerate(attention.words) if not word.special]
