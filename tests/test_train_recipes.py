@@ -17,7 +17,7 @@ from sdllava.configuration import SDLlavaConfig, SDLlavaDiffusionConfig
 from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
 from sdllava.processors import SDLlavaProcessor
 from sdllava.train.arguments import DIFFUSION_FIELDS, MODEL_FIELDS, AdapterArguments, DataArguments, ModelArguments
-from sdllava.train.build import _with_overrides
+from sdllava.train.build import apply_overrides
 from sdllava.train.recipes import (
     RECIPE_FOLDER,
     find_config,
@@ -184,7 +184,7 @@ def tiny_config(name: str, arguments: ModelArguments) -> SDLlavaConfig:
     """The configuration that a recipe gives with tiny parts; a later stage's changes that of the earlier one."""
     if base := base_of(name):
         model_args, *_ = parse_arguments(KINDS, ["--config", base, "--bf16", "false", "--use_cpu"])
-        return _with_overrides(tiny_config(base, model_args), arguments)
+        return apply_overrides(tiny_config(base, model_args), arguments)
     diffusion = vision = None
     if arguments.diffusion:
         kind = REPOSITORIES[arguments.diffusion]
