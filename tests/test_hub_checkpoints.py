@@ -1,5 +1,6 @@
 """Checkpoints: versions, safetensors only, remote code that never runs with the package installed, parts left out."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -34,6 +35,12 @@ def checkpoint(composed, tmp_path) -> Path:
     return Path(shutil.copytree(composed, tmp_path / "checkpoint"))
 
 
+@pytest.fixture(scope="module")
+def loaded(composed) -> SDLlavaForConditionalGeneration:
+    """The composed model, which tests only read or copy."""
+    return SDLlavaForConditionalGeneration.from_pretrained(composed)
+
+
 def read(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
@@ -52,11 +59,10 @@ def assert_same(first: dict, second: dict) -> None:
     assert different == []
 
 
-def test_a_checkpoint_records_the_versions_of_package_and_configuration(composed, tmp_path):
+def test_a_checkpoint_records_the_versions_of_package_and_configuration(composed, loaded, tmp_path):
     versions = {"sdllava_version": __version__, "configuration_version": CONFIGURATION_VERSION}
     assert versions.items() <= read(composed).items()
-    tower = SDLlavaForConditionalGeneration.from_pretrained(composed).model.diffusion_tower
-    tower.save_pretrained(tmp_path)
+    loaded.model.diffusion_tower.save_pretrained(tmp_path)
     assert versions.items() <= read(tmp_path).items()
     assert sdllava.__version__ == __version__
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
@@ -105,13 +111,14 @@ def spoil(checkpoint: Path, tmp_path: Path) -> Path:
     return trace
 
 
-@pytest.mark.parametrize("trust", [True, None])
+@pytest.mark.parametrize("trust", [True, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_code_of_a_checkpoint_never_runs_with_the_package_installed(checkpoint, tmp_path, trust):
     trace = spoil(checkpoint, tmp_path)
-    for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor):
+    others = () if trust else (AutoModel, AutoModelForMultimodalLM)
+    for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor, *others):
         loaded = auto.from_pretrained(checkpoint, trust_remote_code=trust)
         assert type(loaded).__module__.startswith("sdllava.")
-    for task in ("visual-question-answering", "vqa"):
+    for task in ("vqa",) if trust else ("visual-question-answering", "vqa"):
         vqa = pipeline(task, model=str(checkpoint), trust_remote_code=trust)
         assert type(vqa).__module__ == "sdllava.pipeline"
     assert vqa(Image.new("RGB", (20, 30)), "What?", max_new_tokens=2)
@@ -154,28 +161,26 @@ def test_a_pickled_diffusion_model_raises(published, tmp_path):
         )
 
 
-def test_a_loaded_diffusion_model_is_frozen(composed):
-    tower = SDLlavaForConditionalGeneration.from_pretrained(composed).model.diffusion_tower
-    assert not any(p.requires_grad for p in tower.backbone.parameters())
+def test_a_loaded_diffusion_model_is_frozen(loaded):
+    assert not any(p.requires_grad for p in loaded.model.diffusion_tower.backbone.parameters())
 
 
-def test_sharded_and_unsharded_checkpoints_hold_the_same_tensors(composed, tmp_path):
-    model = SDLlavaForConditionalGeneration.from_pretrained(composed)
-    model.save_pretrained(tmp_path, max_shard_size="1MB")
+def test_sharded_and_unsharded_checkpoints_hold_the_same_tensors(loaded, tmp_path):
+    loaded.save_pretrained(tmp_path, max_shard_size="1MB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
-    assert_same(tensors(model), tensors(SDLlavaForConditionalGeneration.from_pretrained(tmp_path)))
+    assert_same(tensors(loaded), tensors(SDLlavaForConditionalGeneration.from_pretrained(tmp_path)))
 
 
 @pytest.fixture
-def with_sources(composed, published):
+def with_sources(loaded, published):
     """A model that records where its frozen parts came from (folders stand for repositories)."""
-    model = SDLlavaForConditionalGeneration.from_pretrained(composed)
+    model = copy.deepcopy(loaded)
     model.config.components = {"diffusion": {"id": str(published["sd2"])}, "vision": {"id": str(published["clip"])}}
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_frozen_parts_that_were_left_out_come_back_bitwise(with_sources, tmp_path, dtype):
     with_sources.save_pretrained(tmp_path / "whole")
     with_sources.save_pretrained(tmp_path / "small", bundle_frozen=False)
@@ -191,6 +196,7 @@ def test_frozen_parts_that_were_left_out_come_back_bitwise(with_sources, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_frozen_parts_with_another_hash_raise(with_sources, published, tmp_path):
     with_sources.save_pretrained(tmp_path / "small", bundle_frozen=False)
     other = tiny.save_diffusion(tmp_path / "other")
@@ -200,14 +206,15 @@ def test_frozen_parts_with_another_hash_raise(with_sources, published, tmp_path)
         SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "small")
 
 
-def test_trained_or_unrecorded_parts_cannot_be_left_out(with_sources, composed, tmp_path):
+@pytest.mark.slow
+def test_trained_or_unrecorded_parts_cannot_be_left_out(with_sources, loaded, tmp_path):
     with torch.no_grad():
         next(with_sources.model.diffusion_tower.unet.parameters()).add_(1)
     with pytest.raises(ValueError, match="diffusion weights are not those of"):
         with_sources.save_pretrained(tmp_path, bundle_frozen=False)
     assert with_sources.config.left_out is None
     with pytest.raises(ValueError, match="records none for the diffusion model"):
-        SDLlavaForConditionalGeneration.from_pretrained(composed).save_pretrained(tmp_path, bundle_frozen=False)
+        loaded.save_pretrained(tmp_path, bundle_frozen=False)
 
 
 def test_assembly_records_where_parts_come_from_but_no_path(published, tmp_path):

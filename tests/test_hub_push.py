@@ -119,6 +119,7 @@ def test_an_invalid_name_is_reported_before_anything_is_written(hub, tmp_path):
     assert not (tmp_path / "space").exists()
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_off_is_repeated_within_a_push(hub, tmp_path):
     hub.break_uploads(1)
     assert run_push(hub, tmp_path, EARLIER, "tester/model").returncode == 0
@@ -151,6 +152,7 @@ def test_weights_of_an_earlier_push_are_deleted(pushed, checkpoint, tmp_path):
     assert weights == {path.name for path in checkpoint.glob("*.safetensors*")}
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_is_completed_and_ranges_are_served(pushed, tmp_path):
     pushed.break_downloads(1)
     code = "from huggingface_hub import hf_hub_download; print(hf_hub_download('tester/model', 'model.safetensors'))"
@@ -167,7 +169,10 @@ def test_a_download_that_breaks_off_is_completed_and_ranges_are_served(pushed, t
         assert response.headers["ETag"] == f'"{hashlib.sha256(weights).hexdigest()}"'
 
 
-@pytest.mark.parametrize(("token", "reason"), [("hf_wrong", "Invalid credentials"), (None, "Invalid username")])
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [("hf_wrong", "Invalid credentials"), pytest.param(None, "Invalid username", marks=pytest.mark.slow)],
+)
 def test_a_wrong_token_gets_a_clear_error(hub, tmp_path, token, reason):
     result = run_push(hub, tmp_path, EARLIER, "tester/model", token=token)
     assert result.returncode == 1
@@ -178,6 +183,7 @@ def test_a_wrong_token_gets_a_clear_error(hub, tmp_path, token, reason):
     assert "hf auth login" in last
 
 
+@pytest.mark.slow
 def test_a_card_written_by_hand_in_the_repository_stays(pushed, tmp_path):
     mine = Path(shutil.copytree(EARLIER, tmp_path / "mine"))
     (mine / "README.md").write_text("# Mine\n")

@@ -8,8 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
 from sdllava.remote_code import travelling_files
@@ -99,6 +101,18 @@ def test_the_code_of_a_checkpoint_only_imports_siblings():
                 assert f"{node.module}.py" in names, f"{path.name} needs {node.module}"
 
 
+def test_the_code_of_a_checkpoint_gives_the_same_model(composed):
+    name = "modeling_sdllava.SDLlavaForConditionalGeneration"
+    travelled = get_class_from_dynamic_module(name, str(composed)).from_pretrained(composed)
+    assert type(travelled).__module__.startswith("transformers_modules.")
+    assert type(travelled.config).__module__.startswith("transformers_modules.")
+    model = SDLlavaForConditionalGeneration.from_pretrained(composed)
+    inputs = tiny.image_inputs(1)
+    with torch.no_grad():
+        features, expected = (m.get_image_features(**inputs).pooler_output for m in (travelled, model))
+    torch.testing.assert_close(features[0], expected[0], rtol=0, atol=1e-5)
+
+
 WITHOUT_PACKAGE = """
 import sys
 class Refuse:
@@ -133,6 +147,7 @@ processor.save_pretrained(sys.argv[1] + "-again")
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_where_the_package_is_not_installed(composed, tmp_path):
     Image.effect_noise((30, 20), 80).convert("RGB").save(tmp_path / "p.png")
     arguments = [sys.executable, "-c", WITHOUT_PACKAGE, str(composed), str(tmp_path / "p.png")]
