@@ -90,14 +90,6 @@ def test_a_run_prints_its_parts_and_sample_answers(work, capsys, lora):
     assert "Estimated memory per process" in printed
 
 
-@pytest.mark.slow
-def test_the_command_continues_from_a_checkpoint_in_a_new_process(work):
-    """Where nothing has registered the model with transformers yet."""
-    arguments = command(work, "continued", init_from=work / "trained", max_steps=1, save_strategy="no")
-    subprocess.run([sys.executable, "-m", "sdllava", "train", *arguments], check=True, capture_output=True)
-    assert (work / "continued" / "model.safetensors").is_file()
-
-
 def test_the_plain_trainer_takes_model_and_collator(work):
     model = SDLlavaForConditionalGeneration.from_pretrained(work / "trained")
     model.set_stage("align")

@@ -105,7 +105,10 @@ def test_a_stopped_run_resumes(work, stop, name, steps, settings, file):
     ],
 )
 def test_a_killed_run_resumes(work, name, die, settings, last, file):
-    """Within a save; while streaming, over the end of the data and shuffled; with LoRA on both models."""
+    """Within a save; while streaming, over the end of the data and shuffled; with LoRA on both models.
+
+    The killed process also shows that a run continues from a checkpoint where nothing has registered the model yet.
+    """
     settings = {**RANDOM, "init_from": work / "trained", **settings}
     whole = whole_run(work, name, **settings)
     folder = work / f"killed-{name}"
