@@ -199,7 +199,14 @@ def test_every_stage_has_its_recipe():
 
 
 @pytest.mark.slow
-def test_the_whole_study_goes_through_training_and_evaluation(parts):
+def test_the_whole_study_goes_through_training_and_evaluation(parts, monkeypatch):
+    for part in PARTS:
+        monkeypatch.setitem(PARTS, part, replace(PARTS[part], more_noise=0))
+    compared = {"CLIP", questions.PLAIN, questions.BEST}
+    monkeypatch.setattr(questions, "VARIANTS", [v for v in questions.VARIANTS if v.name in compared])
+    monkeypatch.setattr(questions, "TRENDS", {t: pair for t, pair in questions.TRENDS.items() if compared >= {*pair}})
+    described = {v: dropout for v, dropout in captions.VARIANTS.items() if v.guidance in (0.0, 4.0)}
+    monkeypatch.setattr(captions, "VARIANTS", described)
     arguments = ["study", "--from", str(parts), "--out", str(parts / "docs"), "--scale", "smoke"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
