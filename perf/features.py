@@ -1,8 +1,8 @@
-"""Feature extraction at the papers' tap: ours against stock diffusers as people use it.
+"""Feature extraction at the papers' tap, compared with stock diffusers.
 
-The reference (a) runs everything for every question: CLIP, VAE encoder, text encoder on both prompts, and the whole
-UNet on both halves, read by a forward hook. The reference (b) keeps per image what does not depend on the question,
-but runs the whole UNet.
+Reference (a) caches nothing: for each question it runs CLIP, the VAE encoder, the text encoder on both prompts, and the
+whole UNet on both halves with a forward hook. Reference (b) caches the tensors that do not depend on the question, and
+runs the whole UNet.
 
     python perf/features.py                                    # SD 2.1-base, full size
     python perf/features.py --model sdxl --batch 1 --batch 32
@@ -31,11 +31,10 @@ from measure import (
 
 from sdllava import SDLlavaDiffusionModel
 from sdllava.diffusion import guide
-from sdllava.small_maps import SmallMapConv2d
 
 
 class Part(StrEnum):
-    """What can be measured."""
+    """What to measure."""
 
     unet = "unet"
     guided = "guided"
@@ -47,30 +46,38 @@ class Part(StrEnum):
 
 
 class Subject:
-    """One diffusion model: stock and whole, and our tower around the same weights, cut."""
+    """One diffusion model: the stock modules, and our truncated tower around the same weights.
+
+    Args:
+        model (`str`): `"sd15"`, `"sd21"` or `"sdxl"`.
+        size (`str`): `"full"` or `"mini"`.
+        device (`torch.device`): Device of the weights.
+        dtype (`torch.dtype`): Dtype of the weights.
+        batch (`int`): Number of images.
+    """
 
     def __init__(self, model: str, size: str, device: torch.device, dtype: torch.dtype, batch: int):
         self.stock = models.build_tower(model, size, device, dtype, truncate=False)
         self.stock_unet = self._stock_unet(self.stock, dtype)
-        self.ours = self._cut(self.stock)
+        self.ours = self._truncated(self.stock)
         self.vision = models.build_vision(size, device, dtype)
         self.set_batch(batch)
 
     @staticmethod
     def _stock_unet(tower: SDLlavaDiffusionModel, dtype: torch.dtype) -> UNet2DConditionModel:
-        """Diffusers' own UNet around the tower's weights, or around copies of them in another type."""
+        """Diffusers' UNet around the tower's weights, or around copies of them in another dtype."""
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(dict(tower.config.unet_config))
-        unet.load_state_dict({name: x.to(dtype) for name, x in tower.unet.state_dict().items()}, assign=True)
+        unet.load_state_dict({name: x.to(dtype) for name, x in tower.backbone.unet.state_dict().items()}, assign=True)
         return unet.eval()
 
     @staticmethod
-    def _cut(stock: SDLlavaDiffusionModel) -> SDLlavaDiffusionModel:
+    def _truncated(stock: SDLlavaDiffusionModel) -> SDLlavaDiffusionModel:
         config = type(stock.config).from_dict({**stock.config.to_dict(), "truncate": True})
         with torch.device("meta"):
             ours = SDLlavaDiffusionModel(config)
-        weights = stock.unet.state_dict()
-        ours.unet.load_state_dict({name: weights[name] for name in ours.unet.state_dict()}, assign=True)
+        weights, unet = stock.backbone.unet.state_dict(), ours.backbone.unet
+        unet.load_state_dict({name: weights[name] for name in unet.state_dict()}, assign=True)
         ours.freeze()
         for name in ("vae", "text_encoder", "text_encoder_2"):
             if hasattr(stock.backbone, name):
@@ -78,14 +85,20 @@ class Subject:
         return ours.eval()
 
     def compiled_copy(self) -> SDLlavaDiffusionModel:
-        """Our tower around the same weights again, its pass compiled."""
-        compiled = self._cut(self.stock)
+        """Our tower around the same weights, with a compiled UNet pass."""
+        compiled = self._truncated(self.stock)
         compiled.compile_pass()
         return compiled
 
+    def plain_copy(self) -> SDLlavaDiffusionModel:
+        """Our tower around the stock UNet, whose convolutions are torch's. It stops at the same tap."""
+        plain = self._truncated(self.stock)
+        plain.backbone.unet = self.stock_unet
+        return plain
+
     def set_batch(self, n: int) -> None:
-        """Random images, latents and prompts, `n` of each."""
-        config, weight = self.stock.config, self.stock.unet.conv_in.weight
+        """Draws `n` random images, latents and prompts."""
+        config, weight = self.stock.config, self.stock.backbone.unet.conv_in.weight
         draw = torch.Generator().manual_seed(0)
         size, clip_size = config.image_size, self.vision.config.image_size
         self.pixels = torch.rand(n, 3, size, size, generator=draw).mul(2).sub(1).to(weight)
@@ -99,7 +112,7 @@ class Subject:
         self.n = n
 
     def own_ids(self) -> dict[str, torch.Tensor]:
-        """The questions' token ids `(n, 77)`, by the argument's name."""
+        """The questions' token ids of shape `(n, 77)`, by argument name."""
         names = ["input_ids", "input_ids_2"][: len(self.null_ids)]
         return dict.fromkeys(names, self.ids)
 
@@ -109,7 +122,13 @@ class Subject:
         prompts: dict[str, torch.Tensor],
         unet: UNet2DConditionModel | None = None,
     ) -> torch.Tensor:
-        """The whole stock UNet, or another one, with a forward hook at the tap."""
+        """Runs a whole UNet with a forward hook at the tap.
+
+        Args:
+            latents (`torch.Tensor` of shape `(n, 4, h, w)`): Latents without noise.
+            prompts (`dict[str, torch.Tensor]`): Conditioning of n or of a multiple of n prompts.
+            unet (`UNet2DConditionModel`, *optional*): The UNet; default the stock one.
+        """
         tower, unet = self.stock, unet or self.stock_unet
         (tap,) = tower.taps
         noisy = tower.add_noise(latents, 50, tower.noise(latents))
@@ -121,17 +140,17 @@ class Subject:
         return read[0]
 
     def stock_question(self) -> torch.Tensor:
-        """Reference (a)."""
+        """Runs reference (a)."""
         self.vision(self.clip_pixels, output_hidden_states=True)
         tower = self.stock
-        encoded = tower.vae.encode(self.pixels).latent_dist.mode()
-        latents = (encoded * tower.vae.config.scaling_factor).float()
+        vae = tower.backbone.vae
+        latents = (vae.encode(self.pixels).latent_dist.mode() * vae.config.scaling_factor).float()
         both = [torch.cat([null, self.ids]) for null in self.null_ids]
         unconditional, conditional = self.hooked_unet(latents, tower.backbone.encode_prompts(*both)).chunk(2)
         return guide(unconditional, conditional, 4.0)
 
     def errors(self) -> dict[str, str]:
-        """How far guided features are from those of float64, of the whole stock UNet and of ours."""
+        """Differences of guided features from those in float64: of the whole stock UNet, and of ours."""
         null = self.ours._null_prompts(self.latents)
         both = {name: torch.cat([null[name], x]) for name, x in prompts_of(self, halves=1).items()}
         read = {
@@ -147,29 +166,29 @@ class Subject:
         return {name: difference(found, expected) for name, found in guided.items()}
 
     def stock_follow_up(self) -> torch.Tensor:
-        """Reference (b): latents, CLIP and the empty prompt's features are kept."""
+        """Runs reference (b): latents, CLIP features and unconditional features are cached."""
         prompts = self.stock.backbone.encode_prompts(*self.own_ids().values())
         return self.hooked_unet(self.latents, prompts)
 
     def our_question(self) -> torch.Tensor:
-        """A first question with our tower: CLIP, VAE, both prompts, the UNet up to its tap."""
+        """Runs a first question with our tower: CLIP, VAE, both prompts, the UNet up to its tap."""
         self.vision(self.clip_pixels, output_hidden_states=True)
         return self.ours(self.pixels, **self.own_ids()).last_hidden_state
 
     def our_follow_up(self) -> Call:
-        """A question on an image whose latents and unconditional features are kept."""
-        kept = self.ours(latents=self.latents).unconditional_features
-        return lambda: self.ours(latents=self.latents, unconditional_features=kept, **self.own_ids())
+        """A follow-up question with our tower, with cached latents and unconditional features."""
+        cached = self.ours(latents=self.latents).unconditional_features
+        return lambda: self.ours(latents=self.latents, unconditional_features=cached, **self.own_ids())
 
 
 def prompts_of(subject: Subject, halves: int) -> dict[str, torch.Tensor]:
-    """The questions as conditioning, as often as guidance has halves."""
+    """The questions' conditioning, once or twice (both halves of the guidance)."""
     prompts = subject.ours.encode_prompts(*subject.own_ids().values())
     return {name: torch.cat([x] * halves) for name, x in prompts.items()}
 
 
 def unet_calls(subject: Subject, halves: int) -> dict[str, Call]:
-    """The UNet alone on one prompt or on both halves of the guidance, whole and cut."""
+    """The UNet's pass on one prompt or on both halves of the guidance: stock and whole, and ours."""
     tower, n, prompts = subject.ours, subject.n, prompts_of(subject, halves)
     what = "one prompt" if halves == 1 else "both halves"
     return {
@@ -179,9 +198,9 @@ def unet_calls(subject: Subject, halves: int) -> dict[str, Call]:
 
 
 def time_compiled(bench: Bench, subject: Subject) -> None:
-    """Both halves with our tower as it is, and with its pass compiled."""
+    """Adds the rows of both halves with our tower, uncompiled and compiled."""
     compiled, prompts, n = subject.compiled_copy(), prompts_of(subject, halves=2), subject.n
-    bench.console.print("compiling, and warming up", style="dim")
+    bench.console.print("compiling and warming up", style="dim")
     found, expected = (tower.extract(subject.latents, prompts) for tower in (compiled, subject.ours))
     calls = {
         f"UNet, both halves, ours, batch {n}": lambda: subject.ours.extract(subject.latents, prompts),
@@ -192,20 +211,16 @@ def time_compiled(bench: Bench, subject: Subject) -> None:
 
 
 def lever_calls(subject: Subject) -> list[dict[str, Call]]:
-    """What plain torch does of our pass and of the VAE's encoder, each beside what we do."""
+    """Pairs of plain torch and ours: the UNet's convolutions of small maps, and the VAE encoder's memory format."""
     tower, n, prompts = subject.ours, subject.n, prompts_of(subject, halves=1)
-    plain = Subject._cut(subject.stock)
-    for module in plain.unet.modules():
-        if isinstance(module, SmallMapConv2d):
-            module.__class__ = torch.nn.Conv2d
-    pixels = subject.pixels
+    plain, pixels = subject.plain_copy(), subject.pixels
     return [
         {
             f"UNet, to the tap, torch's convolutions, batch {n}": lambda: plain.extract(subject.latents, prompts),
             f"UNet, to the tap, small maps multiplied, batch {n}": lambda: tower.extract(subject.latents, prompts),
         },
         {
-            f"VAE encoder, contiguous, batch {n}": lambda: tower.vae.encode(pixels),
+            f"VAE encoder, contiguous, batch {n}": lambda: tower.backbone.vae.encode(pixels),
             f"VAE encoder, ours, batch {n}": lambda: tower.encode_latents(pixels),
         },
     ]
@@ -213,7 +228,7 @@ def lever_calls(subject: Subject) -> list[dict[str, Call]]:
 
 def encoder_calls(subject: Subject, size: str) -> dict[str, Call]:
     """The VAE's encoder and a tiny autoencoder's."""
-    vae, pixels = subject.stock.vae, subject.pixels
+    vae, pixels = subject.stock.backbone.vae, subject.pixels
     tiny = models.build_tiny_vae(size, pixels.device, pixels.dtype)
     return {
         f"VAE encoder, batch {subject.n}": lambda: vae.encode(pixels),
@@ -222,27 +237,31 @@ def encoder_calls(subject: Subject, size: str) -> dict[str, Call]:
 
 
 def question_calls(subject: Subject) -> dict[str, Call]:
-    """Whole questions: reference (a) and ours; then, of a known image, reference (b) and ours."""
+    """Whole questions: reference (a) and ours; with cached image features, reference (b) and ours."""
     n = subject.n
     return {
-        f"a question, (a) everything anew, batch {n}": subject.stock_question,
-        f"a question, ours, batch {n}": subject.our_question,
-        f"a follow-up question, (b) whole UNet, batch {n}": subject.stock_follow_up,
-        f"a follow-up question, ours, batch {n}": subject.our_follow_up(),
+        f"first question, (a) nothing cached, batch {n}": subject.stock_question,
+        f"first question, ours, batch {n}": subject.our_question,
+        f"follow-up question, (b) whole UNet, batch {n}": subject.stock_follow_up,
+        f"follow-up question, ours, batch {n}": subject.our_follow_up(),
     }
 
 
 def main(
     model: Annotated[str, typer.Option(help="sd15, sd21 or sdxl.")] = "sd21",
-    part: Annotated[list[Part] | None, typer.Option(help="Default unet, guided, encoder and question.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1 to 32 on a GPU.")] = None,
+    part: Annotated[
+        list[Part] | None, typer.Option(help="What to measure; default unet, guided, encoder, question.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images per batch; default 1, on a GPU 1 to 32.")
+    ] = None,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
     dtype: DType = DEFAULT_DTYPE,
     repeats: Repeats = 5,
     output: Output = None,
 ) -> None:
-    """The UNet, the encoders and whole questions, beside stock diffusers."""
+    """Measures the UNet, the encoders and whole questions, compared with stock diffusers."""
     parts = part or [Part.unet, Part.guided, Part.encoder, Part.question]
     title = f"features, {model}, {size}"
     bench = Bench(title, size, device, dtype, repeats, output, model=model, parts=list(parts))
@@ -266,8 +285,8 @@ def main(
                 for name, error in subject.errors().items():
                     bench.remark(f"guided features at s = 4, batch {n}: {name} {error} from float64")
             if Part.question in parts:
-                first, ours, kept, follow_up = bench.time(question_calls(subject), per_call=n).values()
-                follow_up.note = f"{kept.median / follow_up.median:.2f}x of (b)"
+                first, ours, cached, follow_up = bench.time(question_calls(subject), per_call=n).values()
+                follow_up.note = f"{cached.median / follow_up.median:.2f}x of (b)"
                 expected = subject.ours._to_grid(bench.results[first.name])
                 ours.note = difference(bench.results[ours.name], expected)
     bench.report()

@@ -1,5 +1,7 @@
-"""How cost and memory grow with questions per image, images at once, taps, timesteps, guidance scales, and, of the whole
-model up to the first token, with images in one conversation.
+"""How cost and memory grow.
+
+Over questions per image, images per batch, taps, timesteps and guidance scales for the diffusion tower, and over images
+per conversation for the whole model up to the first token.
 
     python perf/growth.py --size mini
 """
@@ -23,39 +25,39 @@ COUNTS = (1, 2, 4)
 
 
 class Part(StrEnum):
-    """What can be measured: the diffusion tower, the whole model."""
+    """What to measure: the diffusion tower, or the whole model."""
 
     tower = "tower"
     conversation = "conversation"
 
 
-def ask(tower: SDLlavaDiffusionModel, images: int = 1, questions: int = 1) -> Call:
-    """`questions` about each of `images`: one first question, then follow-up ones from what was kept."""
-    config, weight = tower.config, tower.unet.conv_in.weight
+def encode_questions(tower: SDLlavaDiffusionModel, images: int = 1, questions: int = 1) -> Call:
+    """Features of `questions` per image: one first question, then follow-up questions with cached features."""
+    config, weight = tower.config, tower.backbone.unet.conv_in.weight
     pixels = torch.rand(images, 3, config.image_size, config.image_size).mul(2).sub(1).to(weight)
     ids = torch.randint(1000, 40000, (images, 77), device=weight.device)
     prompt = {"input_ids": ids, "input_ids_2": ids if config.text_encoder_2_config else None}
 
     def call() -> None:
         latents = tower.encode_latents(pixels)
-        kept = tower(latents=latents, **prompt).unconditional_features
+        cached = tower(latents=latents, **prompt).unconditional_features
         for _ in range(questions - 1):
-            tower(latents=latents, unconditional_features=kept, **prompt)
+            tower(latents=latents, unconditional_features=cached, **prompt)
 
     return call
 
 
-def ask_at_once(tower: SDLlavaDiffusionModel, questions: int) -> Call:
-    """Several questions about one image in one pass, which shares what no question has reached."""
-    config, weight = tower.config, tower.unet.conv_in.weight
+def encode_questions_at_once(tower: SDLlavaDiffusionModel, questions: int) -> Call:
+    """Features of several questions per image in one pass, which computes the layers before the first prompt once."""
+    config, weight = tower.config, tower.backbone.unet.conv_in.weight
     latents = torch.randn(1, 4, config.latent_size, config.latent_size, device=weight.device)
     ids = torch.randint(1000, 40000, (questions, 77), device=weight.device)
     ids_2 = ids if config.text_encoder_2_config else None
     return lambda: tower.extract(latents, tower.encode_prompts(ids, ids_2))
 
 
-def ask_about_several(model: Any, images: int) -> Call:
-    """The first token of an answer about several images in one conversation, each asked the same question."""
+def first_token_of_conversation(model: Any, images: int) -> Call:
+    """The first token of a conversation about several images, with the same question for each image."""
     config, weight = model.config, model.lm_head.weight
     side, clip_side = config.diffusion_config.image_size, config.vision_config.image_size
     inputs = {
@@ -68,40 +70,41 @@ def ask_about_several(model: Any, images: int) -> Call:
 
 
 def measure_tower(bench: Bench, model: str, size: str) -> None:
-    """Adds the diffusion tower's rows, one tower after the other."""
+    """Adds the diffusion tower's rows. Memory holds one tower at a time."""
     taps = TAPS_SDXL if model == "sdxl" else TAPS
 
-    def tower(**fields) -> SDLlavaDiffusionModel:
+    def build(**fields: Any) -> SDLlavaDiffusionModel:
         return models.build_tower(model, size, bench.device, bench.dtype, **fields)
 
-    one: SDLlavaDiffusionModel | None = tower()
+    tower = build()
     for n in COUNTS:
-        bench.time({f"{n} question(s) on an image, one by one": ask(one, questions=n)}, per_call=n)
+        bench.time({f"{n} question(s) per image, one by one": encode_questions(tower, questions=n)}, per_call=n)
     for n in COUNTS:
-        bench.time({f"{n} question(s) on known latents, in one pass": ask_at_once(one, n)}, per_call=n)
+        bench.time({f"{n} question(s) on cached latents, in one pass": encode_questions_at_once(tower, n)}, per_call=n)
     for n in COUNTS:
-        bench.time({f"{n} image(s) at once": ask(one, images=n)}, per_call=n)
+        bench.time({f"{n} image(s) per batch": encode_questions(tower, images=n)}, per_call=n)
     for name, values, field in (
         ("tap", taps, "taps"),
         ("timestep", TIMESTEPS, "timesteps"),
         ("scale", SCALES, "guidance_scales"),
     ):
         for n in COUNTS:
-            one = None  # so that memory holds one tower at a time
-            one = tower(**{field: values[-n:] if name == "scale" else values[:n]})
-            bench.time({f"{n} {name}(s)": ask(one)}, per_call=n)
+            del tower
+            tower = build(**{field: values[-n:] if name == "scale" else values[:n]})
+            bench.time({f"{n} {name}(s)": encode_questions(tower)}, per_call=n)
 
 
 def measure_conversation(bench: Bench, size: str) -> None:
-    """Adds the whole model's rows; its language model's layers share their weights."""
+    """Adds the whole model's rows. The language model's layers share their weights."""
     llava = models.build_llava(size, bench.device, bench.dtype, tie_layers=True)
     model = models.build_ours(llava, size)
     for n in COUNTS:
-        bench.time({f"{n} image(s) in a conversation, to the first token": ask_about_several(model, n)}, per_call=n)
+        call = first_token_of_conversation(model, n)
+        bench.time({f"{n} image(s) per conversation, to the first token": call}, per_call=n)
 
 
 def main(
-    model: Annotated[str, typer.Option(help="sd15, sd21 or sdxl; a conversation is always sd21's.")] = "sd21",
+    model: Annotated[str, typer.Option(help="sd15, sd21 or sdxl. Conversations always use sd21.")] = "sd21",
     part: Annotated[list[Part] | None, typer.Option(help="What to measure; default both.")] = None,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
@@ -109,7 +112,7 @@ def main(
     repeats: Repeats = 3,
     output: Output = None,
 ) -> None:
-    """Seconds for one, two and four questions, images, taps, timesteps, scales, beside one."""
+    """Measures one, two and four questions, images, taps, timesteps and scales."""
     bench = Bench(f"growth, {model}, {size}", size, device, dtype, repeats, output, model=model)
     parts = part or list(Part)
     with torch.inference_mode():
@@ -122,7 +125,7 @@ def main(
 
 
 def relate_to_first(bench: Bench) -> None:
-    """A row's ratio is to the first of its group."""
+    """Sets the first row of each group as the group's reference."""
     for start in range(0, len(bench.rows), len(COUNTS)):
         for row in bench.rows[start : start + len(COUNTS)]:
             row.reference = bench.rows[start].name

@@ -1,6 +1,5 @@
-"""What the benchmarks share: rounds of timed calls, operation counts, the machine's peak, a table and its JSON."""
+"""Shared parts of the performance scripts: timed rounds, operation counts, the machine's peak, a table and its JSON."""
 
-import json
 import os
 import platform
 import resource
@@ -20,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from sdllava.atomic_files import write_json
+
 Size = Annotated[Literal["full", "mini"], typer.Option(help="Published sizes with random weights, or small ones.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Rounds; the table shows medians over them.")]
-Output = Annotated[
-    Path | None, typer.Option(help="JSON file; default results/NAME-SIZE-DEVICE.json beside the script.")
-]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds. The table shows their median.")]
+Output = Annotated[Path | None, typer.Option(help="JSON file; default perf/results/NAME-SIZE-DEVICE.json.")]
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEFAULT_DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -39,12 +38,13 @@ class Row:
     """One measured call.
 
     Args:
-        name, reference: what it is, and the row of the same run that its ratio refers to.
-        seconds: of each round.
-        gflop: floating-point operations of one call, two a multiply-add.
-        memory_gib: peak while it ran: of the GPU's memory, on a CPU of the process.
-        per_call (`int`): how many things (images, questions, tokens) one call serves.
-        note: a figure that was computed beside it, for example how far results are from the reference's.
+        name (`str`): What is measured.
+        reference (`str`, *optional*): Name of the row of the same run that the ratio refers to.
+        seconds (`list[float]`): Seconds of each round.
+        gflop (`float`): Floating-point operations of one call in units of 10^9. A multiply-add counts as two.
+        memory_gib (`float`, *optional*): Peak memory during the call: of the GPU, or of the process on a CPU.
+        per_call (`int`): Number of images, questions or tokens that one call processes.
+        note (`str`): Another figure of the same call, for example the difference from the reference's result.
     """
 
     name: str
@@ -57,21 +57,33 @@ class Row:
 
     @property
     def median(self) -> float:
+        """Median of the rounds, in seconds."""
         return statistics.median(self.seconds)
 
 
 class Bench:
-    """Rows of one run on one machine.
+    """Measures calls on one machine and reports them as a table and as JSON.
+
+    Args:
+        title (`str`): Title of the table.
+        size (`str`): `"full"`, `"mini"` or `"given"`. Recorded, and part of the default file name.
+        device (`str`): Torch device.
+        dtype (`str`): Name of the weights' torch dtype.
+        repeats (`int`): Timed rounds.
+        output (`Path`, *optional*): The JSON file.
+        settings (`Any`): Further settings to record. `wall_clock=True` forces the wall clock.
 
     Raises:
-        SystemExit: the device or the type of weights is not there; one sentence.
+        SystemExit: If the device or the dtype is not available.
     """
 
-    def __init__(self, title: str, size: str, device: str, dtype: str, repeats: int, output: Path | None, **settings):
+    def __init__(
+        self, title: str, size: str, device: str, dtype: str, repeats: int, output: Path | None, **settings: Any
+    ):
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise SystemExit(f"--device {device}: this machine has no CUDA GPU that torch can use; give --device cpu")
+            raise SystemExit(f"--device {device!r} needs a CUDA GPU, and torch finds none. Use --device cpu.")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise SystemExit(f"--dtype {dtype!r} is no type of weights: give float32, bfloat16 or float16")
+            raise SystemExit(f"--dtype {dtype!r} is not supported. Use float32, bfloat16 or float16.")
         self.title, self.device, self.dtype, self.repeats = title, torch.device(device), getattr(torch, dtype), repeats
         name = Path(sys.argv[0]).stem
         results = Path(__file__).parent / "results" / f"{name}-{size}-{self.device.type}.json"
@@ -79,14 +91,21 @@ class Bench:
         self.rows: list[Row] = []
         self.results: dict[str, Any] = {}
         self.remarks: list[str] = []
-        self.settings = {"size": size, "device": device, "dtype": dtype, "repeats": repeats, **settings}
+        self.settings: dict[str, Any] = {
+            "size": size,
+            "device": device,
+            "dtype": dtype,
+            "repeats": repeats,
+            **settings,
+        }
         self.console = Console()
         self.console.width = max(self.console.width, 150)
 
     @property
     def clock(self) -> str:
-        alone = self.device.type == "cpu" and torch.get_num_threads() == 1 and not self.settings.get("wall_clock")
-        return "CPU seconds of this process" if alone else "seconds"
+        """Unit of the times: CPU seconds with one thread on a CPU, otherwise seconds of wall clock."""
+        single = self.device.type == "cpu" and torch.get_num_threads() == 1
+        return "CPU seconds of this process" if single and not self.settings.get("wall_clock") else "seconds"
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -94,13 +113,18 @@ class Bench:
         return time.process_time() if self.clock.startswith("CPU") else time.perf_counter()
 
     def time(self, calls: dict[str, Call], reference: str | None = None, per_call: int = 1) -> dict[str, Row]:
-        """Time calls in rounds, one of each a round, so that a change of the machine meets all alike.
+        """Times calls in rounds and adds their rows.
 
-        The first call of each, untimed, warms it up, counts its operations and gives its entry in `results`.
+        Each round runs every call once, so that a change of the machine's speed affects all calls equally. The first
+        run of each call is not timed: it warms up, counts operations and sets the entry in `results`.
 
         Args:
-            calls: by row name.
-            reference: the row that the others' ratio refers to; default the first.
+            calls (`dict[str, Call]`): The calls by row name.
+            reference (`str`, *optional*): Name of the row that the ratios refer to; default the first.
+            per_call (`int`): Number of items that one call processes.
+
+        Returns:
+            `dict[str, Row]`: The new rows by name.
         """
         names = list(calls)
         rows = {name: Row(name, reference or names[0], per_call=per_call) for name in names}
@@ -118,7 +142,7 @@ class Bench:
         return rows
 
     def remark(self, text: str) -> None:
-        """A finding that is no row; printed, and kept in the JSON."""
+        """Prints a finding that is not a timing, and keeps it for the JSON file."""
         self.remarks.append(text)
         self.console.print(text)
 
@@ -138,7 +162,7 @@ class Bench:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def matrix_peak(self) -> float:
-        """GFLOP/s of the best of five square matrix products of this dtype, by the clock of the rows."""
+        """GFLOP/s of the fastest of five square matrix products in this dtype, by the clock of the rows."""
         side = 8192 if self.device.type == "cuda" else 2048
         a = torch.randn(side, side, device=self.device, dtype=self.dtype)
         a @ a
@@ -150,7 +174,7 @@ class Bench:
         return 2 * side**3 / best / 1e9
 
     def report(self) -> None:
-        """Print the table and write the JSON aside, then into place."""
+        """Prints the table and writes the JSON file."""
         peak = self.matrix_peak()
         medians = {row.name: row.median for row in self.rows}
         machine = describe_machine(self.device)
@@ -163,9 +187,7 @@ class Bench:
                 "" if row.memory_gib is None else f"{row.memory_gib:.2f}", f"{row.median / row.per_call:.4g}", row.note,
             )  # fmt: skip
         self.console.print(table)
-        self.console.print(
-            f"{machine}, matrix peak {peak:.0f} GFLOP/s; ratio: how many times faster than its reference"
-        )
+        self.console.print(f"{machine}, matrix peak {peak:.0f} GFLOP/s. Ratio: the speed-up over the reference.")
         write_json(
             self.output,
             {
@@ -183,10 +205,17 @@ class Bench:
 
 
 def count_gflop(call: Call) -> tuple[float, Any]:
-    """Operations of one call (10^9), uncompiled, and its result; fused attention counts on CPUs as on GPUs."""
+    """Counts the operations of one uncompiled call, fused attention included on every device.
+
+    Args:
+        call (`Callable`): The call to run once.
+
+    Returns:
+        `tuple[float, Any]`: Operations in units of 10^9, and the call's result.
+    """
     aten = torch.ops.aten
 
-    def attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
     mapping = {aten._scaled_dot_product_flash_attention_for_cpu: attention}
@@ -197,13 +226,13 @@ def count_gflop(call: Call) -> tuple[float, Any]:
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> str:
-    """How far a result is from the reference's, relative to its size."""
+    """Describes the norm of the difference, relative to the norm of the expected tensor."""
     error = (result.double() - expected.double()).norm() / expected.double().norm()
     return f"differs by {error.item():.1e}"
 
 
 def describe_machine(device: torch.device) -> str:
-    """Kind of device, threads and versions."""
+    """Describes the device, the number of threads and the versions."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_kind()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, diffusers {diffusers.__version__}"
     return f"{kind}, {torch.get_num_threads()} thread(s), {versions}, Python {platform.python_version()}"
@@ -213,15 +242,8 @@ def _cpu_kind() -> str:
     return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(aside, path)
-
-
 def batches(given: Sequence[int] | None, largest: int) -> list[int]:
-    """Batch sizes to measure: those given, else 1, 2, 4 ... up to `largest`."""
+    """Batch sizes to measure: the given ones, otherwise 1, 2, 4, ... up to `largest`."""
     if given:
         return list(given)
     return [2**power for power in range(largest.bit_length()) if 2**power <= largest]

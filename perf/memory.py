@@ -1,5 +1,7 @@
-"""What the papers' model holds in memory when it answers: weights by part and the cache of a conversation from the meta
-device, which needs no memory and no weights. On a GPU, `--measure` also builds the model and asks it.
+"""Memory of the papers' model during an answer: weights by part, key-value cache, intermediate results.
+
+Counted on the meta device, without weights in memory. On a GPU, `--measure` also builds the model, generates an answer
+and reports the peak.
 
     python perf/memory.py
     python perf/memory.py --device cuda --measure
@@ -7,13 +9,13 @@ device, which needs no memory and no weights. On a GPU, `--measure` also builds 
 
 import weakref
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import answering
 import models
 import torch
 import typer
-from measure import DEFAULT_DEVICE, DEFAULT_DTYPE, Bench, Device, DType, Size, describe_machine, write_json
+from measure import DEFAULT_DEVICE, DEFAULT_DTYPE, Bench, Device, DType, Size, describe_machine
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -21,18 +23,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sdllava import SDLlavaConfig, SDLlavaDiffusionModel, SDLlavaForConditionalGeneration
+from sdllava.atomic_files import write_json
 
 CONTEXT = 1024
-"""Tokens of the conversation that is counted: 576 of the image, the others text."""
+"""Tokens of the counted conversation: 576 image tokens, the others text."""
 BITS_PER_QUANTIZED_WEIGHT = 4.5
-"""NF4 in blocks of 64 with one float32 scale each; bitsandbytes' default."""
+"""NF4 in blocks of 64 weights with one float32 scale per block, bitsandbytes' default."""
 
 
 def part_bytes(config: SDLlavaConfig, dtype: torch.dtype, four_bit: bool = False) -> dict[str, float]:
     """Bytes of each part's weights, and of the key-value cache of `CONTEXT` tokens.
 
     Args:
-        four_bit: the language model's linear layers in NF4; embeddings, norms and `lm_head` stay in `dtype`.
+        config (`SDLlavaConfig`): The model's configuration.
+        dtype (`torch.dtype`): Dtype of the weights. The VAE is float32.
+        four_bit (`bool`): Whether the language model's linear layers are NF4. Embeddings, norms and `lm_head` keep
+            `dtype`.
     """
     with torch.device("meta"):
         model = SDLlavaForConditionalGeneration(config)
@@ -55,14 +61,20 @@ def _bytes(module: nn.Module, dtype: torch.dtype) -> float:
 
 
 class LiveResults(TorchDispatchMode):
-    """Counts the bytes of results that are alive, and the most at once."""
+    """Counts the bytes of live intermediate results, and their peak.
+
+    Args:
+        weights (`nn.Module`): A module whose parameters are not counted.
+    """
 
     def __init__(self, weights: nn.Module):
         super().__init__()
         self.alive = {p.untyped_storage()._cdata for p in weights.parameters()}
         self.bytes = self.peak = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor):
@@ -82,23 +94,20 @@ class LiveResults(TorchDispatchMode):
 
 
 def peak_results(config: SDLlavaConfig, dtype: torch.dtype) -> float:
-    """The most bytes of intermediate results at once in the VAE's encoder and in the UNet on both halves; a language model
-    that reads a conversation holds fewer.
+    """Peak bytes of intermediate results in the VAE's encoder and in the UNet on both halves.
 
-    An upper bound: there, attention keeps its whole matrix of probabilities, which fused attention never holds.
+    The prefill of the language model needs less. The figure is an upper bound: attention on the meta device stores its
+    whole probability matrix, fused attention does not.
     """
     tower_config = config.diffusion_config
     side, latent_side = tower_config.image_size, tower_config.latent_size
     with torch.device("meta"):
         tower = SDLlavaDiffusionModel(tower_config).to(dtype)
-        tower.vae.float()
+        tower.backbone.vae.float()
         pixels, latents = torch.empty(1, 3, side, side), torch.empty(1, 4, latent_side, latent_side)
         prompts = {"encoder_hidden_states": torch.empty(2, 77, tower_config.unet_config["cross_attention_dim"])}
     peaks = []
-    for read in (
-        lambda: tower.vae.encode(pixels),
-        lambda: tower.extract(latents, prompts),
-    ):
+    for read in (lambda: tower.backbone.vae.encode(pixels), lambda: tower.extract(latents, prompts)):
         with torch.no_grad(), LiveResults(tower) as live:
             read()
         peaks.append(live.peak)
@@ -106,23 +115,23 @@ def peak_results(config: SDLlavaConfig, dtype: torch.dtype) -> float:
 
 
 def quantize(language_model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold a language model's linear layers in NF4, as `BitsAndBytesConfig(load_in_4bit=True)` would, in place."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    """Converts a language model's linear layers to NF4 in place, as `BitsAndBytesConfig(load_in_4bit=True)` does."""
+    from bitsandbytes.nn import Linear4bit, Params4bit  # an optional extra
 
     for parent in list(language_model.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear:
-                how = {"quant_type": "nf4", "compress_statistics": False}
+                how: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
                 small = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, **how)
                 small.weight = Params4bit(linear.weight.data, requires_grad=False, **how)
                 setattr(parent, name, small.to(linear.weight.device))
 
 
 def measured(size: str, device: str, dtype: str, four_bit: bool = False) -> float:
-    """GiB of the GPU at most in use while a first question is answered."""
+    """Peak GiB of a GPU's memory while the model answers a first question."""
     bench = Bench("memory", size, device, dtype, 1, None)
     subjects = answering.Subjects(size, bench.device, bench.dtype)
-    subjects.ours.model.diffusion_tower.vae.float()
+    subjects.ours.model.diffusion_tower.backbone.vae.float()
     if four_bit:
         quantize(subjects.ours.model.language_model, bench.dtype)
     with torch.inference_mode():
@@ -134,27 +143,31 @@ def measured(size: str, device: str, dtype: str, four_bit: bool = False) -> floa
 
 
 def main(
-    measure: Annotated[bool, typer.Option(help="Also build both and measure; needs a GPU and bitsandbytes.")] = False,
+    measure: Annotated[
+        bool, typer.Option(help="Also build both models and measure. Needs a GPU and bitsandbytes.")
+    ] = False,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
     dtype: DType = DEFAULT_DTYPE,
     output: Path = Path(__file__).parent / "results" / "memory.json",
 ) -> None:
-    """A table of GiB by part, with and without 4-bit weights in the language model."""
+    """Prints a table of GiB by part, with and without 4-bit weights in the language model."""
     if measure and not device.startswith("cuda"):
-        raise SystemExit("--measure needs a GPU: give --device cuda, or leave it out for what the meta device tells")
+        raise SystemExit(f"--measure needs a GPU, not --device {device!r}. Use --device cuda, or omit --measure.")
     config = models.model_config(size)
     half = torch.bfloat16
     columns = {"bfloat16": part_bytes(config, half), "4-bit language model": part_bytes(config, half, four_bit=True)}
     for column in columns.values():
-        column["intermediate results, at most"] = peak_results(config, half)
-        column["all"] = sum(column.values())
+        column["intermediate results (upper bound)"] = peak_results(config, half)
+        column["total"] = sum(column.values())
     table = Table("GiB", *columns, title=f"memory, {size}", box=None)
     for name in columns["bfloat16"]:
         table.add_row(name, *(f"{column[name] / 2**30:.2f}" for column in columns.values()))
     console = Console()
     console.print(table)
-    found = {"gib": {name: {k: v / 2**30 for k, v in column.items()} for name, column in columns.items()}}
+    found: dict[str, Any] = {
+        "gib": {name: {k: v / 2**30 for k, v in column.items()} for name, column in columns.items()}
+    }
     if measure:
         found["measured_gib"] = {}
         for name in columns:
@@ -162,7 +175,7 @@ def main(
             found["measured_gib"][name] = gib
             console.print(f"measured, {name}: {gib:.2f} GiB on {describe_machine(torch.device(device))}")
     else:
-        console.print("computed on the meta device; measure it on a GPU with --device cuda --measure")
+        console.print("Computed on the meta device. To measure on a GPU, add --device cuda --measure.")
     write_json(output, found)
 
 

@@ -1,6 +1,7 @@
-"""Models of the published sizes, and small ones, with random weights that are made fast."""
+"""Models of the published sizes, and small ones, with random weights that are fast to create."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,17 +63,26 @@ SDXL = {
     "null_input_ids_2": [49406, 49407] + [0] * 75,
 }
 DIFFUSION_MODELS: dict[str, dict[str, Any]] = {"sd15": SD_1_5, "sd21": {}, "sdxl": SDXL}
-"""The part of each published configuration that differs from Stable Diffusion 2.1-base's."""
+"""The fields of each published configuration that differ from Stable Diffusion 2.1-base's."""
 
 _SMALL_CHANNELS = {"sd15": [32, 64, 128, 128], "sd21": [32, 64, 128, 128], "sdxl": [32, 64, 128]}
 _SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SMALL_VAE = {**STABLE_DIFFUSION_2_1_BASE["vae_config"], "block_out_channels": [32, 32, 64, 64], "norm_num_groups": 8}
 
 
-def diffusion_config(model: str, size: str, **fields) -> SDLlavaDiffusionConfig:
-    """The tower's configuration for `sd15`, `sd21` or `sdxl`, at the papers' tap, t = 50 and s = 4."""
+def diffusion_config(model: str, size: str, **fields: Any) -> SDLlavaDiffusionConfig:
+    """The diffusion tower's configuration, by default at the papers' tap, t = 50 and s = 4.
+
+    Args:
+        model (`str`): `"sd15"`, `"sd21"` or `"sdxl"`.
+        size (`str`): `"full"` or `"mini"`.
+        fields (`Any`): Fields of `SDLlavaDiffusionConfig` to change.
+
+    Raises:
+        SystemExit: If there is no such model.
+    """
     if model not in DIFFUSION_MODELS:
-        raise SystemExit(f"--model {model!r} is not one of {', '.join(DIFFUSION_MODELS)}")
+        raise SystemExit(f"--model {model!r} is not supported. Use {', '.join(DIFFUSION_MODELS)}.")
     parts = {**STABLE_DIFFUSION_2_1_BASE, **DIFFUSION_MODELS[model]}
     if size == "mini":
         parts = _shrink(model, parts)
@@ -82,7 +92,7 @@ def diffusion_config(model: str, size: str, **fields) -> SDLlavaDiffusionConfig:
 
 def _shrink(model: str, parts: dict[str, Any]) -> dict[str, Any]:
     encoders = [name for name in ("text_encoder_config", "text_encoder_2_config") if name in parts]
-    text = {name: {**parts[name], **_SMALL_TEXT, "projection_dim": 64} for name in encoders}
+    text: dict[str, Any] = {name: {**parts[name], **_SMALL_TEXT, "projection_dim": 64} for name in encoders}
     channels = _SMALL_CHANNELS[model]
     unet = {
         **parts["unet_config"],
@@ -97,21 +107,21 @@ def _shrink(model: str, parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def vision_config(size: str) -> CLIPVisionConfig:
-    """CLIP ViT-L/14-336, or a small CLIP."""
+    """The configuration of CLIP ViT-L/14-336, or of a small CLIP."""
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     small |= {"image_size": 112, "patch_size": 14}
     return CLIPVisionConfig(**{**CLIP_VIT_L_14_336, **(small if size == "mini" else {})})
 
 
 def text_config(size: str) -> LlamaConfig:
-    """Vicuna-7B's configuration, or a small Llama's."""
+    """The configuration of Vicuna-7B, or of a small Llama."""
     small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
     sizes = {**small, "num_key_value_heads": 4, "vocab_size": 2048} if size == "mini" else {"vocab_size": 32064}
     return LlamaConfig(**sizes, max_position_embeddings=4096)
 
 
-def model_config(size: str, model: str = "sd21", **fields) -> SDLlavaConfig:
-    """The papers' model: the diffusion tower, CLIP and the language model, cross-attention."""
+def model_config(size: str, model: str = "sd21", **fields: Any) -> SDLlavaConfig:
+    """The configuration of the papers' model: diffusion tower, CLIP, language model, cross-attention fusion."""
     return SDLlavaConfig(
         **{
             "text_config": text_config(size),
@@ -125,9 +135,19 @@ def model_config(size: str, model: str = "sd21", **fields) -> SDLlavaConfig:
 
 
 def fill_randomly(module: nn.Module, device: torch.device, dtype: torch.dtype, std: float = 0.02) -> nn.Module:
-    """Give a module of the meta device memory and weights: norms of one, biases of zero, else normal ones.
+    """Allocates a module's meta parameters in place and fills them.
 
-    A block of normal numbers is drawn once and repeated, since drawing billions of them takes minutes.
+    Vectors become ones, biases zeros, and other weights normal numbers. One block of normal numbers is drawn and
+    repeated, because drawing billions of numbers takes minutes.
+
+    Args:
+        module (`nn.Module`): A module on the meta device.
+        device (`torch.device`): Device of the new parameters.
+        dtype (`torch.dtype`): Dtype of the new parameters.
+        std (`float`): Standard deviation of the normal numbers.
+
+    Returns:
+        `nn.Module`: The same module.
     """
     drawn = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(std)
     for child in module.modules():
@@ -145,8 +165,15 @@ def fill_randomly(module: nn.Module, device: torch.device, dtype: torch.dtype, s
     return module
 
 
-def build(make, config, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of a configuration with random weights, in evaluation mode; tensors that are no weights are computed."""
+def build(make: Callable[[Any], nn.Module], config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Builds a model with random weights and computed buffers, in evaluation mode.
+
+    Args:
+        make (`Callable`): A model class.
+        config (`PreTrainedConfig`): Its configuration.
+        device (`torch.device`): Device of the weights.
+        dtype (`torch.dtype`): Dtype of the weights.
+    """
     with torch.device("meta"):
         model = make(config)
     fill_randomly(model, device, dtype)
@@ -160,20 +187,24 @@ def build(make, config, device: torch.device, dtype: torch.dtype) -> Any:
 def _buffer(module: nn.Module, name: str, buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
     if name == "position_ids":
         return torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-    return getattr(type(module)(module.config), name).to(device)  # a rotary embedding's frequencies
+    rotary_embedding: Any = type(module)
+    return getattr(rotary_embedding(module.config), name).to(device)  # its frequencies
 
 
-def build_tower(model: str, size: str, device: torch.device, dtype: torch.dtype, **fields) -> SDLlavaDiffusionModel:
-    """A tower with random weights, its VAE in the same dtype."""
+def build_tower(
+    model: str, size: str, device: torch.device, dtype: torch.dtype, **fields: Any
+) -> SDLlavaDiffusionModel:
+    """Builds a diffusion tower with random weights. The VAE has the same dtype. See `diffusion_config` for `fields`."""
     return build(SDLlavaDiffusionModel, diffusion_config(model, size, **fields), device, dtype)
 
 
 def build_vision(size: str, device: torch.device, dtype: torch.dtype) -> CLIPVisionModel:
+    """Builds a CLIP vision encoder with random weights."""
     return build(CLIPVisionModel, vision_config(size), device, dtype)
 
 
 def build_tiny_vae(size: str, device: torch.device, dtype: torch.dtype) -> AutoencoderTiny:
-    """An autoencoder of TAESD's size, which is diffusers' default."""
+    """Builds a tiny autoencoder with random weights, of TAESD's size (diffusers' default) or smaller."""
     small = {"encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4}
     with torch.device("meta"):
         vae = AutoencoderTiny(**(small if size == "mini" else {}))
@@ -183,11 +214,14 @@ def build_tiny_vae(size: str, device: torch.device, dtype: torch.dtype) -> Autoe
 def build_llava(
     size: str, device: torch.device, dtype: torch.dtype, tie_layers: bool = False
 ) -> LlavaForConditionalGeneration:
-    """Transformers' own LLaVA-1.5.
+    """Builds transformers' LLaVA-1.5 with random weights.
 
     Args:
-        tie_layers: all layers of the language model use the weights of the first. It then computes as much, and reads
-            as much per token as long as a layer is larger than the caches, but holds little.
+        size (`str`): `"full"` or `"mini"`.
+        device (`torch.device`): Device of the weights.
+        dtype (`torch.dtype`): Dtype of the weights.
+        tie_layers (`bool`): Whether all layers of the language model use the weights of the first. The number of
+            operations stays the same, and the bytes read per token too if a layer is larger than the CPU's caches.
     """
     text, vision = text_config(size), vision_config(size)
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=text.vocab_size - 1)
@@ -205,7 +239,13 @@ def build_llava(
 
 
 def build_ours(llava: LlavaForConditionalGeneration, size: str, diffusion: bool = True) -> Any:
-    """Our model around the parts of a LLaVA, whose weights it shares; without `diffusion`, with CLIP alone."""
+    """Builds our model around the parts of a LLaVA. The weights are shared.
+
+    Args:
+        llava (`LlavaForConditionalGeneration`): The LLaVA.
+        size (`str`): Its size.
+        diffusion (`bool`): Whether the model has a diffusion tower; otherwise it has CLIP only.
+    """
     weight = llava.lm_head.weight
     config = model_config(size) if diffusion else model_config(size, diffusion_config=None)
     with torch.device("meta"):

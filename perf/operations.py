@@ -1,8 +1,9 @@
-"""Operations, counted on the meta device: of the UNet's pass, whole and up to the papers' tap, which is what a cut can
-gain at most; of an answer's first token; and of a training sample, which tells what share of a GPU the aimed-at rates
-take.
+"""Operation counts on the meta device.
 
-    python perf/operations.py                     # full size; takes a minute and no memory
+Of the UNet's pass, whole and up to the papers' tap: the upper limit of what stopping there can gain. Of the first token
+of an answer. Of one training sample, with the share of a GPU's peak that the targeted rates need.
+
+    python perf/operations.py                     # full size; a minute, without weights in memory
 """
 
 from typing import Any
@@ -15,17 +16,17 @@ from measure import Size, count_gflop
 from models import model_config
 from rich.console import Console
 from rich.table import Table
-from training import PAPER_RATES, text_lengths
+from training import PAPER_RATES, Stage, text_lengths
 
 from sdllava import SDLlavaForConditionalGeneration
 
 META = torch.device("meta")
 H100_TFLOPS = 989
-"""Dense bfloat16 products of an H100 SXM a second, after NVIDIA's data sheet, 10^12."""
+"""Dense bfloat16 TFLOP/s of an H100 SXM, from NVIDIA's data sheet."""
 
 
 def empty_images(config: Any) -> dict[str, torch.Tensor]:
-    """One image and one question, without contents."""
+    """The image inputs and the prompt of one sample, as meta tensors."""
     side, clip_side = config.diffusion_config.image_size, config.vision_config.image_size
     return {
         "pixel_values": torch.empty(1, 3, clip_side, clip_side, device=META),
@@ -34,39 +35,64 @@ def empty_images(config: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def read_conversation(model: Any, image_features: torch.Tensor, text_tokens: int, kept: int) -> torch.Tensor:
-    """Logits `(1, kept, vocabulary)` of the last tokens of an image's features with text behind them."""
+def read_conversation(model: Any, image_features: torch.Tensor, text_tokens: int, last: int) -> torch.Tensor:
+    """Runs the language model on image features followed by text.
+
+    Args:
+        model (`SDLlavaForConditionalGeneration`): A model on the meta device.
+        image_features (`torch.Tensor` of shape `(1, tokens, hidden_size)`): Projected image features.
+        text_tokens (`int`): Number of text tokens.
+        last (`int`): Number of tokens to compute logits for.
+
+    Returns:
+        `torch.Tensor` of shape `(1, last, vocab_size)`: Logits of the last tokens.
+    """
     text = model.get_input_embeddings()(torch.empty(1, text_tokens, dtype=torch.long, device=META))
     tokens = torch.cat([image_features, text], dim=1)
-    mask = torch.empty(1, 1, tokens.shape[1], tokens.shape[1], device=META)  # given, as making one needs values
+    mask = torch.empty(1, 1, tokens.shape[1], tokens.shape[1], device=META)  # transformers' own mask needs values
     hidden_states = model.model.language_model(inputs_embeds=tokens, attention_mask=mask).last_hidden_state
-    return model.lm_head(hidden_states[:, -kept:])
+    return model.lm_head(hidden_states[:, -last:])
 
 
 def first_token(ours: Any, clip_only: Any) -> list[tuple[str, float, float]]:
-    """Ways to ask: their name, GFLOP of the first token, and what that is with CLIP alone."""
+    """Operations up to the first token.
 
-    def gflop(model: Any, **inputs) -> float:
+    Args:
+        ours (`SDLlavaForConditionalGeneration`): The whole model on the meta device.
+        clip_only (`SDLlavaForConditionalGeneration`): The same model without a diffusion tower.
+
+    Returns:
+        `list[tuple[str, float, float]]`: For a first and a follow-up question: its name, the GFLOP of the whole model,
+            and the GFLOP with CLIP only.
+    """
+
+    def gflop(model: Any, **inputs: Any) -> float:
         def call() -> None:
             features = torch.stack(model.get_image_features(**inputs).pooler_output)
-            read_conversation(model, features, QUESTION_TOKENS, kept=1)
+            read_conversation(model, features, QUESTION_TOKENS, last=1)
 
         return count_gflop(call)[0]
 
     images = empty_images(ours.config)
     pixels, diffusion_pixels, question = images.values()
     with torch.no_grad():
-        kept, clip_kept = ours.encode_images(pixels, diffusion_pixels), clip_only.encode_images(pixels)
+        cached, clip_cached = ours.encode_images(pixels, diffusion_pixels), clip_only.encode_images(pixels)
         first = gflop(ours, **images), gflop(clip_only, pixel_values=pixels)
         follow_up = (
-            gflop(ours, image_encodings=kept, diffusion_input_ids=question),
-            gflop(clip_only, image_encodings=clip_kept),
+            gflop(ours, image_encodings=cached, diffusion_input_ids=question),
+            gflop(clip_only, image_encodings=clip_cached),
         )
     return [("first question", *first), ("follow-up question", *follow_up)]
 
 
-def training_sample(model: Any, stage: str, recompute: bool) -> float:
-    """GFLOP of a forward and backward pass on a sample of mean length, the language model's activations kept or not."""
+def training_sample(model: Any, stage: Stage, recompute: bool) -> float:
+    """GFLOP of a forward and backward pass on one sample of mean length.
+
+    Args:
+        model (`SDLlavaForConditionalGeneration`): A model on the meta device.
+        stage (`str`): `"align"` or `"finetune"`.
+        recompute (`bool`): Whether the language model's activations are recomputed in the backward pass.
+    """
     model.train().set_stage(stage)
     language_model = model.model.language_model
     if recompute:
@@ -78,13 +104,13 @@ def training_sample(model: Any, stage: str, recompute: bool) -> float:
 
     def call() -> None:
         features = torch.stack(model.get_image_features(**empty_images(model.config)).pooler_output)
-        read_conversation(model, features, text_tokens, kept=text_tokens).sum().backward()
+        read_conversation(model, features, text_tokens, last=text_tokens).sum().backward()
 
     return count_gflop(call)[0]
 
 
 def unet_table(size: str) -> Table:
-    """One prompt and both halves of the guidance, stock and ours."""
+    """One prompt, and both halves of the guidance: the stock UNet and ours."""
     table = Table("GFLOP", "whole UNet", "to the tap", "ratio", "both halves, whole", "ours", "ratio", box=None)
     for name in ("sd15", "sd21", "sdxl"):
         subject = Subject(name, size, META, torch.float32, batch=1)
@@ -97,28 +123,36 @@ def unet_table(size: str) -> Table:
     return table
 
 
-def main(size: Size = "full") -> None:
-    """Three tables: the UNet, the first token, training."""
-    console = Console()
-    console.print(unet_table(size))
+def first_token_table(model: Any, clip_only: Any) -> Table:
+    """The first token of a first and of a follow-up question, with and without the diffusion tower."""
+    table = Table("first token, GFLOP", "ours", "CLIP only", "ratio", box=None)
+    for name, gflop, baseline in first_token(model, clip_only):
+        table.add_row(name, f"{gflop:.0f}", f"{baseline:.0f}", f"{gflop / baseline:.2f}")
+    return table
 
-    with META:
-        model = SDLlavaForConditionalGeneration(model_config(size)).eval()
-        clip_only = SDLlavaForConditionalGeneration(model_config(size, diffusion_config=None)).eval()
-    table = Table("first token, GFLOP", "ours", "CLIP alone", "ratio", box=None)
-    for name, gflop, alone in first_token(model, clip_only):
-        table.add_row(name, f"{gflop:.0f}", f"{alone:.0f}", f"{gflop / alone:.2f}")
-    console.print(table)
 
-    table = Table("training", "activations", "GFLOP a sample", "aimed at", f"of {H100_TFLOPS} TFLOP/s", box=None)
+def training_table(model: Any) -> Table:
+    """One training sample of both stages, and the share of an H100's peak at twice the papers' rates."""
+    table = Table("training", "activations", "GFLOP per sample", "target", f"of {H100_TFLOPS} TFLOP/s", box=None)
     for stage, paper_rate in PAPER_RATES.items():
         rate = 2 * paper_rate
         for recompute in (False, True):
             gflop = training_sample(model, stage, recompute)
             share = rate * gflop / 1e3 / H100_TFLOPS
-            how = "recomputed" if recompute else "kept"
-            table.add_row(stage, how, f"{gflop:.0f}", f"{rate} samples/s and GPU", f"{share:.0%}")
-    console.print(table)
+            how = "recomputed" if recompute else "stored"
+            table.add_row(stage, how, f"{gflop:.0f}", f"{rate} samples/s per GPU", f"{share:.0%}")
+    return table
+
+
+def main(size: Size = "full") -> None:
+    """Prints three tables: the UNet, the first token, training."""
+    console = Console()
+    console.print(unet_table(size))
+    with META:
+        model = SDLlavaForConditionalGeneration(model_config(size)).eval()
+        clip_only = SDLlavaForConditionalGeneration(model_config(size, diffusion_config=None)).eval()
+    console.print(first_token_table(model, clip_only))
+    console.print(training_table(model))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Evaluation on photographs: images read, resized and tokenized in line with the model, or one batch ahead in a thread.
+"""Evaluation on photographs: images prepared between model calls, or one batch ahead in a thread.
 
-python perf/preprocessing.py                   # the embedded miniature
-python perf/preprocessing.py --model MODEL --device cuda
+Both ways give the same replies.
+
+    python perf/preprocessing.py                   # the embedded miniature
+    python perf/preprocessing.py --model MODEL --device cuda
 """
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,11 +20,11 @@ from sdllava.evaluation.responder import Responder, load_model
 from sdllava.evaluation.runner import one_ahead
 
 PHOTOGRAPH = (640, 480)
-"""Width and height of COCO's photographs, which most benchmarks take theirs from."""
+"""Width and height of COCO's photographs, the source of most benchmarks."""
 
 
 def photographs(folder: Path, count: int) -> list[Sample]:
-    """Questions on JPEG files of blurred noise, one each."""
+    """Writes JPEG files of blurred noise and returns one question per file."""
     draw = torch.Generator().manual_seed(0)
     samples = []
     for i in range(count):
@@ -32,8 +34,8 @@ def photographs(folder: Path, count: int) -> list[Sample]:
     return samples
 
 
-def ways(model, processor, samples: list[Sample], batch: int) -> dict[str, Call]:
-    """Both ways to answer all samples, with nothing kept from an earlier round."""
+def ways(model: Any, processor: Any, samples: list[Sample], batch: int) -> dict[str, Call]:
+    """Both ways to answer all samples. Each call starts without cached images."""
     batches = [samples[start : start + batch] for start in range(0, len(samples), batch)]
     generation = {"do_sample": False, "max_new_tokens": 8}
 
@@ -49,26 +51,26 @@ def ways(model, processor, samples: list[Sample], batch: int) -> dict[str, Call]
         prepared = one_ahead(lambda group: responder.prepare(group, questions(group)), batches)
         return [responder.reply(group, generation, questions(group), prepared=next(prepared)) for group in batches]
 
-    return {f"prepared in line, batches of {batch}": in_line, f"prepared one ahead, batches of {batch}": ahead}
+    return {f"prepared between calls, batches of {batch}": in_line, f"prepared one ahead, batches of {batch}": ahead}
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A checkpoint of ours, or any image-text-to-text model.")] = "mini",
-    batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 8,
-    count: Annotated[int, typer.Option(min=1, help="Photographs.")] = 64,
+    model: Annotated[str, typer.Option(help="An sdllava checkpoint, or any image-text-to-text model.")] = "mini",
+    batch: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="Number of photographs.")] = 64,
     device: Device = DEFAULT_DEVICE,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     repeats: Repeats = 5,
     output: Output = None,
 ) -> None:
-    """Wall-clock seconds for all photographs."""
+    """Measures the wall-clock seconds for all photographs."""
     bench = Bench("preprocessing", "given", device, "float32", repeats, output, model=model, wall_clock=True)
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded_model, processor = load_model(model, dtype=dtype, device=device)
     with tempfile.TemporaryDirectory() as folder:
-        calls = ways(*loaded, photographs(Path(folder), count), batch)
+        calls = ways(loaded_model, processor, photographs(Path(folder), count), batch)
         bench.time(calls, per_call=count)
     in_line, ahead = (bench.results[name] for name in calls)
-    bench.rows[-1].note = "the same replies" if in_line == ahead else "OTHER REPLIES"
+    bench.rows[-1].note = "the same replies" if in_line == ahead else "DIFFERENT REPLIES"
     bench.report()
 
 

@@ -1,9 +1,9 @@
-"""A tiny autoencoder in place of the VAE: what it saves, and how far the features move.
+"""A tiny autoencoder instead of the VAE: the time that it saves, and the change of the features.
 
     python perf/tiny_vae.py MODEL TINY_VAE image.jpg ...
 
-MODEL is a checkpoint of ours or a diffusers repository, TINY_VAE a diffusers AutoencoderTiny such as
-`madebyollin/taesd` (for SDXL `madebyollin/taesdxl`). The difference only says something with real weights.
+MODEL is an sdllava checkpoint or a diffusers repository. TINY_VAE is a diffusers `AutoencoderTiny`, for example
+`madebyollin/taesd` (for SDXL `madebyollin/taesdxl`). The change of the features is only meaningful with real weights.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from sdllava.processors import diffusion_image_processor
 
 
 def load_tower(model: str, dtype: torch.dtype) -> SDLlavaDiffusionModel:
-    """The tower of a checkpoint of ours, or one around a diffusers repository."""
+    """Loads the diffusion tower of an sdllava checkpoint, or builds one around a diffusers repository."""
     if Path(model, "model_index.json").exists() or not Path(model).is_dir():
         return SDLlavaDiffusionModel.from_component_pretrained(model, truncate=True, dtype=dtype)
     return SDLlavaDiffusionModel.from_pretrained(model, dtype=dtype)
@@ -33,7 +33,7 @@ def main(
     repeats: Repeats = 3,
     output: Output = None,
 ) -> None:
-    """The time of both encoders on the images, and the distance of the features that follow."""
+    """Measures the time of both encoders on the images, and the difference between the resulting features."""
     bench = Bench("tiny autoencoder", "given", device, dtype, repeats, output, images=len(images))
     tower = load_tower(model, bench.dtype).to(bench.device).eval()
     process = diffusion_image_processor(tower.config)
@@ -49,7 +49,7 @@ def main(
         features = tower(latents=tower.encode_latents(pixels)).last_hidden_state.float()
         cosine = torch.cosine_similarity(features, expected, dim=-1).mean()
         error = (features - expected).norm() / expected.norm()
-        row.note = f"features of the empty prompt: relative difference {error:.3f}, cosine {cosine:.3f}"
+        row.note = f"unconditional features: relative difference {error:.3f}, cosine {cosine:.3f}"
     bench.report()
 
 

@@ -14,6 +14,7 @@ import pytest
 from sdllava.data.images import open_image, resolve_image
 from sdllava.data.records import RecordError, sample_key, split_content, split_turns, to_record
 from sdllava.data.sources import DataSource, load_data, row_features
+from sdllava.image_loading import load_rgb
 
 
 def llava(i: int, image: str | None = None, question: str = "<image>\nWhat is it?") -> dict:
@@ -61,7 +62,7 @@ def test_every_format_gives_the_same_record():
     assert len({sample_key(record) for record in found}) == 1
 
 
-def test_prompt_and_completion_supervise_the_completion_alone():
+def test_of_prompt_and_completion_only_the_completion_is_supervised():
     row = {"prompt": conversation("one", "two", "three"), "completion": [{"role": "assistant", "content": "four"}]}
     record = to_record(row)
     assert record["supervised_from"] == 3
@@ -188,7 +189,13 @@ def test_bad_samples_carry_file_and_line(tmp_path, streaming):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [('{"a": 1}', "no JSON array"), ('[{"a": 1}\n{"b"', ":2 is no JSON"), ("", ":1"), ("[]", "holds no samples")],
+    [
+        ('{"a": 1}', r"a\.json:1 is not a JSON array of samples: '{\"a\": 1}'\."),
+        ('[{"a": 1}\n{"b"', r"a\.json:2 is not a JSON array"),
+        ('[{"a": 1},\n{"b"]', r"a\.json:2 is not JSON: "),
+        ("", r"a\.json:1 is not a JSON array"),
+        ("[]", r"a\.json' does not hold any samples\."),
+    ],
 )
 def test_a_broken_json_file_names_its_line(tmp_path, text, reason):
     (tmp_path / "a.json").write_text(text)
@@ -196,28 +203,37 @@ def test_a_broken_json_file_names_its_line(tmp_path, text, reason):
         load_data([DataSource(str(tmp_path / "a.json"))])
 
 
-def test_missing_sources_say_so(tmp_path):
-    for streaming in (False, True):
-        with pytest.raises(FileNotFoundError, match=r"no data file .*b\.json"):
-            load_data([DataSource(str(tmp_path / "b.json"))], streaming=streaming)
-    with pytest.raises(ValueError, match="at least one source"):
-        load_data([])
-    with pytest.raises(ValueError, match="every source a weight or none"):
-        load_data([DataSource("a.json", weight=1.0), DataSource("b.json")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_files_are_named(tmp_path, streaming):
+    with pytest.raises(FileNotFoundError, match=r"There is no data file '.*b\.json'\."):
+        load_data([DataSource(str(tmp_path / "b.json"))], streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ((), r"There is no training data\. Name at least one source"),
+        ((1.0, None), r"the weights \[1\.0, None\]\. Give every source a weight, or none\."),
+        ((1.0, 0.0), r"the weights \[1\.0, 0\.0\]\. Use weights above 0\."),
+    ],
+)
+def test_unusable_sources_say_why(weights, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_data([DataSource("a.json", weight=weight) for weight in weights])
 
 
 def test_mixtures_follow_their_weights_streamed_or_not(tmp_path):
-    for name, count in (("a", 300), ("b", 60)):
+    for name, count in (("a", 120), ("b", 24)):
         (tmp_path / f"{name}.json").write_text(json.dumps([llava(i, question=f"{name}?") for i in range(count)]))
     sources = [DataSource(str(tmp_path / f"{name}.json"), weight=weight) for name, weight in (("a", 3), ("b", 1))]
     mixed = [row["messages"][0]["content"] + row["messages"][1]["content"] for row in load_data(sources, seed=5)]
     streamed = load_data(sources, streaming=True, seed=5)
     assert [row["messages"][0]["content"] + row["messages"][1]["content"] for row in streamed] == mixed
-    assert len(set(mixed)) == 360
+    assert len(set(mixed)) == 144
     share = np.mean([sample.startswith("b") for sample in mixed])
     assert abs(share - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(mixed))
     plain = load_data([DataSource(source.path) for source in sources])
-    assert [row["messages"][0]["content"] for row in plain] == ["a?"] * 300 + ["b?"] * 60
+    assert [row["messages"][0]["content"] for row in plain] == ["a?"] * 120 + ["b?"] * 24
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -245,19 +261,19 @@ def test_image_paths_never_leave_the_folder(tmp_path, images, path):
     PIL.Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     (images / "link.png").symlink_to(tmp_path / "secret.png")
     (images / "link").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(RecordError, match="leaves the image folder"):
+    with pytest.raises(RecordError, match="is outside the image folder"):
         open_image(path, str(images))
 
 
 def test_remote_image_folders():
     assert resolve_image("a/b.png", "s3://bucket/images") == "s3://bucket/images/a/b.png"
     for path in ("../b.png", "/b.png", "s3://other/b.png"):
-        with pytest.raises(RecordError, match="leaves the image folder"):
+        with pytest.raises(RecordError, match="is outside the image folder 's3://bucket/images'"):
             resolve_image(path, "s3://bucket/images")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_and_images_behind_an_address(images, streaming):
+def test_files_and_images_at_an_address(images, streaming):
     with fsspec.open("memory://bucket/a.jsonl", "wt") as stream:
         stream.write(json.dumps(llava(0, "sub/1.png")))
     with fsspec.open("memory://bucket/images/sub/1.png", "wb") as stream:
@@ -269,8 +285,10 @@ def test_files_and_images_behind_an_address(images, streaming):
 
 def test_unreadable_images_say_so(images):
     (images / "bad.png").write_bytes(b"no image")
-    with pytest.raises(RecordError, match=r"cannot be read, bad\.png"):
+    with pytest.raises(RecordError, match=r"cannot be read, 'bad\.png': "):
         open_image("bad.png", str(images))
+    with pytest.raises(RecordError, match="has an image that cannot be read: "):
+        open_image({"bytes": b"no image", "path": None}, None)
     with pytest.raises(RecordError, match=r"'none\.png', which is not in the image folder"):
         open_image("none.png", str(images))
     for name in ("a\0.png", "a" * 400 + ".png"):
@@ -281,5 +299,45 @@ def test_unreadable_images_say_so(images):
 
 
 def test_a_mistyped_path_is_not_looked_up_on_the_hub():
-    with pytest.raises(FileNotFoundError, match=r"no data at '\./own_dta': give an existing file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"no data at '\./own_dta'\. Give an existing file or folder"):
         list(load_data([DataSource("./own_dta")]))
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "revision"),
+    [
+        (DataSource("owner/name", "config", "validation"), "owner/name", None),
+        (DataSource("owner/name", "config", "validation", "v1"), "owner/name", "v1"),
+        (DataSource("owner/name@v2", "config", "validation"), "owner/name", "v2"),
+        (DataSource("s3://bucket@x/name", "config", "validation"), "s3://bucket@x/name", None),
+    ],
+)
+def test_repositories_are_loaded_at_their_revision(source, name, revision, monkeypatch):
+    def load(*arguments, **options):
+        assert arguments == (name, "config")
+        assert options == {"split": "validation", "revision": revision, "streaming": False}
+        return datasets.Dataset.from_list([{"messages": conversation("q", "a")}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (row,) = load_data([source])
+    assert row["messages"] == conversation("q", "a")
+
+
+@pytest.mark.parametrize("given", ["path", "bytes", "opened"])
+def test_a_transparent_image_has_the_pixels_that_answering_reads(images, given):
+    """Half-covered red on white, wherever the record holds the image."""
+    file = images / "clear.png"
+    PIL.Image.new("RGBA", (8, 6), (200, 0, 0, 128)).save(file)
+    image = {"path": "clear.png", "bytes": {"bytes": file.read_bytes()}, "opened": PIL.Image.open(file)}[given]
+    opened = open_image(image, str(images))
+    assert opened.mode == "RGB"
+    assert np.array_equal(np.asarray(opened), np.asarray(load_rgb(file)))
+    assert opened.getpixel((0, 0)) == (227, 127, 127)
+
+
+def test_images_are_upright(images):
+    turned = PIL.Image.new("RGB", (8, 6), (10, 20, 30))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(images / "turned.jpg", exif=exif)
+    assert open_image("turned.jpg", str(images)).size == (6, 8)

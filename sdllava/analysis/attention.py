@@ -1,8 +1,7 @@
-"""Where the words of a question look in an image (S3, section 4.1, Figures 4, 10 and 11)."""
+"""Attention of image positions to the words of a question (S3, section 4.1, Figures 4, 10 and 11)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..attention_maps import AttentionMaps
 from ..diffusion import SDLlavaDiffusionModel
-from ..image_loading import load_rgb
+from ..image_loading import ImageLike, load_rgb
 from ..modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaImageEncodings
 from ..pipeline import check_question
 from ..processors import SDLlavaProcessor
 from .loading import short_name
-from .reading import read_elsewhere
+from .reading import reconfigure
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,9 @@ class Word:
     """A word of a prompt.
 
     Args:
-        text (`str`): as in the prompt; special tokens are `<begin>`, `<end>`, `<padding>` and `<implicit caption>`.
-        tokens (`tuple[int, ...]`): positions of its tokens in the prompt.
-        special (`bool`): no word of the question.
+        text (`str`): As in the prompt. Special tokens are `<begin>`, `<end>`, `<padding>` and `<implicit caption>`.
+        tokens (`tuple[int, ...]`): Positions of its tokens in the prompt.
+        special (`bool`): Whether it stands for special tokens.
     """
 
     text: str
@@ -40,12 +39,12 @@ class HeatMap:
     """A map over an image.
 
     Args:
-        values (`np.ndarray` of shape `(height, width)`, float32): at the image's own size.
-        grid (`np.ndarray` of shape `(side, side)`, float32): as the model sees it, over the padded square.
-        image (`PIL.Image.Image`): what it lies over.
-        label (`str`): what it shows.
-        unit (`str`): of the values.
-        place (`str`): model, layers and timesteps, for titles.
+        values (`np.ndarray` of shape `(height, width)`, float32): At the image's size.
+        grid (`np.ndarray` of shape `(side, side)`, float32): Over the padded square, at the layers' resolution.
+        image (`PIL.Image.Image`): Upright RGB, not padded.
+        label (`str`): The word or words.
+        unit (`str`): Unit of the values.
+        description (`str`): Model, layers and timesteps, for titles.
     """
 
     values: np.ndarray
@@ -53,56 +52,63 @@ class HeatMap:
     image: Image.Image
     label: str
     unit: str
-    place: str
+    description: str
 
 
 @dataclass
 class QuestionAttention:
-    """The attention of one image's positions to the words of its question.
+    """The attention of an image's positions to the words of a question.
 
     Args:
-        words (`list[Word]`): in the order of the prompt, special tokens among them.
-        maps (`np.ndarray` of shape `(len(words), side, side)`, float32): the share of attention that each word gets,
-            its tokens added up; over words it sums to one.
-        image (`PIL.Image.Image`): upright RGB, not padded.
-        place (`str`): layers and timesteps, for titles.
+        words (`list[Word]`): In the order of the prompt, with special tokens.
+        maps (`np.ndarray` of shape `(len(words), side, side)`, float32): Each word's share of the attention, summed
+            over its tokens. The shares of all words sum to one.
+        image (`PIL.Image.Image`): Upright RGB, not padded.
+        description (`str`): Layers and timesteps, for titles.
     """
 
     words: list[Word]
     maps: np.ndarray
     image: Image.Image
-    place: str
+    description: str
 
     def word(self, word: int | str) -> HeatMap:
-        """The map of a word by its index in `words`, or of every occurrence of a text."""
+        """The map of one word.
+
+        Args:
+            word: Its index in `words`, or its text. The maps of all occurrences of a text are summed.
+
+        Raises:
+            ValueError: The question does not have the word.
+        """
         if isinstance(word, int):
             chosen = [word]
         else:
             chosen = [i for i, known in enumerate(self.words) if known.text.lower() == word.lower()]
         if not chosen:
-            known = [w.text for w in self.words if not w.special]
-            raise ValueError(f"the question has no word {word!r}: it has {known}")
+            known_words = [w.text for w in self.words if not w.special]
+            raise ValueError(f"The question does not have the word {word!r}. Use one of {known_words}.")
         return self._heat_map(chosen, f"“{self.words[chosen[0]].text}”")
 
     def question(self) -> HeatMap:
-        """The map of all words together, special tokens left out."""
+        """The sum of the maps of all words, without special tokens."""
         return self._heat_map([i for i, word in enumerate(self.words) if not word.special], "the question's words")
 
     def _heat_map(self, words: list[int], label: str) -> HeatMap:
         grid = self.maps[words].sum(axis=0)
         values = map_onto_image(grid, self.image.size)
-        return HeatMap(values, grid, self.image, label, "share of attention", self.place)
+        return HeatMap(values, grid, self.image, label, "share of attention", self.description)
 
 
 def words_in_prompt(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], num_tokens: int | None = None
 ) -> list[Word]:
-    """The words of a tokenized prompt, sub-word tokens joined.
+    """The words of a tokenized prompt, with sub-word tokens joined.
 
     Args:
         tokenizer: CLIP's, which marks the end of a word with `</w>`.
-        input_ids: token ids of one prompt, with begin, end and padding.
-        num_tokens: length of what the UNet saw, where implicit caption tokens follow the prompt.
+        input_ids: Token ids of one prompt, with begin, end and padding.
+        num_tokens: Length of the prompt in the UNet. It is longer where implicit caption tokens follow the text.
     """
     ids = [int(i) for i in input_ids]
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
@@ -121,7 +127,7 @@ def words_in_prompt(
 
 
 def join_words(maps: torch.Tensor, words: Sequence[Word]) -> np.ndarray:
-    """Token maps `(tokens, h, w)` as word maps `(words, h, w)`, float32: the maps of a word's tokens added up."""
+    """Token maps `(tokens, h, w)` as word maps `(words, h, w)`, float32, summed over the tokens of each word."""
     return np.stack([maps[list(word.tokens)].sum(dim=0).float().numpy() for word in words])
 
 
@@ -129,8 +135,8 @@ def map_onto_image(grid: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     """A map over the padded square, enlarged (bilinear) and cropped to the image.
 
     Args:
-        grid (`np.ndarray` of shape `(side, side)`): over the square that [`~sdllava.image_loading.pad_to_square`] made.
-        image_size: width and height of the image in pixels.
+        grid (`np.ndarray` of shape `(side, side)`): Over the square that [`~sdllava.image_loading.pad_to_square`] made.
+        image_size: Width and height of the image in pixels.
 
     Returns:
         `np.ndarray` of shape `(height, width)`, float32.
@@ -150,26 +156,34 @@ def attention_by_word(
     layers: Sequence[str] | None = None,
     timesteps: Sequence[int] | None = None,
 ) -> list[QuestionAttention]:
-    """Captured maps, averaged at one resolution and joined to words, one entry an image.
+    """Captured maps, averaged at one resolution and joined to words, one entry per image.
 
     Args:
-        maps: from `tower.capture_attention()`.
-        tokenizer: the diffusion model's (first) tokenizer.
-        images: upright RGB, as they were before padding.
-        resolution, layers, timesteps: see [`~sdllava.attention_maps.AttentionMaps.average`].
+        maps: From `tower.capture_attention()`, of a call with `input_ids`.
+        tokenizer: The diffusion model's (first) tokenizer.
+        images: Upright RGB, not padded.
+        resolution: See [`~sdllava.attention_maps.AttentionMaps.average`].
+        layers: Only these. Default: all.
+        timesteps: Only these. Default: all.
+
+    Raises:
+        ValueError: The maps are not those of one prompt per image, or no layer has the resolution.
     """
     mean = maps.average(resolution, layers, timesteps)
-    shown = [
+    used = [
         layer
         for layer in maps.layers
         if (layers is None or layer in layers) and maps[layer, maps.timesteps[0]].shape[-1] == mean.shape[-1]
     ]
     times = ", ".join(str(timestep) for timestep in timesteps or maps.timesteps)
-    place = f"{', '.join(shown)} ({mean.shape[-1]}×{mean.shape[-1]}), t = {times}"
+    description = f"{', '.join(used)} ({mean.shape[-1]}×{mean.shape[-1]}), t = {times}"
+    prompts = torch.empty(0) if maps.input_ids is None else maps.input_ids
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} captured prompts do not fit {len(images)} images. Give one image per prompt.")
     found = []
-    for ids, image, tokens in zip(maps.input_ids, images, mean, strict=True):
+    for ids, image, tokens in zip(prompts, images, mean, strict=True):
         words = words_in_prompt(tokenizer, ids, len(tokens))
-        found.append(QuestionAttention(words, join_words(tokens, words), image, place))
+        found.append(QuestionAttention(words, join_words(tokens, words), image, description))
     return found
 
 
@@ -184,16 +198,18 @@ def capture_question(
     """The attention to one question over one image, by layer and timestep.
 
     Args:
-        tower, processor: from [`~sdllava.analysis.loading.load_subject`], or a model's own.
-        image: upright RGB.
-        layers: transformer blocks, e.g. `["U-L1-R1-B0"]`; default all that run.
-        timesteps: default the tower's.
+        tower: The diffusion model.
+        processor: Its processor.
+        image: Upright RGB.
+        question: The prompt.
+        layers: Transformer blocks, for example `["U-L1-R1-B0"]`. Default: all that run.
+        timesteps: Noise levels in 0..999. Default: the configured ones.
 
     Raises:
-        ValueError: the question is empty.
+        ValueError: The question is empty, or a layer does not run.
     """
     question = check_question(question)
-    reader = read_elsewhere(tower, timesteps=timesteps, guidance_scales=[1.0])
+    reader = reconfigure(tower, timesteps=timesteps, guidance_scales=[1.0])
     reader.config.conditioning = "question"
     inputs = processor(images=image, question=question, return_tensors="pt").to(reader.text_encoder.device)
     ids = [inputs[name] for name in ("diffusion_input_ids", "diffusion_input_ids_2") if name in inputs]
@@ -205,17 +221,25 @@ def capture_question(
 def question_attention(
     tower: SDLlavaDiffusionModel,
     processor: SDLlavaProcessor,
-    image: Any,
+    image: ImageLike,
     question: str,
     layers: Sequence[str] | None = None,
     timesteps: Sequence[int] | None = None,
     resolution: int | None = None,
 ) -> QuestionAttention:
-    """[`capture_question`], averaged over layers and timesteps and joined to words.
+    """The maps of [`capture_question`], averaged over layers and timesteps and joined to words.
 
     Args:
-        image: anything that [`~sdllava.image_loading.load_rgb`] reads.
-        resolution: average the layers whose maps have this height; default [`default_resolution`].
+        tower: The diffusion model.
+        processor: Its processor.
+        image: Anything that [`~sdllava.image_loading.load_rgb`] reads.
+        question: The prompt.
+        layers: Transformer blocks. Default: all that run.
+        timesteps: Noise levels in 0..999. Default: the configured ones.
+        resolution: Height of the maps to average. Default: [`default_resolution`].
+
+    Raises:
+        ValueError: The question is empty, or a layer does not run.
     """
     image = load_rgb(image)
     maps = capture_question(tower, processor, image, question, layers, timesteps)
@@ -232,18 +256,21 @@ def default_resolution(maps: AttentionMaps, tower: SDLlavaDiffusionModel) -> int
 def question_heatmap(
     model: SDLlavaForConditionalGeneration,
     processor: SDLlavaProcessor,
-    image: Any,
+    image: ImageLike,
     question: str,
     image_encodings: SDLlavaImageEncodings | None = None,
 ) -> HeatMap:
-    """Where a model's question looks: all words together, averaged over the layers at [`default_resolution`].
+    """The attention to all words of a question, averaged over the layers at [`default_resolution`].
 
     Args:
-        image: anything that [`~sdllava.image_loading.load_rgb`] reads.
-        image_encodings: from `model.encode_images` on this image; the call then costs one conditional pass.
+        model: A model with a diffusion tower.
+        processor: Its processor.
+        image: Anything that [`~sdllava.image_loading.load_rgb`] reads.
+        question: The prompt.
+        image_encodings: From `model.encode_images` on this image. The call then needs one conditional pass.
 
     Raises:
-        ValueError: the model has no diffusion tower, or always asks it with the empty prompt.
+        ValueError: The model does not have a diffusion tower, or always uses the empty prompt.
     """
     return model_attention(model, processor, image, question, image_encodings).question()
 
@@ -251,16 +278,19 @@ def question_heatmap(
 def model_attention(
     model: SDLlavaForConditionalGeneration,
     processor: SDLlavaProcessor,
-    image: Any,
+    image: ImageLike,
     question: str,
     image_encodings: SDLlavaImageEncodings | None = None,
 ) -> QuestionAttention:
-    """As [`question_heatmap`], for each word."""
+    """The attention to each word of a question; arguments and errors as for [`question_heatmap`]."""
     tower = model.base_model.diffusion_tower
     if tower is None:
-        raise ValueError("this model has no diffusion tower, so no question looks anywhere")
+        raise ValueError(f"{model.name_or_path!r} does not have a diffusion tower. Use a model that has one.")
     if tower.config.conditioning == "none":
-        raise ValueError("this model asks its diffusion tower the empty prompt only, so no question looks anywhere")
+        raise ValueError(
+            f"{model.name_or_path!r} has conditioning='none': its diffusion tower only reads the empty prompt. Use a "
+            "model with conditioning='question'."
+        )
     image = load_rgb(image)
     inputs = dict(processor(images=image, question=question, return_tensors="pt").to(model.device))
     if image_encodings is not None:
@@ -271,4 +301,4 @@ def model_attention(
         model.get_image_features(**inputs, diffusion_guidance_scales=scales)
     found = attention_by_word(maps, processor.diffusion_tokenizer, [image], default_resolution(maps, tower))[0]
     name = short_name(model.name_or_path)
-    return replace(found, place=f"{name}, {found.place}") if name else found
+    return replace(found, description=f"{name}, {found.description}") if name else found

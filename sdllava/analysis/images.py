@@ -1,45 +1,79 @@
-"""The images that are looked at: files, a folder, or any data that training reads."""
+"""The images of an analysis, with their questions: image files, folders, or any data that training reads."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from PIL import Image
 
 from ..data.images import open_image
-from ..data.prompts import PromptOptions, diffusion_prompts
+from ..data.ordering import natural_key
+from ..data.prompts import PromptOptions, training_prompts
 from ..data.records import RecordError, to_record
 from ..image_loading import load_rgb
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+
+DatasetPrompt = Literal["question", "caption", "none"]
 
 
 @dataclass(frozen=True)
-class AskedImage:
-    """An image (upright RGB), its name, and what the diffusion model is asked about it, if anything."""
+class PromptedImage:
+    """An image and the question that conditions the diffusion model.
+
+    Args:
+        name (`str`): File name, or the record's name.
+        image (`PIL.Image.Image`): Upright RGB.
+        question (`str`, *optional*): None for the empty prompt.
+    """
 
     name: str
-    image: Any
+    image: Image.Image
     question: str | None
 
 
-class ImageSet(Sequence[AskedImage]):
-    """Images that are opened when they are asked for."""
+class ImageFiles(Sequence[PromptedImage]):
+    """Image files with one question, opened on access.
 
-    def __init__(self, paths: Sequence[Path], question: str | None):
-        self.paths, self.question = list(paths), question
+    Args:
+        files: Names and paths, in order.
+        question: The question about every image. None for the empty prompt.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, Path]], question: str | None):
+        self.files, self.question = list(files), question
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
-    def __getitem__(self, index: int) -> AskedImage:  # type: ignore[override]  # no slices
-        return AskedImage(self.paths[index].name, load_rgb(self.paths[index]), self.question)
+    def __getitem__(self, index: int) -> PromptedImage:  # type: ignore[override]  # slices are not supported
+        name, path = self.files[index]
+        return PromptedImage(name, load_rgb(path), self.question)
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether the images have a question."""
+        return self.question is not None
+
+    def fingerprint(self) -> str:
+        """Hash of the names, the file sizes and the question, computed without decoding."""
+        return _fingerprint([[name, path.stat().st_size] for name, path in self.files], self.question)
 
 
-class RecordSet(Sequence[AskedImage]):
-    """The first image of each record of a dataset, with its last question or its caption."""
+class DatasetImages(Sequence[PromptedImage]):
+    """The first image of each record of a dataset, with its last question or its caption.
 
-    def __init__(self, path: str, prompt: Literal["question", "caption", "none"], image_folder: str | None):
-        from ..data.sources import DataSource, load_data
+    Args:
+        path: Anything that [`~sdllava.data.sources.DataSource`] reads.
+        prompt: "question", "caption" or "none".
+        image_folder: The folder of the image paths.
+    """
+
+    def __init__(self, path: str, prompt: DatasetPrompt, image_folder: str | None):
+        from ..data.sources import DataSource, load_data  # needs the optional package datasets
 
         self.rows = load_data([DataSource(path, image_folder=image_folder)])
         self.options = PromptOptions(source=prompt, question="last")
@@ -47,47 +81,83 @@ class RecordSet(Sequence[AskedImage]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> AskedImage:  # type: ignore[override]  # no slices
+    def __getitem__(self, index: int) -> PromptedImage:  # type: ignore[override]  # slices are not supported
         row = self.rows[index]
         if row["error"] or not row["images"]:
-            raise RecordError(f"row {index} {row['error'] or 'has no image'}")
+            raise RecordError(f"Row {index} {row['error'] or 'has no image'}.")
         record = to_record(row)
-        question = diffusion_prompts(record, self.options, seed=0, epoch=0, sample=index)[0]
-        image = load_rgb(open_image(record["images"][0], record["folder"]))
-        return AskedImage(record["name"], image, None if self.options.source == "none" else question)
+        image = open_image(record["images"][0], record["folder"])
+        question = training_prompts(record, self.options, seed=0, epoch=0, sample=index)[0]
+        return PromptedImage(record["name"], image, question if self.has_questions else None)
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether the images have a question or a caption."""
+        return self.options.source != "none"
+
+    def fingerprint(self) -> str:
+        """Hash of the dataset and of what the prompt is, computed without reading rows."""
+        return _fingerprint(self.rows._fingerprint, self.options.source)
+
+
+def _fingerprint(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 def open_images(
     sources: Sequence[str],
     question: str | None = None,
-    prompt: Literal["question", "caption", "none"] = "question",
+    prompt: DatasetPrompt = "question",
     image_folder: str | None = None,
-) -> ImageSet | RecordSet:
-    """Open what is looked at.
+) -> ImageFiles | DatasetImages:
+    """Open the images of an analysis.
 
     Args:
-        sources: image files and folders of image files (in the order of their names); or one dataset, anything that
-            [`~sdllava.data.sources.DataSource`] names.
-        question: asked about every image of files and folders; None for the empty prompt.
-        prompt: what is asked about a dataset's images: its own question, the caption, or nothing.
-        image_folder: where a dataset's image paths are looked up.
+        sources: Image files and folders of image files, or one dataset, anything that
+            [`~sdllava.data.sources.DataSource`] reads. A folder gives the images in it and in its subfolders, in the
+            natural order of their paths: `2.jpg` comes before `10.jpg`. A folder that has data files, and images only
+            in subfolders, is a dataset.
+        question: The question about every image of files and folders. None for the empty prompt.
+        prompt: The prompt of a dataset's images: "question", "caption" or "none".
+        image_folder: The folder of a dataset's image paths.
 
     Raises:
-        FileNotFoundError: there is no such file, or no image in the folder.
+        FileNotFoundError: A file does not exist, or a folder has neither images nor a dataset.
     """
-    paths: list[Path] = []
+    files: list[tuple[str, Path]] = []
     for source in sources:
         path = Path(source)
-        if path.is_dir() and (images := sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)):
-            paths += images
-        elif path.suffix.lower() in SUFFIXES:
+        if path.is_dir() and (images := _images_in_folder(path)):
+            files += images
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
             if not path.is_file():
-                raise FileNotFoundError(f"there is no image {source!r}")
-            paths.append(path)
-        elif path.is_dir() and not any(p.suffix in (".json", ".jsonl", ".parquet", ".arrow") for p in path.rglob("*")):
-            raise FileNotFoundError(f"the folder {source!r} holds no images ({', '.join(SUFFIXES)}) and no dataset")
+                raise FileNotFoundError(f"The image {source!r} does not exist. Check the path.")
+            files.append((path.name, path))
+        elif path.is_dir() and not _has_data(path):
+            raise FileNotFoundError(
+                f"The folder {source!r} has neither images ({', '.join(IMAGE_SUFFIXES)}) nor a dataset. Give a folder "
+                "that has."
+            )
         elif len(sources) == 1:
-            return RecordSet(source, prompt, image_folder)
+            return DatasetImages(source, prompt, image_folder)
         else:
-            raise FileNotFoundError(f"{source!r} is no image file and no folder of image files ({', '.join(SUFFIXES)})")
-    return ImageSet(paths, question)
+            raise FileNotFoundError(
+                f"{source!r} is neither an image file ({', '.join(IMAGE_SUFFIXES)}) nor a folder of image files. Give "
+                "a dataset as the only source."
+            )
+    return ImageFiles(files, question)
+
+
+def _images_in_folder(folder: Path) -> list[tuple[str, Path]]:
+    """Relative names and paths of the images of a folder, in natural order. Empty for a dataset."""
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    if not any(path.parent == folder for path in paths) and _has_data(folder):
+        return []
+    return sorted(
+        ((path.relative_to(folder).as_posix(), path) for path in paths),
+        key=lambda file: (natural_key(file[0]), file[0]),
+    )
+
+
+def _has_data(folder: Path) -> bool:
+    return any(path.suffix.lower() in DATA_SUFFIXES for path in folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Loading what is looked into: a model's tower without its language model, or a published diffusion model, whole."""
+"""Loading a diffusion model for analysis: the tower of a saved model, or a published diffusion model, whole."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,105 +6,93 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoConfig
-from transformers.utils import cached_file
 
 from ..configuration import SDLlavaConfig
 from ..diffusion import SDLlavaDiffusionModel
 from ..diffusion_loading import load_diffusion, load_diffusion_tokenizers, read_diffusion_config
 from ..processors import SDLlavaProcessor, diffusion_image_processor
-from ..repositories import missing, split_revision
+from ..repositories import find_file, missing, split_revision
 from ..taps import list_taps
-from .reading import read_elsewhere
-
-
-class _CheckpointTower(SDLlavaDiffusionModel):
-    """A tower that is read from a whole model's checkpoint, whose other parts are no mistake."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^(lm_head|model)\."]
+from .reading import Prompts
 
 
 @dataclass
-class Subject:
-    """What is looked into.
+class AnalysisModel:
+    """A diffusion tower with its processor, without a language model.
 
     Args:
-        name (`str`): for titles.
-        tower ([`SDLlavaDiffusionModel`]): reads images.
-        processor ([`SDLlavaProcessor`]): makes its inputs.
+        name (`str`): For titles.
+        tower ([`SDLlavaDiffusionModel`]): Reads images.
+        processor ([`SDLlavaProcessor`]): Makes the tower's inputs.
     """
 
     name: str
     tower: SDLlavaDiffusionModel
     processor: SDLlavaProcessor
 
-    def latents(self, images: Sequence[Any]) -> torch.Tensor:
+    def latents(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Images, padded to squares, as latents `(n, 4, h, w)`."""
         pixels = self.processor(images=list(images), return_tensors="pt")["diffusion_pixel_values"]
         return self.tower.encode_latents(pixels)
 
     def input_ids(self, questions: Sequence[str]) -> list[torch.Tensor]:
-        """Questions as token ids `(n, 77)`, one tensor for each tokenizer of the diffusion model."""
+        """Questions as token ids `(n, 77)`, one tensor per tokenizer of the diffusion model."""
         inputs = self.processor.tokenize_questions(questions, "pt")
         return [ids.to(self.tower.text_encoder.device) for ids in inputs.values()]
 
-    def prompts(self, questions: Sequence[str] | None) -> dict[str, torch.Tensor] | None:
-        """Questions as conditioning, one each image; None for the empty prompt."""
+    def prompts(self, questions: Sequence[str] | None) -> Prompts | None:
+        """Questions as conditioning, one per image. None for the empty prompt."""
         return None if questions is None else self.tower.encode_prompts(*self.input_ids(questions))
 
 
-def load_subject(model: str, dtype: torch.dtype | None = None, device: str | None = None) -> Subject:
-    """Load a tower to look into.
+def load_analysis_model(model: str, dtype: torch.dtype | None = None, device: str | None = None) -> AnalysisModel:
+    """Load a diffusion tower and its processor.
 
     Args:
-        model (`str`): folder or repository of an SDLlava model, whose tower alone is read and reaches as far as its
-            deepest tap; or of a published diffusion model (`model_index.json`), which is read whole.
-        dtype: of the weights; default as saved, for a diffusion model float32.
-        device: default CUDA where there is one.
+        model: A folder or repository of an SDLlava model, of which only the tower is read, up to its last tap; or of a
+            published diffusion model (`model_index.json`), which is read whole.
+        dtype: The dtype of the weights. Default: as saved, float32 for a published diffusion model.
+        device: Default: CUDA where available, else the CPU.
 
     Raises:
-        OSError: there is no such model.
-        ValueError: the model has no diffusion tower.
+        OSError: The model does not exist.
+        ValueError: The model does not have a diffusion tower.
     """
     where = split_revision(model)
-    path, revision = where["pretrained_model_name_or_path"], where.get("revision")
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    try:
-        is_diffusion = cached_file(path, "model_index.json", **options) is not None
-    except OSError as error:
-        raise missing(model, "model", error) from error
-    subject = _published(model, dtype) if is_diffusion else _checkpoint(model, where, dtype)
-    subject.tower.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return subject
+    is_diffusion = find_file(where["pretrained_model_name_or_path"], "model_index.json", where) is not None
+    loaded = _load_published(model, dtype) if is_diffusion else _load_saved(model, where, dtype)
+    loaded.tower.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded
 
 
 def short_name(model: str) -> str:
-    """A model's name as titles say it: the repository id, or the folder's own name."""
+    """A model's name for titles: the repository id, or the folder's own name."""
     return Path(model).name if Path(model).exists() else model
 
 
-def _published(model: str, dtype: torch.dtype | None) -> Subject:
+def _load_published(model: str, dtype: torch.dtype | None) -> AnalysisModel:
     config = read_diffusion_config(model)
     image_size = min(config.image_size, config.unet_config["sample_size"] * config.vae_scale_factor)
-    tower = load_diffusion(model, truncate=False, dtype=dtype or torch.float32, image_size=image_size)
+    last_tap = [tap.name for tap in list_taps(config.unet_config) if tap.name.endswith("Cross-Q")][-1]
+    fields = {"truncate": False, "taps": [last_tap], "image_size": image_size}
+    tower = load_diffusion(model, dtype=dtype or torch.float32, **fields)
     tokenizers = load_diffusion_tokenizers(model, tower.config.text_encoder_2_config is not None)
-    stand_in = load_diffusion_tokenizers(model, False)[0]  # a processor has a language tokenizer; no text is made
+    stand_in = load_diffusion_tokenizers(model, False)[0]  # a processor needs a language tokenizer; none is used here
     processor = SDLlavaProcessor(None, stand_in, diffusion_image_processor(tower.config), *tokenizers)
-    deepest = [tap.name for tap in list_taps(tower.config.unet_config) if tap.name.endswith("Cross-Q")][-1]
-    return Subject(short_name(model), read_elsewhere(tower, taps=[deepest]), processor)
+    return AnalysisModel(short_name(model), tower, processor)
 
 
-def _checkpoint(model: str, where: dict[str, Any], dtype: torch.dtype | None) -> Subject:
+def _load_saved(model: str, where: dict[str, Any], dtype: torch.dtype | None) -> AnalysisModel:
     try:
         config = AutoConfig.from_pretrained(**where)
     except (OSError, ValueError) as error:
         raise missing(model, "model", error) from error
     if not isinstance(config, SDLlavaConfig) or config.diffusion_config is None:
-        raise ValueError(f"{model!r} is a {config.model_type!r} without a diffusion tower: nothing to look into")
-    tower = _CheckpointTower.from_pretrained(
-        **where,
-        config=config.diffusion_config,
-        key_mapping={r"^model\.diffusion_tower\.": ""},
-        dtype=dtype or "auto",
-    )
-    return Subject(short_name(model), tower.eval(), SDLlavaProcessor.from_pretrained(**where))
+        raise ValueError(
+            f"{model!r} is a {config.model_type!r} without a diffusion tower. Give an SDLlava model that has one, or a "
+            "published diffusion model."
+        )
+    tower = SDLlavaDiffusionModel.from_pretrained(**where, config=config.diffusion_config, dtype=dtype or "auto")
+    return AnalysisModel(short_name(model), tower.eval(), SDLlavaProcessor.from_pretrained(**where))

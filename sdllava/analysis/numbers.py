@@ -1,4 +1,4 @@
-"""Numbers on disk: `.npz` for notebooks, `.json` for everything else."""
+"""Arrays on disk: `.npz` for notebooks, `.json` for everything else."""
 
 import json
 import os
@@ -7,28 +7,33 @@ from typing import Any
 
 import numpy as np
 
-SUFFIXES = (".npz", ".json")
+from ..atomic_files import atomic_path
+
+NUMBER_SUFFIXES = (".npz", ".json")
 
 
 def save_numbers(path: str | os.PathLike, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-    """Write arrays with what says where they come from, aside, then put them in place.
+    """Write arrays with the record of their origin, atomically.
 
-    A `.npz` file holds the arrays, and `meta` as JSON text; a `.json` file holds nested lists beside `meta`'s fields,
-    with null for values that are not finite.
+    Args:
+        path: A `.npz` file, which holds the arrays and `meta` as JSON text; or a `.json` file, which holds the fields
+            of `meta` and the arrays as nested lists, with null for values that are not finite.
+        arrays: The arrays by name.
+        meta: JSON values, such as the model's name and the question.
+
+    Raises:
+        ValueError: The file has another suffix.
     """
     target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"numbers go to a .npz or .json file, not {target.name!r}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
+    if target.suffix.lower() not in NUMBER_SUFFIXES:
+        raise ValueError(f"Numbers cannot be written to {target.name!r}. Use a .npz or .json file.")
+    with atomic_path(target) as written, open(written, "wb") as file:
         if target.suffix.lower() == ".npz":
             named: dict[str, Any] = {"meta": np.array(json.dumps(meta)), **arrays}
             np.savez_compressed(file, **named)
         else:
             lists = {name: _finite(array.tolist()) for name, array in arrays.items()}
             file.write(json.dumps({**meta, **lists}, indent=1, allow_nan=False).encode())
-    os.replace(aside, target)
 
 
 def _finite(value: Any) -> Any:

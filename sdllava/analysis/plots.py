@@ -1,6 +1,6 @@
-"""Drawing of attention, features and similarities: takes numbers, gives matplotlib figures.
+"""Matplotlib figures of attention, features and similarities.
 
-Colours are viridis and cividis, which colour-blind readers can order, and Okabe and Ito's for lines.
+Maps use viridis and cividis, which colour-blind readers can order. Lines use the palette of Okabe and Ito.
 """
 
 import os
@@ -11,23 +11,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..atomic_files import atomic_path
 from ..image_loading import pad_to_square
 from .attention import HeatMap, QuestionAttention, map_onto_image
 from .features import DeltaMap, PCAMap, RegisterReport
-from .sweep import CKAResult, SimilarityGrid
+from .similarity import CKAResult, SimilarityGrid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PICTURE_SUFFIXES = (".png", ".svg")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 HEAT = "viridis"
 LONGEST_SIDE = 512
-"""Pixels at which images are drawn: what a panel can show, and what keeps an SVG small."""
+"""Longer side, in pixels, of images in figures. It suffices for a panel and keeps an SVG small."""
+PADDING_COLOUR = (122, 116, 104)
+"""CLIP's mean colour."""
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
-    """An empty figure of a size in inches that needs no display.
+    """An empty figure that does not need a display.
+
+    Args:
+        width: In inches, at least 4.5.
+        height: In inches.
+        title: Title of the figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -35,30 +44,35 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "sdllava[eval]"') from error
+        raise ImportError('Figures need matplotlib. Run `pip install "sdllava[eval]"`.') from error
     figure = Figure(figsize=(max(width, 4.5), height), layout="constrained")
     figure.suptitle(title, fontsize=9, wrap=True)
     return figure
 
 
 def check_picture_path(path: str | os.PathLike) -> Path:
-    """A path that a figure can be saved at: PNG or SVG, by its ending."""
-    if Path(path).suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"a picture is a .png or .svg file, not {Path(path).name!r}")
+    """The path of a figure, PNG or SVG by its suffix.
+
+    Raises:
+        ValueError: It has another suffix.
+    """
+    if Path(path).suffix.lower() not in PICTURE_SUFFIXES:
+        raise ValueError(f"A figure cannot be written to {Path(path).name!r}. Use a .png or .svg file.")
     return Path(path)
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike) -> None:
-    """Write a figure aside, then put it in place. Equal figures give equal files."""
-    import matplotlib
+    """Write a figure to a PNG or SVG file, atomically. Equal figures give equal files.
+
+    Raises:
+        ValueError: The path has another suffix.
+    """
+    import matplotlib  # an optional package
 
     target = check_picture_path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     kind = target.suffix.lower()[1:]
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    with matplotlib.rc_context({"svg.hashsalt": "sdllava"}):
-        figure.savefig(aside, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    os.replace(aside, target)
+    with atomic_path(target) as written, matplotlib.rc_context({"svg.hashsalt": "sdllava"}):
+        figure.savefig(written, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _bare(axes: "Axes") -> "Axes":
@@ -76,14 +90,18 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def overlay(axes: "Axes", image: Image.Image, grid: np.ndarray, low: float, high: float, title: str = "") -> Any:
-    """Draw a map over the grey image that it belongs to.
+    """Draw a map over its image in grey.
 
     Args:
-        grid (`np.ndarray` of shape `(side, side)`): over the padded square.
-        low, high: values of the first and the last colour.
+        axes: The axes to draw on.
+        image: Upright RGB, not padded.
+        grid (`np.ndarray` of shape `(side, side)`): Over the padded square.
+        low: Value of the first colour.
+        high: Value of the last colour.
+        title: Title of the axes.
 
     Returns:
-        what a colour bar is made from.
+        The drawn map, from which `colour_bar` draws a colour bar.
     """
     small = _small(image)
     _bare(axes).imshow(small.convert("L"), cmap="gray", vmin=0, vmax=255)
@@ -92,15 +110,15 @@ def overlay(axes: "Axes", image: Image.Image, grid: np.ndarray, low: float, high
 
 
 def colour_bar(figure: "Figure", drawn: Any, axes: Any, unit: str) -> None:
-    """A colour bar with its unit."""
+    """Draw a colour bar with its unit next to `axes`."""
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
     bar.set_label(unit, fontsize=7)
     bar.ax.tick_params(labelsize=7)
 
 
 def heatmap_figure(heat: HeatMap, title: str = "") -> "Figure":
-    """One map over its image, beside the image itself."""
-    figure = new_figure(7.5, 3.6, title or f"{heat.label}: {heat.place}")
+    """An image, and a map over it."""
+    figure = new_figure(7.5, 3.6, title or f"{heat.label}: {heat.description}")
     plain, over = figure.subplots(1, 2)
     _bare(plain).imshow(_small(heat.image))
     drawn = overlay(over, heat.image, heat.grid, float(heat.grid.min()), float(heat.grid.max()))
@@ -109,54 +127,65 @@ def heatmap_figure(heat: HeatMap, title: str = "") -> "Figure":
 
 
 def draw_heatmap(heat: HeatMap, path: str | os.PathLike, title: str = "") -> None:
-    """Draw a map over its image into a PNG or SVG."""
+    """Write [`heatmap_figure`] to a PNG or SVG file.
+
+    Raises:
+        ValueError: The path has another suffix.
+    """
     check_picture_path(path)
     save_figure(heatmap_figure(heat, title), path)
 
 
 def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) -> "Figure":
-    """The words of a question over their image: a row for each layer or timestep (S3, Figures 4 and 11).
+    """The attention to each word of a question, one row per layer or timestep (S3, Figures 4 and 11).
 
-    Words get very different shares of attention, so each map is drawn relative to its mean, which stands above it.
+    The shares of attention differ much between words, so each map is drawn relative to its mean, which is printed above
+    it.
+
+    Args:
+        rows: The label and the attention of each row.
+        title: Title of the figure.
     """
     words = [i for i, word in enumerate(rows[0][1].words) if not word.special]
     width, height = rows[0][1].image.size
     panel = 1.5 * min(2.0, max(0.6, width / height))
     figure = new_figure(panel * (len(words) + 1) + 1.2, 1.75 * len(rows) + 0.6, title)
     axes = figure.subplots(len(rows), len(words) + 1, squeeze=False)
-    for line, (label, attention) in zip(axes, rows):
+    for line, (label, attention) in zip(axes, rows, strict=True):
         _bare(line[0]).imshow(_small(attention.image))
         line[0].set_ylabel(label, fontsize=7)
         means = attention.maps.mean(axis=(1, 2), keepdims=True)
         relative = (attention.maps / np.maximum(means, np.finfo(np.float32).tiny))[words]
-        for axis, i, grid in zip(line[1:], words, relative):
+        for axis, i, grid in zip(line[1:], words, relative, strict=True):
             label = f"{attention.words[i].text}\n{means[i].item():.1%}"
             drawn = overlay(axis, attention.image, grid, float(relative.min()), float(relative.max()), label)
-        colour_bar(figure, drawn, line.tolist(), "share of attention\nby its mean (above)")
+        colour_bar(figure, drawn, line.tolist(), "share of attention\nrelative to its mean (above)")
     return figure
 
 
-def _place(tap: str, timestep: int, scale: float | None) -> str:
+def _label(tap: str, timestep: int, scale: float | None) -> str:
     return f"{tap}\nt = {timestep}" + ("" if scale is None else f", s = {scale:g}")
 
 
 def pca_figure(
     images: Sequence[Image.Image], maps: Sequence[PCAMap], title: str, registers: Sequence[RegisterReport] = ()
 ) -> "Figure":
-    """Feature maps in the colours of their principal components: a row a place, a column an image (S3, Figure 2).
+    """Feature maps as colours, one row per map and one column per image (S3, Figure 2).
 
     Args:
-        images: upright RGB; drawn padded to squares, as the model sees them.
-        registers: of the same places; their outlying positions are circled.
+        images: Upright RGB. They are drawn padded to squares, as the model reads them.
+        maps: From [`~sdllava.analysis.features.pca_maps`].
+        title: Title of the figure.
+        registers: Registers of the same taps, timesteps and scales, whose positions are circled.
     """
     circled = {(r.tap, r.timestep, r.guidance_scale): r.outlying for r in registers}
     figure = new_figure(1.7 * len(images) + 1.2, 1.75 * (len(maps) + 1) + 0.6, title)
     axes = figure.subplots(len(maps) + 1, len(images), squeeze=False)
-    for axis, image in zip(axes[0], images):
-        _bare(axis).imshow(_small(pad_to_square(image, (122, 116, 104))))
-    for line, pca_map in zip(axes[1:], maps):
+    for axis, image in zip(axes[0], images, strict=True):
+        _bare(axis).imshow(_small(pad_to_square(image, PADDING_COLOUR)))
+    for line, pca_map in zip(axes[1:], maps, strict=True):
         variance = " ".join(f"{share:.0%}" for share in pca_map.pca.explained_variance_ratio)
-        label = _place(pca_map.tap, pca_map.timestep, pca_map.guidance_scale)
+        label = _label(pca_map.tap, pca_map.timestep, pca_map.guidance_scale)
         line[0].set_ylabel(f"{label}\nvariance {variance}", fontsize=6.5)
         found = circled.get((pca_map.tap, pca_map.timestep, pca_map.guidance_scale or 0.0))
         for i, axis in enumerate(line):
@@ -171,19 +200,22 @@ def pca_figure(
 def delta_figure(
     images: Sequence[Image.Image], questions: Sequence[str], deltas: Sequence[DeltaMap], title: str
 ) -> "Figure":
-    """What each question moved, as a heat over its image, and the difference's own PCA (S3, Figures 5, 7 and 12).
+    """The effect of each question: |X_c - X_u| over its image, and the PCA of X_c - X_u (S3, Figures 5, 7 and 12).
 
     Args:
-        images, questions: one a column; the deltas' rows are in their order.
+        images: Upright RGB, one per column.
+        questions: One per column.
+        deltas: From [`~sdllava.analysis.features.delta_maps`], with images in the order of the columns.
+        title: Title of the figure.
     """
     figure = new_figure(1.9 * len(images) + 2.2, 1.9 * (2 * len(deltas) + 1) + 0.6, title)
     axes = figure.subplots(2 * len(deltas) + 1, len(images), squeeze=False)
-    for axis, image, question in zip(axes[0], images, questions):
+    for axis, image, question in zip(axes[0], images, questions, strict=True):
         _bare(axis).imshow(_small(image))
         axis.set_title(question, fontsize=7, wrap=True)
     for i, delta in enumerate(deltas):
         heat, colours = axes[2 * i + 1], axes[2 * i + 2]
-        heat[0].set_ylabel(f"{_place(delta.tap, delta.timestep, None)}\n|X_c - X_u|", fontsize=6.5)
+        heat[0].set_ylabel(f"{_label(delta.tap, delta.timestep, None)}\n|X_c - X_u|", fontsize=6.5)
         colours[0].set_ylabel("PCA of X_c - X_u", fontsize=6.5)
         low, high = float(delta.heat.min()), float(delta.heat.max())
         pca = delta.pca()
@@ -206,10 +238,12 @@ def _matrix(axes: "Axes", values: np.ndarray, rows: Sequence[str], columns: Sequ
 
 
 def similarity_figure(grid: SimilarityGrid, references: dict[str, float], title: str) -> "Figure":
-    """Mean cosine similarity of image pairs over taps and timesteps, a panel a guidance scale (S3, Figure 2c).
+    """Mean cosine similarity of image pairs over taps and timesteps, one panel per guidance scale (S3, Figure 2c).
 
     Args:
-        references: the same for other encoders, by name; drawn as rows of their own.
+        grid: From [`~sdllava.analysis.similarity.similarity_grid`].
+        references: The similarity of the same pairs for other encoders by name, drawn as additional rows.
+        title: Title of the figure.
     """
     panels = len(grid.guidance_scales)
     rows = [*grid.taps, *references]
@@ -227,20 +261,26 @@ def similarity_figure(grid: SimilarityGrid, references: dict[str, float], title:
 
 
 def cka_figure(result: CKAResult, title: str) -> "Figure":
-    """CKA between taps, a panel a timestep and scale (S3, Figure 9), and of each scale with s = 0 (Figure 5c)."""
-    places = list(dict.fromkeys(key[1:] for key in result.keys))
+    """CKA between taps (S3, Figure 9), and of each guidance scale with s = 0 (S3, Figure 5c).
+
+    Args:
+        result: From [`~sdllava.analysis.similarity.cka`].
+        title: Title of the figure.
+    """
+    settings = list(dict.fromkeys(key[1:] for key in result.keys))
     taps = list(dict.fromkeys(key[0] for key in result.keys))
-    guided = [(t, s) for t, s in places if s != 0 and (taps[0], t, 0.0) in result.keys]
+    guided = [(t, s) for t, s in settings if s != 0 and (taps[0], t, 0.0) in result.keys]
     side = 0.45 * len(taps) + 1.2
-    figure = new_figure(side * len(places) + 3 + 3.5 * bool(guided), side + 1.3, title)
-    widths = [1.0] * len(places) + [1.2] * bool(guided)
+    figure = new_figure(side * len(settings) + 3 + 3.5 * bool(guided), side + 1.3, title)
+    widths = [1.0] * len(settings) + [1.2] * bool(guided)
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     low = min(0.0, float(np.nanmin(result.matrix)))
-    for i, (axis, place) in enumerate(zip(axes, places)):
-        names, matrix = result.between_taps(*place)
+    for i, (timestep, scale) in enumerate(settings):
+        axis = axes[i]
+        names, matrix = result.between_taps(timestep, scale)
         drawn = _matrix(axis, matrix, names if i == 0 else [""] * len(names), names, low)
-        axis.set_title(f"t = {place[0]}, s = {place[1]:g}", fontsize=8)
-    colour_bar(figure, drawn, axes[: len(places)].tolist(), "linear CKA")
+        axis.set_title(f"t = {timestep}, s = {scale:g}", fontsize=8)
+    colour_bar(figure, drawn, axes[: len(settings)].tolist(), "linear CKA")
     if guided:
         _scale_lines(axes[-1], result, taps, list(dict.fromkeys(t for t, _ in guided)))
     return figure

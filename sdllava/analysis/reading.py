@@ -1,23 +1,30 @@
-"""Reading a tower anywhere: other taps, timesteps and guidance scales than the configured ones, in one forward each."""
+"""Reading a tower at other taps, timesteps and guidance scales than the configured ones, in one pass per timestep."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
 
 import torch
 
 from ..diffusion import SDLlavaDiffusionModel, guide
 from ..taps import Tap, list_taps, resolve_taps
 
+FeatureKey = tuple[str, int, float]
+"""Tap, timestep and guidance scale."""
+
+Prompts = dict[str, torch.Tensor]
+"""Conditioning of n prompts, from `tower.encode_prompts`."""
+
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Features of n images at one place.
+    """Features of n images at one tap, timestep and guidance scale.
 
     Args:
-        tap (`str`), timestep (`int`, 0..999), guidance_scale (`float`): where, and how it was asked.
-        values (`torch.Tensor` of shape `(n, height, width, channels)`): at the tap's own resolution.
+        tap (`str`): Name of the tap.
+        timestep (`int`): Noise level in 0..999.
+        guidance_scale (`float`): Scale s of X_u + s (X_c - X_u) (S3, equation 1).
+        values (`torch.Tensor` of shape `(n, height, width, channels)`): At the tap's own resolution.
     """
 
     tap: str
@@ -26,12 +33,13 @@ class FeatureMap:
     values: torch.Tensor
 
     @property
-    def key(self) -> tuple[str, int, float]:
+    def key(self) -> FeatureKey:
+        """Tap, timestep and guidance scale."""
         return self.tap, self.timestep, self.guidance_scale
 
 
-def reachable_taps(tower: SDLlavaDiffusionModel) -> list[Tap]:
-    """The taps that a tower can read, in the order of the forward pass: all of them unless it is cut."""
+def available_taps(tower: SDLlavaDiffusionModel) -> list[Tap]:
+    """The taps that a tower can read, in the order of its forward pass: all of them unless it is truncated."""
     taps = list_taps(tower.config.unet_config, tower.config.latent_size)
     if not tower.config.truncate:
         return taps
@@ -39,44 +47,55 @@ def reachable_taps(tower: SDLlavaDiffusionModel) -> list[Tap]:
 
 
 def choose_taps(tower: SDLlavaDiffusionModel, names: Sequence[str] | None = None) -> list[Tap]:
-    """Taps by name; default the configured ones.
+    """Look tap names up in a tower.
+
+    Args:
+        tower: The diffusion model.
+        names: Tap names. Default: the configured ones.
 
     Raises:
-        ValueError: a name does not exist in this UNet, or what it names was cut away.
+        ValueError: A name does not exist in this tower, or its module was truncated.
     """
     if names is None:
         return list(tower.taps)
     taps = resolve_taps(names, tower.config.unet_config, tower.config.latent_size)
-    reachable = reachable_taps(tower)
+    available = available_taps(tower)
     for tap in taps:
-        if tap not in reachable:
+        if tap not in available:
             raise ValueError(
-                f"{tap.name} lies behind the cut of this model, whose last tap is {reachable[-1].name}: load the "
-                "diffusion model that it was made of, which is whole"
+                f"Tap {tap.name!r} comes after {available[-1].name!r}, the last tap of this truncated model. Load the "
+                "published diffusion model, which is whole."
             )
     return taps
 
 
-def read_elsewhere(
+def reconfigure(
     tower: SDLlavaDiffusionModel,
     taps: Sequence[str] | None = None,
     timesteps: Sequence[int] | None = None,
     guidance_scales: Sequence[float] | None = None,
 ) -> SDLlavaDiffusionModel:
-    """The same diffusion model, read at other places. Weights are shared and `tower` stays as it is.
+    """A tower with the same weights that reads other taps, timesteps and guidance scales.
 
-    Several taps, timesteps and scales come side by side on channels (`ensemble="concat"`).
+    Weights are shared and `tower` is not modified. Several taps, timesteps and scales are concatenated on channels
+    (`ensemble="concat"`).
+
+    Args:
+        tower: The diffusion model.
+        taps: Tap names. Default: the configured ones.
+        timesteps: Noise levels in 0..999. Default: the configured ones.
+        guidance_scales: Default: the configured ones.
+
+    Raises:
+        ValueError: A tap cannot be read, or a timestep is outside the training schedule.
     """
-    config = type(tower.config).from_dict(
-        {
-            **tower.config.to_dict(),
-            "ensemble": "concat",
-            "truncate": False,
-            "taps": [tap.name for tap in choose_taps(tower, taps)],
-            "timesteps": list(timesteps or tower.config.timesteps),
-            "guidance_scales": list(tower.config.guidance_scales if guidance_scales is None else guidance_scales),
-        }
-    )
+    fields = tower.config.to_dict()
+    fields |= {"ensemble": "concat", "truncate": False, "taps": [tap.name for tap in choose_taps(tower, taps)]}
+    if timesteps is not None:
+        fields["timesteps"] = list(timesteps)
+    if guidance_scales is not None:
+        fields["guidance_scales"] = list(guidance_scales)
+    config = type(tower.config).from_dict(fields)
     with torch.device("meta"):
         reader = type(tower)(config)
     reader.backbone = tower.backbone
@@ -87,51 +106,62 @@ def read_elsewhere(
 def read_features(
     tower: SDLlavaDiffusionModel,
     latents: torch.Tensor,
-    prompts: dict[str, torch.Tensor] | None = None,
+    prompts: Prompts | None = None,
     taps: Sequence[str] | None = None,
     timesteps: Sequence[int] | None = None,
     guidance_scales: Sequence[float] | None = None,
 ) -> Iterator[FeatureMap]:
-    """Features at every tap, timestep and guidance scale; all taps and both prompts of a timestep in one forward.
+    """Features at every tap, timestep and guidance scale. One pass per timestep gives all taps and both prompts.
 
     Args:
-        latents (`torch.Tensor` of shape `(n, 4, h, w)`): from `tower.encode_latents`.
-        prompts: from `tower.encode_prompts`, n of them; None for the empty prompt.
-        taps, timesteps: default the configured ones.
-        guidance_scales: `s` of X_u + s (X_c - X_u) (S3, equation 1); default the configured ones, 0 without a prompt.
+        tower: The diffusion model.
+        latents (`torch.Tensor` of shape `(n, 4, h, w)`): From `tower.encode_latents`.
+        prompts: From `tower.encode_prompts`, one per image. None for the empty prompt.
+        taps: Tap names. Default: the configured ones.
+        timesteps: Noise levels in 0..999. Default: the configured ones.
+        guidance_scales: Scales s of X_u + s (X_c - X_u) (S3, equation 1). Default: the configured ones, 0 without
+            prompts.
 
     Yields:
-        [`FeatureMap`], timestep by timestep, within it tap by tap, within it scale by scale.
+        [`FeatureMap`]: Ordered by timestep, then tap, then guidance scale.
+
+    Raises:
+        ValueError: A tap cannot be read, a timestep is outside the training schedule, or a scale needs prompts.
     """
-    places = choose_taps(tower, taps)
-    scales = _scales(tower, prompts, guidance_scales)
-    null = {name: x.expand(len(latents), *x.shape[1:]) for name, x in tower.null_prompt().items()}
-    wanted = {"unconditional": any(s != 1 for s in scales), "conditional": any(s != 0 for s in scales)}
-    halves = [half for half, name in ((null, "unconditional"), (prompts, "conditional")) if wanted[name]]
+    chosen = choose_taps(tower, taps)
+    scales = _choose_scales(tower, prompts, guidance_scales)
+    halves = []
+    if any(scale != 1 for scale in scales):
+        halves.append({name: x.expand(len(latents), *x.shape[1:]) for name, x in tower.null_prompt().items()})
+    if prompts is not None and any(scale != 0 for scale in scales):
+        halves.append(prompts)
     joined = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
     noise = tower.noise(latents)
-    for timestep in tower.config.timesteps if timesteps is None else timesteps:
+    for timestep in tower.config.timesteps or [] if timesteps is None else timesteps:
         _check_timestep(tower, timestep)
         noisy = tower.add_noise(latents, timestep, noise)
-        for tap, read in zip(places, tower.backbone.read(noisy, timestep, joined, places)):
-            parts: list[Any] = list(_as_map(read).chunk(len(halves)))
-            unconditional, conditional = parts if len(parts) == 2 else (parts * 2)
+        for tap, read in zip(chosen, tower.backbone.read(noisy, timestep, joined, chosen), strict=True):
+            parts = _as_map(read).chunk(len(halves))
             for scale in scales:
-                yield FeatureMap(tap.name, timestep, scale, guide(unconditional, conditional, scale))
+                yield FeatureMap(tap.name, timestep, scale, guide(parts[0], parts[-1], scale))
 
 
-def _scales(tower, prompts, guidance_scales) -> list[float]:
+def _choose_scales(
+    tower: SDLlavaDiffusionModel, prompts: Prompts | None, guidance_scales: Sequence[float] | None
+) -> list[float]:
     if guidance_scales is None:
-        guidance_scales = [0.0] if prompts is None else tower.config.guidance_scales
+        guidance_scales = [0.0] if prompts is None else tower.config.guidance_scales or []
     if prompts is None and any(scale != 0 for scale in guidance_scales):
-        raise ValueError(f"guidance scales {list(guidance_scales)} need a question: without one, only 0 has a meaning")
+        raise ValueError(
+            f"Guidance scales {list(guidance_scales)} need a question. Give one, or use scale 0, the empty prompt."
+        )
     return [float(scale) for scale in guidance_scales]
 
 
 def _check_timestep(tower: SDLlavaDiffusionModel, timestep: int) -> None:
     last = len(tower._signal_rates) - 1
     if not 0 <= timestep <= last:
-        raise ValueError(f"timestep {timestep} is outside the training schedule: give a value in 0..{last}")
+        raise ValueError(f"Timestep {timestep} is outside the training schedule. Use a value in 0..{last}.")
 
 
 def _as_map(read: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,15 @@
-"""How alike features are: cosine similarity of image pairs, and linear CKA (S3, Figures 2c, 5c and 9)."""
+"""Similarity of features: cosine similarity of image pairs, and linear CKA between taps (S3, Figures 2c, 5c and 9)."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from ..image_loading import load_rgb, pad_to_square
-from ..repositories import missing, split_revision
+from .reading import FeatureKey
+from .sweep import ComputedFeatures, Sweep
 
 
 @dataclass(frozen=True)
@@ -19,10 +17,10 @@ class PairSimilarity:
     """Cosine similarities of pairs of images.
 
     Args:
-        positions (`np.ndarray` of shape `(pairs,)`, float64): mean over positions of the similarity of the two vectors
-            found there.
-        pooled (`np.ndarray` of shape `(pairs,)`, float64): similarity of the two means over positions; for a static
-            encoder, of its global image features.
+        positions (`np.ndarray` of shape `(pairs,)`, float64): Similarity of the two vectors at each position, averaged
+            over positions.
+        pooled (`np.ndarray` of shape `(pairs,)`, float64): Similarity of the two means over positions; for a vision
+            encoder, of its global features.
     """
 
     positions: np.ndarray
@@ -30,10 +28,11 @@ class PairSimilarity:
 
 
 def pair_similarity(first: torch.Tensor, second: torch.Tensor) -> PairSimilarity:
-    """Compare feature maps of paired images.
+    """Compare the feature maps of paired images.
 
     Args:
-        first, second (`torch.Tensor` of shape `(pairs, height, width, channels)` or `(pairs, tokens, channels)`).
+        first: Features of shape `(pairs, height, width, channels)` or `(pairs, tokens, channels)`.
+        second: Features of the same shape.
     """
     a, b = (x.double().flatten(1, -2) for x in (first, second))
     positions = F.cosine_similarity(a, b, dim=-1).mean(dim=1)
@@ -41,30 +40,91 @@ def pair_similarity(first: torch.Tensor, second: torch.Tensor) -> PairSimilarity
     return PairSimilarity(positions.cpu().numpy(), pooled.cpu().numpy())
 
 
-def unbiased_hsic(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Song et al.'s unbiased estimate of the Hilbert-Schmidt independence criterion (their equation 5).
+@dataclass
+class SimilarityGrid:
+    """Mean cosine similarity of paired images by tap, timestep and guidance scale (S3, Figure 2c).
 
     Args:
-        first, second (`torch.Tensor` of shape `(n, n)`): Gram matrices of the same n >= 4 examples.
+        taps (`list[str]`): First axis.
+        timesteps (`list[int]`): Second axis.
+        guidance_scales (`list[float]`): Third axis.
+        positions, pooled (`np.ndarray` of shape `(taps, timesteps, scales)`, float64): [`PairSimilarity`], averaged
+            over pairs.
+        num_pairs (`int`): Number of pairs.
+    """
+
+    taps: list[str]
+    timesteps: list[int]
+    guidance_scales: list[float]
+    positions: np.ndarray
+    pooled: np.ndarray
+    num_pairs: int
+
+
+def similarity_grid(source: ComputedFeatures | Sweep, batch_size: int = 8) -> SimilarityGrid:
+    """Compare images 0 and 1, 2 and 3, and so on, at every tap, timestep and guidance scale.
+
+    Args:
+        source: Features of an even number of images.
+        batch_size: Images per batch, rounded down to whole pairs.
+
+    Raises:
+        ValueError: The number of images is odd or 0.
+    """
+    if len(source) < 2 or len(source) % 2:
+        raise ValueError(
+            f"{len(source)} images do not form pairs. Give an even number of images in the order first, second."
+        )
+    selection = source.selection
+    shape = (len(selection.taps), len(selection.timesteps), len(selection.guidance_scales))
+    positions, pooled = np.zeros(shape), np.zeros(shape)
+    step = max(2, batch_size // 2 * 2)
+    for start in range(0, len(source), step):
+        for feature in source.batch(range(start, min(start + step, len(source)))):
+            index = (
+                selection.taps.index(feature.tap),
+                selection.timesteps.index(feature.timestep),
+                selection.guidance_scales.index(feature.guidance_scale),
+            )
+            found = pair_similarity(feature.values[0::2], feature.values[1::2])
+            positions[index] += found.positions.sum()
+            pooled[index] += found.pooled.sum()
+    pairs = len(source) // 2
+    axes = (selection.taps, selection.timesteps, selection.guidance_scales)
+    return SimilarityGrid(*axes, positions / pairs, pooled / pairs, pairs)
+
+
+def unbiased_hsic(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The unbiased estimate of the Hilbert-Schmidt independence criterion (Song et al., 2012, equation 5).
+
+    Args:
+        first: Gram matrix `(n, n)` of n >= 4 examples.
+        second: Gram matrix `(n, n)` of the same examples.
 
     Returns:
         `torch.Tensor` of shape `()`.
+
+    Raises:
+        ValueError: There are fewer than 4 examples.
     """
     n = len(first)
     if n < 4:
-        raise ValueError(f"the unbiased estimate needs at least 4 examples at once, not {n}: use a larger batch")
-    k, l = (gram - torch.diag(torch.diag(gram)) for gram in (first, second))  # noqa: E741
-    trace = (k * l).sum()
-    totals = k.sum() * l.sum() / ((n - 1) * (n - 2))
-    rows = k.sum(dim=0) @ l.sum(dim=0) * 2 / (n - 2)
+        raise ValueError(f"The unbiased estimate needs at least 4 examples per batch, not {n}. Use a larger batch.")
+    a, b = (gram - torch.diag(torch.diag(gram)) for gram in (first, second))
+    trace = (a * b).sum()
+    totals = a.sum() * b.sum() / ((n - 1) * (n - 2))
+    rows = a.sum(dim=0) @ b.sum(dim=0) * 2 / (n - 2)
     return (trace + totals - rows) / (n * (n - 3))
 
 
 class MinibatchCKA:
-    """Linear CKA of every pair of named representations, in minibatches of any size from 4 (Nguyen et al., 2021).
+    """Linear CKA of every pair of named representations, in minibatches of at least 4 (Nguyen et al., 2021).
 
-    The unbiased estimates of the batches are averaged, so the expectation does not depend on the batch size. Of a batch
-    only Gram matrices are held, in float64.
+    The unbiased estimates of the batches are averaged, so the expectation does not depend on the batch size. Only Gram
+    matrices of one batch are held in memory, in float64.
+
+    Args:
+        names: Names of the representations, in the order of the matrix.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -73,7 +133,12 @@ class MinibatchCKA:
         self.batches = 0
 
     def update(self, features: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Add a batch: for every name a tensor `(n, ...)` of which each example is one long vector, one at a time."""
+        """Add a batch.
+
+        Args:
+            features: For every name a tensor `(n, ...)`; each example is read as one long vector. An iterable gives
+                the representations one at a time.
+        """
         pairs = features.items() if isinstance(features, Mapping) else features
         by_name = {name: _gram(values) for name, values in pairs}
         grams = [by_name[name] for name in self.names]
@@ -84,12 +149,17 @@ class MinibatchCKA:
         self.batches += 1
 
     def matrix(self) -> np.ndarray:
-        """`np.ndarray` of shape `(names, names)`, float64: 1 for equal representations, about 0 for independent ones.
+        """The CKA of every pair.
 
-        An unbiased estimate can be a little below 0; where a representation does not vary at all it is nan.
+        Returns:
+            `np.ndarray` of shape `(names, names)`, float64: 1 for equal representations, about 0 for independent ones.
+            The unbiased estimate can be a little below 0. It is nan where a representation does not vary.
+
+        Raises:
+            ValueError: `update` was not called.
         """
         if not self.batches:
-            raise ValueError("no batch was given yet")
+            raise ValueError("CKA of 0 batches is undefined. Call `update` first.")
         own = self.sums.diagonal()
         with np.errstate(invalid="ignore", divide="ignore"):
             scale = np.sqrt(np.where(own > 0, own, np.nan))
@@ -98,42 +168,56 @@ class MinibatchCKA:
 
 def _gram(values: torch.Tensor) -> torch.Tensor:
     vectors = values.flatten(1).double()
-    vectors = vectors - vectors.mean(dim=0)  # changes no estimate; keeps its sums from cancelling
+    vectors = vectors - vectors.mean(dim=0)  # does not change the estimate, but avoids cancellation in its sums
     return vectors @ vectors.T
 
 
-class StaticEncoder(nn.Module):
-    """CLIP, SigLIP or DINOv2 as something to compare with; its last layer's patches and global feature."""
+@dataclass
+class CKAResult:
+    """Linear CKA between features (S3, Figures 5c and 9).
 
-    def __init__(self, source: str):
-        super().__init__()
-        try:
-            config = AutoConfig.from_pretrained(**split_revision(source))
-            self.processor = AutoImageProcessor.from_pretrained(**split_revision(source))
-            model = AutoModel.from_pretrained(**split_revision(source), dtype="auto")
-        except (OSError, ValueError) as error:
-            raise missing(source, "static encoder", error) from error
-        self.model = getattr(model, "vision_model", model).eval()
-        vision = getattr(config, "vision_config", config)
-        self.name = {"clip_vision_model": "CLIP", "dinov2": "DINOv2"}.get(vision.model_type, vision.model_type)
-        side = vision.image_size // vision.patch_size
-        size = self.processor.crop_size if getattr(self.processor, "do_center_crop", False) else self.processor.size
-        size = size.get("height") or size["shortest_edge"]
-        self.num_patches = (size // vision.patch_size) ** 2 if vision.patch_size else side**2
-        self.size = {"height": size, "width": size}
+    Args:
+        keys (`list[tuple]`): Tap, timestep and guidance scale of each row and column.
+        matrix (`np.ndarray` of shape `(keys, keys)`, float64): See [`MinibatchCKA.matrix`].
+        num_images (`int`): Number of images.
+    """
 
-    @torch.no_grad()
-    def forward(self, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images, padded to squares, as patch features `(n, tokens, channels)` and global features `(n, channels)`."""
-        colour = [int(255 * mean) for mean in self.processor.image_mean]
-        squares = [pad_to_square(load_rgb(image), colour) for image in images]
-        pixels = self.processor(squares, size=self.size, do_center_crop=False, return_tensors="pt")["pixel_values"]
-        parameter = next(self.model.parameters())
-        outputs = self.model(pixel_values=pixels.to(parameter.device, parameter.dtype))
-        return outputs.last_hidden_state[:, -self.num_patches :], outputs.pooler_output
+    keys: list[FeatureKey]
+    matrix: np.ndarray
+    num_images: int
 
-    def similarity(self, first: Sequence[Any], second: Sequence[Any]) -> PairSimilarity:
-        """Of pairs of images."""
-        (patches_a, pooled_a), (patches_b, pooled_b) = self(first), self(second)
-        pooled = F.cosine_similarity(pooled_a.double(), pooled_b.double(), dim=-1)
-        return PairSimilarity(pair_similarity(patches_a, patches_b).positions, pooled.cpu().numpy())
+    def between_taps(self, timestep: int, guidance_scale: float) -> tuple[list[str], np.ndarray]:
+        """The taps at one timestep and scale, and their matrix (S3, Figure 9)."""
+        rows = [i for i, key in enumerate(self.keys) if key[1:] == (timestep, guidance_scale)]
+        return [self.keys[i][0] for i in rows], self.matrix[np.ix_(rows, rows)]
+
+    def with_unconditional(self, tap: str, timestep: int) -> tuple[list[float], np.ndarray]:
+        """The scales of one tap, and their CKA with scale 0 (S3, Figure 5c)."""
+        rows = [i for i, key in enumerate(self.keys) if key[:2] == (tap, timestep)]
+        return [self.keys[i][2] for i in rows], self.matrix[self.keys.index((tap, timestep, 0.0)), rows]
+
+
+def cka(source: ComputedFeatures | Sweep, batch_size: int = 16) -> CKAResult:
+    """Linear CKA between every two of the selected features, over all images.
+
+    Args:
+        source: Features of at least 4 images.
+        batch_size: Images per batch. Batches have nearly equal sizes of at least 4.
+
+    Raises:
+        ValueError: There are fewer than 4 images.
+    """
+    count = len(source)
+    if count < 4:
+        raise ValueError(f"The unbiased estimate needs at least 4 images, not {count}. Give more images.")
+    keys = source.selection.keys
+    meter = MinibatchCKA([_name(key) for key in keys])
+    num_batches = min(math.ceil(count / batch_size), count // 4)
+    for rows in np.array_split(np.arange(count), num_batches):
+        features = source.batch(rows.tolist())
+        meter.update((_name(feature.key), feature.values) for feature in features)
+    return CKAResult(keys, meter.matrix(), count)
+
+
+def _name(key: FeatureKey) -> str:
+    return str(key)

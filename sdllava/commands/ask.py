@@ -54,7 +54,7 @@ def ask(
 
 def say_if_photograph(picture) -> None:
     """Say beside the miniature's answer that it is not to be believed, where the picture is none that it knows."""
-    from ..scenes.dataset import looks_rendered
+    from ..scenes.render import looks_rendered
 
     if not looks_rendered(picture):
         message = "This looks like no rendered scene, and the miniature knows nothing else: do not believe its answer."

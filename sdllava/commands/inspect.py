@@ -68,7 +68,7 @@ def attention(
         choices = [(f"t = {t}", {"timesteps": [t], "resolution": resolution}) for t in maps.timesteps]
     tokenizer = subject.processor.diffusion_tokenizer
     rows = [(label, attention_by_word(maps, tokenizer, [picture], **chosen)[0]) for label, chosen in choices]
-    place = f"t = {', '.join(map(str, maps.timesteps))}" if layers is not None else rows[0][1].place.split(", t =")[0]
+    place = f"t = {', '.join(map(str, maps.timesteps))}" if layers is not None else rows[0][1].description.split(", t =")[0]
 
     def draw():
         from ..analysis.plots import attention_figure
@@ -78,7 +78,7 @@ def attention(
     arrays = {f"{label}": found.maps for label, found in rows}
     words = [{"text": w.text, "tokens": w.tokens, "special": w.special} for w in rows[0][1].words]
     meta = {"model": subject.name, "image": image, "question": question, "words": words, "unit": "share of attention"}
-    _write(output, draw, arrays, {**meta, "places": {label: found.place for label, found in rows}})
+    _write(output, draw, arrays, {**meta, "places": {label: found.description for label, found in rows}})
 
 
 @app.command()
@@ -99,14 +99,14 @@ def features(
     import numpy as np
 
     from ..analysis.features import find_registers, pca_maps
-    from ..analysis.sweep import LiveFeatures, gather
+    from ..analysis.sweep import ComputedFeatures, gather
 
     fields: Any = _split(fit_per)
     if not set(fields) <= {"tap", "timestep", "guidance_scale"}:
         raise ValueError(f"--fit-per takes tap, timestep and guidance_scale, not {fit_per!r}")
     subject, asked = _open(model, device, images, question)
     places = _places(subject, asked, taps, timesteps, guidance_scales or (question and "0,1,4") or None)
-    found = gather(LiveFeatures(subject, asked, places), batch_size)
+    found = gather(ComputedFeatures(subject, asked, places), batch_size)
     colours, registers = pca_maps(found, fields), [find_registers(feature) for feature in found]
 
     def draw():
@@ -150,15 +150,15 @@ def delta(
     """What a question moved: conditional minus unconditional features (S3, Figures 5, 7 and 12)."""
     _check_outputs(output)
     from ..analysis.features import delta_maps
-    from ..analysis.images import AskedImage
-    from ..analysis.sweep import LiveFeatures, gather
+    from ..analysis.images import PromptedImage
+    from ..analysis.sweep import ComputedFeatures, gather
     from ..image_loading import load_rgb
 
     picture = load_rgb(image)
     subject = _subject(model, device)
     places = _places(subject, True, taps, timesteps, "0,1")
-    asked = [AskedImage(image, picture, question) for question in questions]
-    found = delta_maps(gather(LiveFeatures(subject, asked, places)))
+    asked = [PromptedImage(image, picture, question) for question in questions]
+    found = delta_maps(gather(ComputedFeatures(subject, asked, places)))
 
     def draw():
         from ..analysis.plots import delta_figure
@@ -192,8 +192,8 @@ def similarity(
 ) -> None:
     """Cosine similarity of images 1 and 2, 3 and 4, ... by tap and timestep (S3, Figure 2c)."""
     _check_outputs(output)
-    from ..analysis.similarity import StaticEncoder
-    from ..analysis.sweep import similarity_grid
+    from ..analysis.similarity import similarity_grid
+    from ..analysis.vision_encoder import VisionEncoder
 
     source, name, asked = _source(
         sweep, images, model, question, taps, timesteps, guidance_scales, prompt, image_folder, device
@@ -203,7 +203,7 @@ def similarity(
     for path in reference or []:
         if asked is None:
             raise ValueError("--reference needs the images themselves: give them instead of --sweep")
-        encoder = StaticEncoder(path)
+        encoder = VisionEncoder(path)
         pairs = [encoder.similarity([asked[i].image], [asked[i + 1].image]) for i in range(0, len(asked), 2)]
         references[encoder.name] = sum(float(p.positions[0]) for p in pairs) / len(pairs)
         pooled[encoder.name] = sum(float(p.pooled[0]) for p in pairs) / len(pairs)
@@ -235,7 +235,7 @@ def cka(
 ) -> None:
     """Linear CKA between taps, and of each guidance scale with s = 0 (S3, Figures 5c and 9)."""
     _check_outputs(output)
-    from ..analysis.sweep import cka as compute
+    from ..analysis.similarity import cka as compute
 
     source, name, _ = _source(
         sweep, images, model, question, taps, timesteps, guidance_scales, prompt, image_folder, device
@@ -311,7 +311,7 @@ def _subject(model: str, device: str | None):
 
     import sdllava
 
-    from ..analysis.loading import load_subject
+    from ..analysis.loading import load_analysis_model
     from .options import check_device, model_path
 
     if device is not None:
@@ -319,7 +319,7 @@ def _subject(model: str, device: str | None):
     sdllava.register()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return load_subject(model_path(model), device=device)
+    return load_analysis_model(model_path(model), device=device)
 
 
 def _open(model, device, images, question, prompt="question", image_folder=None):
@@ -334,24 +334,24 @@ def _open(model, device, images, question, prompt="question", image_folder=None)
 
 def _source(sweep, images, model, question, taps, timesteps, guidance_scales, prompt, image_folder, device):
     """Features from a sweep or from images, the model's name, and the images where they were given."""
-    from ..analysis.sweep import LiveFeatures, Sweep
+    from ..analysis.sweep import ComputedFeatures, Sweep
 
     if (sweep is None) == (not images):
         raise ValueError("give images, or --sweep with a folder that `sdllava inspect sweep` wrote")
     if sweep is not None:
         source = Sweep(sweep)
-        return source, source.manifest["model"], None
+        return source, source.settings["model"], None
     subject, asked = _open(model, device, images, question, prompt, image_folder)
     places = _places(subject, asked, taps, timesteps, guidance_scales)
-    return LiveFeatures(subject, asked, places), subject.name, asked
+    return ComputedFeatures(subject, asked, places), subject.name, asked
 
 
 def _places(subject, asked: Any, taps: str | None, timesteps: str | None, guidance_scales: str | None):
     """Where features are read. `asked`: the images with their questions, or whether there are any."""
-    from ..analysis.reading import reachable_taps
-    from ..analysis.sweep import choose_places
+    from ..analysis.reading import available_taps
+    from ..analysis.sweep import select_features
 
-    reachable = [tap.name for tap in reachable_taps(subject.tower)]
+    reachable = [tap.name for tap in available_taps(subject.tower)]
     if taps == "all":
         names = reachable
     elif taps is not None:
@@ -361,7 +361,7 @@ def _places(subject, asked: Any, taps: str | None, timesteps: str | None, guidan
         names = [name for name in reachable if name in PAPER_TAPS or name in configured]
     has_question = asked if isinstance(asked, bool) else asked[0].question is not None
     scales = _numbers(guidance_scales, "--guidance-scales", float)
-    return choose_places(subject, has_question, names or None, _integers(timesteps, "--timesteps"), scales)
+    return select_features(subject, has_question, names or None, _integers(timesteps, "--timesteps"), scales)
 
 
 def _check_outputs(outputs: list[Path]) -> None:
@@ -371,10 +371,10 @@ def _check_outputs(outputs: list[Path]) -> None:
 
 
 def _write(outputs: list[Path], draw, arrays: dict, meta: dict) -> None:
-    from ..analysis.numbers import SUFFIXES, save_numbers
+    from ..analysis.numbers import NUMBER_SUFFIXES, save_numbers
 
     for path in outputs:
-        if path.suffix.lower() in SUFFIXES:
+        if path.suffix.lower() in NUMBER_SUFFIXES:
             save_numbers(path, arrays, meta)
         else:
             from ..analysis.plots import save_figure

@@ -52,7 +52,9 @@ def scene(
     """Write one scene as a picture, and print its caption and some questions with their answers."""
     import random
 
-    from ..scenes.dataset import ask, caption, render, sample_scene
+    from ..scenes.language import ask, caption
+    from ..scenes.render import render
+    from ..scenes.world import sample_scene
 
     sampled = sample_scene(split, seed)
     picture = render(sampled)

@@ -1,1 +1,1 @@
-"""Any source of samples to records (messages and images), and the prompts of the diffusion model."""
+"""Data for training and analysis: sources of samples, records of messages and images, and diffusion prompts."""

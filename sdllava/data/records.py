@@ -1,7 +1,7 @@
 """One sample of any source as a record: messages, images and what is supervised.
 
-Knows the formats: LLaVA's `conversations`, TRL's `messages` and `prompt`/`completion`, webdataset rows. Does not know
-files, tokenizers or models.
+The formats are LLaVA's `conversations`, TRL's `messages` and `prompt`/`completion`, and webdataset rows. Files,
+tokenizers and models are not handled here.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ WEBDATASET_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class RecordError(ValueError):
-    """A sample that cannot be used; the sentence says why."""
+    """A sample that cannot be used. The message continues a sentence that begins with the sample's name."""
 
 
 class Message(TypedDict):
-    """One turn. `role` is "system", "user" or "assistant"; every `<image>` in `content` stands for the next image."""
+    """One turn: `role` is "system", "user" or "assistant". Each `<image>` in `content` marks the next image."""
 
     role: str
     content: str
 
 
 class Record(TypedDict):
-    """A sample: `images` in the order of their markers, each a path, {"path", "bytes"} or a PIL image.
+    """A sample: `images` in the order of their markers, each a path, `{"path", "bytes"}` or a PIL image.
 
-    Answers before message number `supervised_from` are context, not targets. Paths are looked up in `folder`.
+    Answers before message number `supervised_from` are context, not targets. Paths are relative to `folder`.
     """
 
     name: str
@@ -46,18 +46,18 @@ def to_record(row: dict[str, Any], name: str = "sample", folder: str | None = No
     """Read one row of any known format.
 
     Args:
-        row: a mapping with `conversations`, `messages`, or `prompt` and `completion`; `image` or `images` where there
-            are any; a record is returned as it is.
-        name: how error messages call the sample.
-        folder: where its image paths are looked up.
+        row: A mapping with `conversations`, `messages`, or `prompt` and `completion`, and with `image` or `images`
+            where there are any. A record is returned unchanged.
+        name: The sample's name in error messages.
+        folder: The folder of its image paths.
 
     Raises:
-        RecordError: the row has no known format, its turns do not alternate, or its `<image>` markers and its images
+        RecordError: The row has no known format, its turns do not alternate, or its `<image>` markers and its images
             differ in number.
     """
     if row.get("supervised_from") is not None:
         return cast(Record, {field: row[field] for field in Record.__annotations__})
-    if isinstance(row.get("json"), dict):  # a webdataset row: the annotation beside its image
+    if isinstance(row.get("json"), dict):  # a webdataset row: an image and its annotation
         row = {**row, **row["json"]}
     images = _images(row)
     supervised_from = 0
@@ -73,7 +73,7 @@ def to_record(row: dict[str, Any], name: str = "sample", folder: str | None = No
         raise RecordError(
             f"has no `conversations`, no `messages` and no `prompt` with `completion`; it has {sorted(row)}"
         )
-    if messages and messages[0]["role"] == "assistant":  # LLaVA-Mix-665k has some; LLaVA drops the turn as well
+    if messages and messages[0]["role"] == "assistant":  # LLaVA drops such a turn of LLaVA-Mix-665k, too
         messages = messages[1:]
         supervised_from = max(supervised_from - 1, 0)
     _check_turns(messages)
@@ -82,7 +82,7 @@ def to_record(row: dict[str, Any], name: str = "sample", folder: str | None = No
 
 
 def split_content(content: str) -> list[dict[str, str]]:
-    """Cut a message into the parts a chat template takes: {"type": "image"} and {"type": "text", "text": ...}."""
+    """Split a message into a chat template's parts: `{"type": "image"}` and `{"type": "text", "text": ...}`."""
     parts: list[dict[str, str]] = []
     for i, text in enumerate(MARKER_PATTERN.split(content)):
         if i:
@@ -98,7 +98,7 @@ def strip_markers(content: str) -> str:
 
 
 def split_turns(record: Record) -> Iterator[Record]:
-    """One record per supervised answer: the conversation up to it, with only this answer supervised."""
+    """Yield one record per supervised answer: the conversation up to it, with only this answer supervised."""
     n_images = 0
     for i, message in enumerate(record["messages"]):
         n_images += message["content"].count(IMAGE_MARKER)
@@ -113,7 +113,7 @@ def split_turns(record: Record) -> Iterator[Record]:
 
 
 def sample_key(record: Record) -> int:
-    """A number below 2**63 that names the sample by its content, wherever in whatever source it stands."""
+    """A number below 2**63 computed from the sample's content. It does not depend on the source or the position."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps([record["messages"], record["supervised_from"]], sort_keys=True).encode())
     for image in record["images"]:
@@ -122,7 +122,7 @@ def sample_key(record: Record) -> int:
 
 
 def image_identity(image: Any) -> bytes:
-    """What tells one image from another: its path as the data gives it, or else its bytes."""
+    """The bytes that identify an image: its content where the data holds it, otherwise its path."""
     if isinstance(image, dict):
         return image["bytes"] or (image.get("path") or "").encode()
     return image.encode() if isinstance(image, str) else image.tobytes()
@@ -187,13 +187,13 @@ def _check_turns(messages: list[Message]) -> None:
     for i, message in enumerate(turns):
         expected = ("user", "assistant")[i % 2]
         if message["role"] != expected:
-            raise RecordError(f"has a turn of the {message['role']} where one of the {expected} is due (turn {i})")
+            raise RecordError(f"has a turn of the {message['role']} where one of the {expected} should be (turn {i})")
     if len(turns) < 2 or len(turns) % 2:
         raise RecordError(f"has {len(turns)} turns; it should end with an answer of the assistant")
 
 
 def _place_markers(messages: list[Message], n_images: int) -> None:
-    """Put missing markers before the first question; LLaVA's one image of a turn goes before the turn's text."""
+    """Put missing markers before the first question, and the marker of a turn with one image before its text."""
     users = [message for message in messages if message["role"] == "user"]
     if any(IMAGE_MARKER in message["content"] for message in messages if message["role"] != "user"):
         raise RecordError(f"has an {IMAGE_MARKER} marker outside the user's turns")

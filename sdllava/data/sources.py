@@ -1,24 +1,23 @@
 """Sources of samples as one `datasets` dataset: LLaVA's JSON, JSON Lines, and whatever `datasets` reads.
 
-A row holds the fields of a record (`records.py`) with its images undecoded as {"bytes", "path"}, and `error`, empty
-where the sample is usable. Nothing is decoded or copied before a row is asked for.
+A row holds the fields of a record (`records.py`), with its images undecoded as `{"bytes", "path"}`, and `error`, which
+is empty where the sample is usable. Rows are decoded when they are accessed.
 """
 
 import itertools
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
+
+from ..repositories import REPOSITORY, split_revision
 from .records import Record, RecordError, split_turns, to_record
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
-REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?|\w+://.+")
-"""A name on the Hub, or an address that fsspec knows."""
+    from datasets import Dataset, Features, IterableDataset
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
@@ -28,14 +27,14 @@ class DataSource:
     """Where samples come from.
 
     Args:
-        path: a `.json` file of LLaVA's format, a `.jsonl` file, `.parquet`, `.arrow` or `.tar` (webdataset) files, by
-            pattern too, a folder that `save_to_disk` wrote, or a repository of the Hub. Files may be addresses that
-            fsspec knows, e.g. `hf://` or `s3://`.
-        config: the configuration of a repository.
-        split: the split of a repository.
-        revision: the revision of a repository.
-        image_folder: what image paths are relative to; for a JSON file, by default, the folder that holds it.
-        weight: the share of this source in a mixture; either every source has one or none has.
+        path: A `.json` file in LLaVA's format, a `.jsonl` file, `.parquet`, `.arrow` or `.tar` (webdataset) files or
+            patterns of them, a folder that `save_to_disk` wrote, or a repository of the Hub. Files may be addresses
+            that fsspec knows, for example `hf://` or `s3://`.
+        config: The configuration of a repository.
+        split: The split of a repository.
+        revision: The revision of a repository.
+        image_folder: The folder to which image paths are relative. The default for a JSON file is its own folder.
+        weight: The weight of this source in a mixture, above 0. Either every source has one, or none.
     """
 
     path: str
@@ -53,45 +52,57 @@ def load_data(
     shuffle_buffer: int = 0,
     seed: int = 0,
 ) -> "Dataset | IterableDataset":
-    """The samples of all sources, one after the other, or mixed by their weights.
+    """Load the samples of all sources, concatenated, or mixed by their weights.
 
-    With weights the source of each next sample is drawn (seeded), and an epoch ends when every sample of every source
-    was seen at least once; smaller sources begin anew meanwhile.
+    With weights, sources are sampled in proportion to them. An epoch ends when every sample has been used. Smaller
+    sources are repeated until then.
 
     Args:
-        streaming: read on, instead of knowing all samples beforehand.
-        one_record_per_turn: every answer becomes a sample of its own, with the conversation before it as context.
-        shuffle_buffer: streaming only: samples held to draw the next one from; 0 keeps the order.
+        sources: Where the samples come from.
+        streaming: Read samples as they are needed, instead of indexing them first.
+        one_record_per_turn: Make every answer a sample, with the conversation before it as context.
+        shuffle_buffer: With `streaming`, the number of samples among which the next one is drawn. 0 keeps the order.
+        seed: The seed of mixing and shuffling.
 
     Raises:
-        FileNotFoundError, ValueError: a source does not exist or a file is no JSON; bad samples raise nothing here.
+        FileNotFoundError: A source does not exist.
+        ValueError: There is no source, the weights are not usable, or a file is not JSON. Unusable samples do not
+            raise here. Their rows have an `error`.
     """
     import datasets
 
     if not sources:
-        raise ValueError("no data is given: name at least one source under `datasets`")
-    weights = [source.weight for source in sources]
-    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
-        raise ValueError(f"the sources have the weights {weights}; give every source a weight or none")
+        raise ValueError("There is no training data. Name at least one source under `datasets`.")
+    shares = _shares([source.weight for source in sources])
+    parts: list[Any]
     if streaming:
         parts = [_stream(source, one_record_per_turn) for source in sources]
     else:
         tables = [_table(source) for source in sources]
         parts = [_index(table, i, one_record_per_turn) for i, table in enumerate(tables)]
-    if None in weights:
+    if shares is None:
         data = datasets.concatenate_datasets(parts)
     else:
-        if min(weights) <= 0:
-            raise ValueError(f"the sources have the weights {weights}; a weight is above 0")
-        shares = [weight / sum(weights) for weight in weights]
         data = datasets.interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     if streaming:
         return data.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else data
     return data.with_transform(_Fetch(tables))
 
 
+def _shares(weights: list[float | None]) -> list[float] | None:
+    """The probability of each source in a mixture, or None without weights."""
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return None
+    if len(given) < len(weights):
+        raise ValueError(f"The sources have the weights {weights}. Give every source a weight, or none.")
+    if min(given) <= 0:
+        raise ValueError(f"The sources have the weights {weights}. Use weights above 0.")
+    return [weight / sum(given) for weight in given]
+
+
 def endless(stream: "IterableDataset") -> "IterableDataset":
-    """Pass after pass over a stream; each row says in `epoch` which pass it belongs to."""
+    """Repeat a stream without end. The column `epoch` of each row is the number of its pass."""
     import datasets
 
     return datasets.IterableDataset.from_generator(_passes, gen_kwargs={"stream": stream})
@@ -104,7 +115,7 @@ def _passes(stream: "IterableDataset") -> Iterator[dict[str, Any]]:
             yield {**row, "epoch": epoch}
 
 
-def row_features():
+def row_features() -> "Features":
     """The columns of a row, for `datasets`."""
     from datasets import Features, List, Value
 
@@ -122,7 +133,7 @@ def row_features():
 
 @dataclass
 class _Table:
-    """A source whose rows can be asked for by number."""
+    """A source whose rows are accessed by number."""
 
     data: Any
     path: str
@@ -134,7 +145,7 @@ class _Table:
 
 
 class _Fetch:
-    """Turns index rows into sample rows; used as the transform of an index dataset."""
+    """Transform of an index dataset: index rows become sample rows."""
 
     def __init__(self, tables: list[_Table]):
         self.tables = tables
@@ -165,7 +176,7 @@ def _table(source: DataSource) -> _Table:
     if _is_json(source.path):
         rows = list(_json_rows(source.path, _folder(source)))
         if not rows:
-            raise ValueError(f"the data file {source.path} holds no samples")
+            raise ValueError(f"The data file {source.path!r} does not hold any samples.")
         return _Table(datasets.Dataset.from_list(rows, features=row_features()), source.path, _folder(source))
     return _Table(_undecoded(_load(source, streaming=False)), source.path, source.image_folder)
 
@@ -192,6 +203,8 @@ def _stream(source: DataSource, one_record_per_turn: bool) -> "IterableDataset":
 
 @dataclass
 class _StreamRow:
+    """Transform of a stream: one source row becomes one sample row, or one per turn."""
+
     path: str
     folder: str | None
     one_record_per_turn: bool
@@ -230,7 +243,7 @@ def _bad_row(name: str, error: str) -> dict[str, Any]:
     return {"name": name, "images": [], "messages": [], "supervised_from": 0, "folder": None, "error": error}
 
 
-def _load(source: DataSource, streaming: bool):
+def _load(source: DataSource, streaming: bool) -> Any:
     import datasets
 
     suffix = Path(source.path).suffix
@@ -240,16 +253,18 @@ def _load(source: DataSource, streaming: bool):
     if (Path(source.path) / "state.json").is_file():
         data = datasets.load_from_disk(source.path)
         return data.to_iterable_dataset() if streaming else data
-    if not Path(source.path).exists() and not REPOSITORY.fullmatch(source.path):
-        raise FileNotFoundError(
-            f"no data at {source.path!r}: give an existing file or folder, or a repository owner/name"
-        )
-    return datasets.load_dataset(
-        source.path, source.config, split=source.split, revision=source.revision, streaming=streaming
-    )
+    path, revision = source.path, source.revision
+    if not Path(path).exists() and "://" not in path:
+        if not REPOSITORY.fullmatch(path):
+            raise FileNotFoundError(
+                f"There is no data at {path!r}. Give an existing file or folder, or a repository owner/name."
+            )
+        named = split_revision(path)
+        path, revision = named["pretrained_model_name_or_path"], revision or named.get("revision")
+    return datasets.load_dataset(path, source.config, split=source.split, revision=revision, streaming=streaming)
 
 
-def _undecoded(data):
+def _undecoded(data: Any) -> Any:
     """Leave images as bytes or paths, so that one broken image does not end the run."""
     from datasets import Image, List
 
@@ -270,17 +285,13 @@ def _folder(source: DataSource) -> str:
 
 
 def _require_file(path: str) -> None:
-    import fsspec
-
     filesystem, inner = fsspec.core.url_to_fs(path)
     if not filesystem.isfile(inner):
-        raise FileNotFoundError(f"there is no data file {path}")
+        raise FileNotFoundError(f"There is no data file {path!r}.")
 
 
 def _json_rows(path: str, folder: str) -> Iterator[dict[str, Any]]:
-    """Rows of a `.json` or `.jsonl` file, named by the file, the line on which they begin and the number in a list."""
-    import fsspec
-
+    """Rows of a `.json` or `.jsonl` file, named by the file, the line on which they begin and their number."""
     _require_file(path)
     with fsspec.open(path, "rt", encoding="utf-8") as stream:
         samples: Iterator = _json_lines(stream) if path.endswith(".jsonl") else _json_array(stream.read(), path)
@@ -289,10 +300,10 @@ def _json_rows(path: str, folder: str) -> Iterator[dict[str, Any]]:
             if isinstance(sample, dict):
                 yield _to_row(sample, name, folder)
             else:
-                yield _bad_row(name, f"is no JSON object: {sample}")
+                yield _bad_row(name, f"is not a JSON object: {sample}")
 
 
-def _json_lines(stream) -> Iterator[tuple[int, Any]]:
+def _json_lines(stream: Iterable[str]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, start=1):
         if line.strip():
             try:
@@ -312,7 +323,7 @@ def _json_array(text: str, path: str) -> Iterator[tuple[str, Any]]:
             line, counted = line + text.count("\n", counted, position), position
             sample, position = decode(text, position)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno} is no JSON: {error.msg}") from error
+            raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}.") from error
         yield f"{line} sample {number}", sample
         position = _skip(text, position, ",]", path)
         if text[position - 1] == "]":
@@ -320,12 +331,12 @@ def _json_array(text: str, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _skip(text: str, position: int, expected: str, path: str) -> int:
-    """The position of what follows the expected character and the blanks around it."""
+    """The position after the expected character and the whitespace around it."""
     while text[position : position + 1].isspace():
         position += 1
     if text[position : position + 1] not in tuple(expected):
         line = text.count("\n", 0, position) + 1
-        raise ValueError(f"{path}:{line} is no JSON array of samples: {text[position : position + 20]!r}")
+        raise ValueError(f"{path}:{line} is not a JSON array of samples: {text[position : position + 20]!r}.")
     position += 1
     while text[position - 1] != "]" and text[position : position + 1].isspace():
         position += 1

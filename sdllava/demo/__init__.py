@@ -1,1 +1,1 @@
-"""The page: ask about an image, and see where the question looked and what it moved."""
+"""The demo page: questions about an image, attention maps of their words, and their effect on the features."""

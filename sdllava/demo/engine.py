@@ -1,13 +1,14 @@
-"""What the page does, without the page: one model, one caller at a time, nothing of a user's kept."""
+"""The computations of the demo page, without the page: one model, one call at a time, no stored user data."""
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -15,16 +16,18 @@ from ..analysis.attention import QuestionAttention, model_attention
 from ..analysis.features import DeltaMap, delta_maps
 from ..analysis.loading import short_name
 from ..analysis.reading import read_features
-from ..fusion import resize_tokens
+from ..grids import resize_tokens
 from ..image_loading import load_rgb
 from ..modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaImageEncodings
 from ..pipeline import check_question
 from ..processors import SDLlavaProcessor
 
 MAX_BYTES = 10 * 2**20
+"""Bytes of an upload."""
 MAX_PIXELS = 50_000_000
+"""Pixels of an upload."""
 KEPT_SIDE = 1024
-"""Pixels of the longer side of what is held of an image while its user is there."""
+"""Longer side, in pixels, of the image in a session."""
 MAX_QUESTION = 1000
 """Characters of a question."""
 MAX_NEW_TOKENS = 128
@@ -32,50 +35,85 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass
-class Look:
-    """An image that a user looks at: upright RGB of bounded size, and what does not depend on the question."""
+class EncodedImage:
+    """The image of a session with its encodings.
+
+    Args:
+        image (`PIL.Image.Image`): Upright RGB of limited size.
+        encodings ([`SDLlavaImageEncodings`]): The features that do not depend on the question.
+    """
 
     image: Image.Image
     encodings: SDLlavaImageEncodings
 
 
 def open_upload(data: bytes) -> Image.Image:
-    """Decode an uploaded image; it is refused by its header, before its pixels are decoded, where it is too large.
+    """Decode an uploaded image. The size in its header is checked before its pixels are decoded.
+
+    Args:
+        data: The contents of the file.
+
+    Returns:
+        `PIL.Image.Image`: Upright RGB, with a longer side of at most `KEPT_SIDE` pixels.
 
     Raises:
-        ValueError: one sentence, for the user.
+        ValueError: The file is too large or unreadable.
     """
     if len(data) > MAX_BYTES:
-        raise ValueError(f"the file has {len(data) / 2**20:.1f} MB: images may have up to {MAX_BYTES / 2**20:g} MB")
-    try:
-        with Image.open(BytesIO(data)) as opened:
-            width, height = opened.size
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError("the file is no image that can be read: give a JPEG, PNG or WebP") from error
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"the image has {width} x {height} pixels: up to {MAX_PIXELS // 10**6} million are taken")
+        raise ValueError(
+            f"The file has {len(data) / 2**20:.1f} MiB. Upload an image of at most {MAX_BYTES / 2**20:g} MiB."
+        )
+    unreadable = (OSError, SyntaxError, Image.DecompressionBombError)  # load_rgb raises a message for these
+    with suppress(*unreadable), Image.open(BytesIO(data)) as header:
+        if header.width * header.height > MAX_PIXELS:
+            raise ValueError(
+                f"The image has {header.width} x {header.height} pixels. Upload an image of at most "
+                f"{MAX_PIXELS // 10**6} million pixels."
+            )
     image = load_rgb(data)
     image.thumbnail((KEPT_SIDE, KEPT_SIDE))
     return image
 
 
+def check_length(question: str) -> str:
+    """A question without surrounding spaces.
+
+    Raises:
+        ValueError: It is empty or longer than `MAX_QUESTION` characters.
+    """
+    question = check_question(question).strip()
+    if len(question) > MAX_QUESTION:
+        raise ValueError(f"The question has {len(question)} characters. Use at most {MAX_QUESTION}.")
+    return question
+
+
 class Engine:
-    """A loaded model behind a lock.
+    """A loaded model with a lock, so that one call runs at a time.
 
     Args:
-        model, processor: with a diffusion tower.
-        name (`str`): as the page calls it.
+        model: A model with a diffusion tower.
+        processor: Its processor.
+        name: The model's name on the page.
+
+    Raises:
+        ValueError: The model does not have a diffusion tower.
     """
 
     def __init__(self, model: SDLlavaForConditionalGeneration, processor: SDLlavaProcessor, name: str):
         if model.model.diffusion_tower is None:
-            raise ValueError(f"{name!r} has no diffusion tower: there is nothing to look into")
+            raise ValueError(f"{name!r} does not have a diffusion tower. Use a model that has one.")
         self.model, self.processor, self.name = model.eval(), processor, name
         self.lock = threading.Lock()
 
     @classmethod
     def from_pretrained(cls, model: str, device: str | None = None, dtype: str | None = None) -> "Engine":
-        """Load a folder or repository; by default on CUDA in bfloat16 where there is one, else in float32."""
+        """Load a model.
+
+        Args:
+            model: Folder or repository id.
+            device: Default: CUDA where available, else the CPU.
+            dtype: Default: bfloat16 on CUDA, else float32.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         loaded = SDLlavaForConditionalGeneration.from_pretrained(model, dtype=dtype).to(device)
@@ -83,68 +121,90 @@ class Engine:
 
     @property
     def guidance_scale(self) -> float | None:
-        """The configured scale; None where the model combines several, which one slider cannot set."""
+        """The configured guidance scale. None if there are several, which one slider cannot set."""
         scales = self.model.model.diffusion_tower.config.guidance_scales
         return scales[0] if len(scales) == 1 else None
 
     @property
-    def has_static_encoder(self) -> bool:
+    def has_vision_encoder(self) -> bool:
+        """Whether the model has a vision encoder in addition to the diffusion tower."""
         return self.model.model.vision_tower is not None
 
-    def look(self, image: Image.Image) -> Look:
+    def encode(self, image: Image.Image) -> EncodedImage:
         """Encode an image once, for all questions about it."""
         inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
         names = ("pixel_values", "diffusion_pixel_values")
+        pixels = {name: inputs[name] for name in names if name in inputs}
         with self.lock:
-            return Look(image, self.model.encode_images(**{name: inputs[name] for name in names if name in inputs}))
+            return EncodedImage(image, self.model.encode_images(**pixels))
 
-    def attention(self, look: Look, question: str) -> QuestionAttention:
-        """Where the question's words look."""
+    def attention(self, encoded: EncodedImage, question: str) -> QuestionAttention:
+        """The attention maps of the question's words."""
         with self.lock:
-            return model_attention(self.model, self.processor, look.image, question, look.encodings)
+            return model_attention(self.model, self.processor, encoded.image, question, encoded.encodings)
 
-    def delta(self, look: Look, question: str) -> DeltaMap:
-        """What the question moves at the model's first tap and timestep."""
+    def delta(self, encoded: EncodedImage, question: str) -> DeltaMap:
+        """The effect of the question on the features of the model's first tap and timestep."""
         tower = self.model.model.diffusion_tower
         ids = self.processor.tokenize_questions([question], "pt").values()
-        place = {"taps": [tower.taps[0].name], "timesteps": tower.config.timesteps[:1], "guidance_scales": [0.0, 1.0]}
         with self.lock, torch.no_grad():
             prompts = tower.encode_prompts(*(x.to(self.model.device) for x in ids))
-            return delta_maps(list(read_features(tower, look.encodings.latents, prompts, **place)))[0]
+            maps = read_features(
+                tower,
+                _existing(encoded.encodings.latents, "latents"),
+                prompts,
+                taps=[tower.taps[0].name],
+                timesteps=tower.config.timesteps[:1],
+                guidance_scales=[0.0, 1.0],
+            )
+            return delta_maps(list(maps))[0]
 
-    def answer(self, look: Look, question: str, guidance_scale: float | None = None) -> Iterator[str]:
-        """The fused model's answer, as it grows."""
-        inputs = self._inputs(look, question)
+    def answer(self, encoded: EncodedImage, question: str, guidance_scale: float | None = None) -> Iterator[str]:
+        """Generate the answer of the fused model.
+
+        Args:
+            encoded: The image.
+            question: The question.
+            guidance_scale: Default: the configured scales.
+
+        Yields:
+            `str`: The answer so far.
+        """
+        inputs = self._inputs(encoded, question)
         ids = {name: x for name, x in inputs.items() if name.startswith("diffusion_input_ids")}
         scales = None if guidance_scale is None else [guidance_scale]
 
         def features() -> BaseModelOutputWithPooling:
             return self.model.get_image_features(
-                image_encodings=look.encodings, diffusion_guidance_scales=scales, **ids
+                image_encodings=encoded.encodings, diffusion_guidance_scales=scales, **ids
             )
 
         return self._stream(inputs, features)
 
-    def answer_without_diffusion(self, look: Look, question: str) -> Iterator[str]:
-        """The same model's answer from its static encoder alone, its diffusion features left out."""
+    def answer_without_diffusion(self, encoded: EncodedImage, question: str) -> Iterator[str]:
+        """Generate an answer from the vision encoder only, with the diffusion features set to zero.
+
+        Args:
+            encoded: The image.
+            question: The question.
+
+        Yields:
+            `str`: The answer so far.
+        """
+        features = _existing(encoded.encodings.vision_features, "vision features")
+        return self._stream(self._inputs(encoded, question), lambda: self._features_without_diffusion(features))
+
+    def _features_without_diffusion(self, vision: torch.Tensor) -> BaseModelOutputWithPooling:
         config, body = self.model.config, self.model.model
-        static = look.encodings.vision_features
+        if config.fusion in ("cross_attention", "gated"):  # the diffusion features are added to the vision features
+            fused = resize_tokens(vision, config.token_grid_size)
+        else:
+            diffusion = config.diffusion_config
+            fused = body.fusion(vision, vision.new_zeros(len(vision), diffusion.grid_size**2, diffusion.hidden_size))
+        return BaseModelOutputWithPooling(pooler_output=list(body.multi_modal_projector(fused)))
 
-        def features() -> BaseModelOutputWithPooling:
-            if config.fusion in ("cross_attention", "gated"):  # a residual on static features
-                side = config.token_grid_size
-                fused = static if static.shape[1] == side**2 else resize_tokens(static, side)
-            else:
-                diffusion = config.diffusion_config
-                fused = body.fusion(
-                    static, static.new_zeros(len(static), diffusion.grid_size**2, diffusion.hidden_size)
-                )
-            return BaseModelOutputWithPooling(pooler_output=list(body.multi_modal_projector(fused)))
-
-        return self._stream(self._inputs(look, question), features)
-
-    def _inputs(self, look: Look, question: str) -> dict[str, Any]:
-        content = [{"type": "image", "image": look.image}, {"type": "text", "text": check_text(question)}]
+    def _inputs(self, encoded: EncodedImage, question: str) -> dict[str, Any]:
+        content = [{"type": "image", "image": encoded.image}, {"type": "text", "text": check_length(question)}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -155,7 +215,7 @@ class Engine:
         return {name: x for name, x in inputs.items() if not name.endswith("pixel_values")}
 
     def _stream(self, inputs: dict[str, Any], features: Callable[[], BaseModelOutputWithPooling]) -> Iterator[str]:
-        """The lock belongs to the generating thread, so a reader who leaves early keeps nobody waiting."""
+        """Generate in a thread, which holds the lock, so that a client that disconnects does not block others."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         options = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         options |= {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}
@@ -165,7 +225,7 @@ class Engine:
             try:
                 with self.lock, torch.no_grad():
                     self.model.generate(mm_encoder_outputs={"image": features()}, **options)
-            except Exception as error:  # handed over to the thread that reads
+            except Exception as error:  # raised again in the thread that reads
                 failure.append(error)
                 streamer.end()
 
@@ -178,11 +238,7 @@ class Engine:
             raise failure[0]
 
 
-def check_text(question: str) -> str:
-    """Raises:
-    ValueError: the question is empty or longer than `MAX_QUESTION`.
-    """
-    question = check_question(question).strip()
-    if len(question) > MAX_QUESTION:
-        raise ValueError(f"the question has {len(question)} characters: up to {MAX_QUESTION} are taken")
-    return question
+def _existing(tensor: torch.Tensor | None, name: str) -> torch.Tensor:
+    if tensor is None:
+        raise ValueError(f"The image's encodings have no {name}. Encode it with this model.")
+    return tensor

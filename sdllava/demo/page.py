@@ -1,4 +1,4 @@
-"""The Gradio page. It shows what `engine` computes; each user's image and history live in their session alone."""
+"""The Gradio page. Each user's image, question and history are kept in their session only."""
 
 import atexit
 import os
@@ -14,20 +14,23 @@ from ..analysis.attention import QuestionAttention
 from ..scenes.language import sample_question
 from ..scenes.render import render
 from .drawing import heat_html, picture_html
-from .engine import MAX_BYTES, Engine, Look, check_text, open_upload
-from .guard import RefuseAddresses
+from .engine import MAX_BYTES, EncodedImage, Engine, check_length, open_upload
+from .guard import RejectURLFiles
 
 ALL_WORDS = -1
 MAX_SCALE = 8.0
 NUM_EXAMPLES = 6
-HISTORY_HEADERS = ["question", "s", "fused", "CLIP alone"]
+HISTORY_HEADERS = ["question", "s", "fused", "CLIP only"]
 CSS = """
-.look { margin: 0; } .look img { width: 100%; max-height: 420px; object-fit: contain; display: block; }
-.look .bar { height: 10px; margin-top: 6px; }
-.look .ends { display: flex; justify-content: space-between; font-size: 12px; }
-.look figcaption { font-size: 13px; opacity: .8; }
+.picture { margin: 0; } .picture img { width: 100%; max-height: 420px; object-fit: contain; display: block; }
+.picture .bar { height: 10px; margin-top: 6px; }
+.picture .ends { display: flex; justify-content: space-between; font-size: 12px; }
+.picture figcaption { font-size: 13px; opacity: .8; }
 """
 FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+INTRODUCTION = """# Question-aware diffusion features
+`{name}`: ask about an image. The page shows the answer, the attention map of each word, and the effect of the question
+on the features."""
 
 
 def examples() -> list[tuple[Any, str]]:
@@ -37,105 +40,118 @@ def examples() -> list[tuple[Any, str]]:
 
 
 @dataclass
-class Asked:
-    """The question that a session's page shows, and where its words look."""
+class CurrentQuestion:
+    """The question of a session.
 
-    question: str
+    Args:
+        text (`str`): The question.
+        attention ([`QuestionAttention`]): The attention maps of its words.
+    """
+
+    text: str
     attention: QuestionAttention
 
 
 def _or_error(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's value; an expected error becomes a message on the page."""
+    """The function's value. Expected errors are displayed as messages on the page."""
     try:
         return function(*arguments)
     except (ValueError, TypeError, OSError) as error:
-        raise gr.Error(str(error), title="That did not work") from error
+        raise gr.Error(str(error), title="Error") from error
 
 
 class Page:
-    """What happens on the page, one method an event. A session's state is its `Look`, its `Asked` and its history."""
+    """The page's events, one method per event.
+
+    The state of a session is its `EncodedImage`, its `CurrentQuestion` and its history.
+
+    Args:
+        engine: The loaded model.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.examples = examples()
 
     def upload(self, path: str | None) -> tuple:
-        """An uploaded file is read and deleted at once."""
+        """Read an uploaded file and delete it."""
         if path is None:
             return (gr.skip(),) * 9
         data = Path(path).read_bytes()
         Path(path).unlink()
-        return (None, gr.skip(), *self._show(_or_error(open_upload, data), "your image"))
+        return (None, gr.skip(), *self._open(_or_error(open_upload, data), "your image"))
 
     def choose_example(self, event: gr.SelectData) -> tuple:
-        """The example's image and question."""
+        """Open an example with its question."""
         image, question = self.examples[event.index]
-        return (None, question, *self._show(image, "a rendered scene"))
+        return (None, question, *self._open(image, "a rendered scene"))
 
-    def _show(self, image: Any, caption: str) -> tuple:
-        """A new image: what was asked about the last one leaves the page."""
-        look = _or_error(self.engine.look, image)
+    def _open(self, image: Any, caption: str) -> tuple:
+        """Show a new image, and clear the results of the previous one."""
+        encoded = _or_error(self.engine.encode, image)
         picture = picture_html(image, f"{caption}, {image.width} x {image.height}")
-        return look, None, picture, gr.update(choices=[], value=None), "", "", ""
+        return encoded, None, picture, gr.update(choices=[], value=None), "", "", ""
 
-    def ask(self, look: Look | None, question: str, scale: float) -> tuple:
-        """Where the question looks, and what it moves."""
-        if look is None:
-            raise gr.Error("choose an example or upload an image first", title="That did not work")
-        question = _or_error(check_text, question)
-        found = _or_error(self.engine.attention, look, question)
-        words = [(word.text, i) for i, word in enumerate(found.words) if not word.special]
+    def ask(self, encoded: EncodedImage | None, question: str, scale: float) -> tuple:
+        """Compute the attention maps of a question and its effect on the features."""
+        if encoded is None:
+            raise gr.Error("There is not yet an image. Choose an example or upload one.", title="Error")
+        question = _or_error(check_length, question)
+        attention = _or_error(self.engine.attention, encoded, question)
+        words = [(word.text, i) for i, word in enumerate(attention.words) if not word.special]
         choices = gr.update(choices=[("all words", ALL_WORDS), *words], value=ALL_WORDS)
-        delta = self._delta(look, question, scale)
-        return Asked(question, found), choices, _heat(found, ALL_WORDS), delta
+        delta = self._delta_html(encoded, question, scale)
+        return CurrentQuestion(question, attention), choices, _attention_html(attention, ALL_WORDS), delta
 
-    def answers(self, look: Look | None, asked: Asked | None, scale: float, history: list) -> Iterator[tuple]:
-        """Both answers as they grow; then they join the history."""
-        if look is None or asked is None:
+    def answers(
+        self, encoded: EncodedImage | None, current: CurrentQuestion | None, scale: float, history: list
+    ) -> Iterator[tuple]:
+        """Stream both answers, then add them to the history."""
+        if encoded is None or current is None:
             yield (gr.skip(),) * 3
             return
         one_scale = scale if self.engine.guidance_scale is not None else None
-        fused = alone = ""
+        fused = vision_only = ""
         yield "…", "", gr.skip()
-        for fused in self.engine.answer(look, asked.question, one_scale):
+        for fused in self.engine.answer(encoded, current.text, one_scale):
             yield fused, "", gr.skip()
-        if self.engine.has_static_encoder:
-            for alone in self.engine.answer_without_diffusion(look, asked.question):
-                yield fused, alone, gr.skip()
-        yield fused, alone, [[asked.question, f"{scale:g}", fused, alone], *history]
+        if self.engine.has_vision_encoder:
+            for vision_only in self.engine.answer_without_diffusion(encoded, current.text):
+                yield fused, vision_only, gr.skip()
+        yield fused, vision_only, [[current.text, f"{scale:g}", fused, vision_only], *history]
 
-    def choose_word(self, asked: Asked | None, word: int | None) -> str:
-        """The word's attention."""
-        return "" if asked is None or word is None else _heat(asked.attention, word)
+    def choose_word(self, current: CurrentQuestion | None, word: int | None) -> str:
+        """Show the attention map of a word."""
+        return "" if current is None or word is None else _attention_html(current.attention, word)
 
-    def move_slider(self, look: Look | None, asked: Asked | None, scale: float) -> Any:
-        """What the question moves at another scale."""
-        return "" if look is None or asked is None else self._delta(look, asked.question, scale)
+    def move_slider(self, encoded: EncodedImage | None, current: CurrentQuestion | None, scale: float) -> str:
+        """Show the effect of the question at another guidance scale."""
+        return "" if encoded is None or current is None else self._delta_html(encoded, current.text, scale)
 
-    def _delta(self, look: Look, question: str, scale: float) -> str:
-        """|s (X_c - X_u)|, on colours that are fixed for a question, so that the slider shows."""
-        delta = _or_error(self.engine.delta, look, question)
+    def _delta_html(self, encoded: EncodedImage, question: str, scale: float) -> str:
+        """|s (X_c - X_u)|. The range of colours does not depend on s, so that the slider's effect is visible."""
+        delta = _or_error(self.engine.delta, encoded, question)
         high = float(delta.heat.max()) * (self.engine.guidance_scale or 1.0)
-        caption = f"what the question moves, s = {scale:g}: {delta.tap}, t = {delta.timestep}"
-        unit = "|s (X_c - X_u)| by mean |X_u|"
-        return heat_html(look.image, delta.heat[0] * scale, 0.0, high, caption, unit)
+        caption = f"effect of the question on the features, s = {scale:g}: {delta.tap}, t = {delta.timestep}"
+        unit = "|s (X_c - X_u)| relative to the mean |X_u|"
+        return heat_html(encoded.image, delta.heat[0] * scale, 0.0, high, caption, unit)
 
 
-def _heat(found: QuestionAttention, word: int) -> str:
-    heat = found.question() if word == ALL_WORDS else found.word(word)
+def _attention_html(attention: QuestionAttention, word: int) -> str:
+    heat = attention.question() if word == ALL_WORDS else attention.word(word)
     low, high = float(heat.grid.min()), float(heat.grid.max())
-    return heat_html(heat.image, heat.grid, low, high, f"{heat.label}: {heat.place}", heat.unit)
+    return heat_html(heat.image, heat.grid, low, high, f"{heat.label}: {heat.description}", heat.unit)
 
 
 def build_page(engine: Engine) -> gr.Blocks:
     """The page of a loaded model."""
     page = Page(engine)
     with gr.Blocks(title="sdllava", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
-        gr.Markdown(f"# What the question sees\n`{engine.name}`: ask, and see where each word looks.")
-        look, asked = (gr.State(None, time_to_live=3600) for _ in range(2))
+        gr.Markdown(INTRODUCTION.format(name=engine.name))
+        encoded, current = (gr.State(None, time_to_live=3600) for _ in range(2))
         with gr.Row():
             with gr.Column(scale=1):
-                shown = gr.HTML("Choose an example or upload an image.", elem_id="shown")
+                picture = gr.HTML("Choose an example or upload an image.", elem_id="picture")
                 upload = gr.File(label="Upload an image", file_types=["image"], height=130, elem_id="upload")
                 gallery = gr.Gallery(
                     [image for image, _ in page.examples],
@@ -148,13 +164,13 @@ def build_page(engine: Engine) -> gr.Blocks:
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
                 with gr.Row():
                     fused = gr.Textbox(label="Fused", interactive=False, elem_id="fused")
-                    alone = gr.Textbox(
-                        label="CLIP alone: without the diffusion features",
-                        interactive=False, visible=engine.has_static_encoder, elem_id="alone",
+                    vision_only = gr.Textbox(
+                        label="CLIP only, without the diffusion features",
+                        interactive=False, visible=engine.has_vision_encoder, elem_id="vision-only",
                     )  # fmt: skip
                 with gr.Row():
                     with gr.Column():
-                        words = gr.Radio([], label="Click a word to see where it looks", elem_id="words")
+                        words = gr.Radio([], label="Click a word for its attention map", elem_id="words")
                         heat = gr.HTML(elem_id="heat")
                     with gr.Column():
                         scale = gr.Slider(
@@ -169,25 +185,32 @@ def build_page(engine: Engine) -> gr.Blocks:
                 )  # fmt: skip
 
         model: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-        picture = [upload, question, look, asked, shown, words, heat, delta, fused]
-        upload.upload(page.upload, upload, picture, **model)
-        gallery.select(page.choose_example, None, picture, **model)
-        answers = (page.answers, [look, asked, scale, history], [fused, alone, history])
+        opened = [upload, question, encoded, current, picture, words, heat, delta, fused]
+        upload.upload(page.upload, upload, opened, **model)
+        gallery.select(page.choose_example, None, opened, **model)
+        answers = (page.answers, [encoded, current, scale, history], [fused, vision_only, history])
         for event in (ask.click, question.submit):
-            event(page.ask, [look, question, scale], [asked, words, heat, delta], **model).success(*answers, **model)
-        words.input(page.choose_word, [asked, words], heat, api_visibility="private")
-        scale.release(page.move_slider, [look, asked, scale], delta, **model).success(*answers, **model)
+            asked = event(page.ask, [encoded, question, scale], [current, words, heat, delta], **model)
+            asked.success(*answers, **model)
+        words.input(page.choose_word, [current, words], heat, api_visibility="private")
+        moved = scale.release(page.move_slider, [encoded, current, scale], delta, **model)
+        moved.success(*answers, **model)
     return blocks
 
 
-def launch(engine: Engine, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> Any:
+def launch(engine: Engine, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:
     """Serve the page until interrupted.
 
-    Uploads go through a private folder, which each file leaves as soon as it is read and which is removed at the end.
+    Uploads are written to a private folder, deleted as soon as they are read, and the folder is deleted at exit.
 
     Args:
-        host: the default is this machine alone.
-        block: False returns the running `gr.Blocks`, which `close()` ends.
+        engine: The loaded model.
+        host: Address to listen on. Default: connections from this machine only.
+        port: Port to listen on.
+        block: Whether to wait until the server ends.
+
+    Returns:
+        `gr.Blocks`: The running page, which `close()` ends.
     """
     private = tempfile.TemporaryDirectory(prefix="sdllava-demo-")
     atexit.register(private.cleanup)
@@ -198,7 +221,7 @@ def launch(engine: Engine, host: str = "127.0.0.1", port: int = 7860, block: boo
         server_name=host,
         server_port=port,
         max_file_size=MAX_BYTES,
-        app_kwargs={"middleware": [RefuseAddresses.middleware()]},
+        app_kwargs={"middleware": [RejectURLFiles.middleware()]},
         theme=gr.themes.Default(**FONTS),
         css=CSS,
         run_history=False,

@@ -1,13 +1,15 @@
-"""The page as a Space of the Hub: three files, written by `sdllava push --space`."""
+"""The demo page as a Space on the Hub: three files, written by `sdllava push --space`."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
+from ..atomic_files import write_text
 from ..version import __version__
 
-APP = '''"""The page of {model}."""
+APP = '''"""The demo page of {model}."""
 
-from ..commands.demo import demo
+from sdllava.commands.demo import demo
 
 demo(model="{model}", host="0.0.0.0", port=7860)
 '''
@@ -23,23 +25,25 @@ models:
   - {model}
 ---
 
-Ask about an image, and see where each word of the question looks in Stable Diffusion's cross-attention, and what the
-question moves in its features. The model is [{model}](https://huggingface.co/{model}).
+Ask about an image. The page shows the answer, the attention map of each word of the question in Stable Diffusion's
+cross-attention, and the effect of the question on its features. The model is
+[{model}](https://huggingface.co/{model}).
 
-Uploads are bounded in size, deleted as soon as they are read, and never kept.
+Uploads are limited in size, deleted as soon as they are read, and never stored.
 """
 
 
 def space_files(model: str) -> dict[str, str]:
-    """The files of a Space, by name.
+    """The files of a Space by name.
 
     Args:
-        model: the repository of the model, `owner/name`.
+        model: Repository id of the model, `owner/name`.
+
+    Raises:
+        ValueError: `model` is not a repository id.
     """
     if model.count("/") != 1 or Path(model).exists():
-        raise ValueError(f"a Space loads its model from the Hub: give a repository such as owner/name, not {model!r}")
-    from importlib.metadata import version
-
+        raise ValueError(f"A Space cannot load its model from {model!r}. Give a repository on the Hub as owner/name.")
     fields = {"model": model, "title": model.split("/")[1], "gradio": version("gradio")}
     return {
         "app.py": APP.format(**fields),
@@ -49,11 +53,10 @@ def space_files(model: str) -> dict[str, str]:
 
 
 def write_space(folder: str | os.PathLike, model: str) -> None:
-    """Write the files of a Space into a folder, which is made."""
-    files = space_files(model)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        aside = target / f".{name}.{os.getpid()}"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, target / name)
+    """Write the files of a Space into a folder, which is created.
+
+    Raises:
+        ValueError: `model` is not a repository id.
+    """
+    for name, text in space_files(model).items():
+        write_text(Path(folder) / name, text)

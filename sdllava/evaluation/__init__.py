@@ -1,4 +1,4 @@
-"""The papers' benchmarks, caption metrics, image-text matching and leakage, and how runs of them are kept and compared.
+"""The papers' benchmarks, caption metrics, image-text matching and leakage; running, storing and comparing evaluations.
 
-Knows models, processors and data by their public interfaces; does not know training.
+Uses models, processors and data through their public interfaces. Does not import training.
 """

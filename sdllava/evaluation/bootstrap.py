@@ -1,14 +1,63 @@
-"""Bootstrap intervals of scores that are functions of means over units; paired where two runs share their units."""
+"""Bootstrap intervals of scores that are functions of means over units, paired if two runs share their units."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 Units = dict[str, dict[str, float]]
+"""Unit id -> named numbers. A unit is what a score averages over, for example a question or a pair of questions."""
 Scores = Callable[[dict[str, float]], dict[str, float]]
+"""Mean of each number over the units -> named scores."""
 
 REPLICATES = 2000
 SEED = 0
+
+
+def intervals(units: Units, scores: Scores, seed: int = SEED) -> dict[str, list[float]]:
+    """The 95% percentile interval of every score, from 2,000 resamples of the units.
+
+    Intervals have zero width at 0 and 100%.
+
+    Args:
+        units: Unit id -> named numbers.
+        scores: Mean of each number over the units -> named scores.
+        seed: Seed of the resamples.
+    """
+    if not units:
+        return {}
+    drawn = _replicates(units, scores, _weights(len(units), seed))
+    return {name: _percentiles([row[name] for row in drawn if name in row]) for name in _plain(units, scores)}
+
+
+def difference(first: Units, second: Units, scores: Scores, metric: str, seed: int = SEED) -> dict[str, Any]:
+    """Second minus first in one score, with its 95% interval.
+
+    If both runs have the same units, they are resampled together (paired), so that shared variation cancels. Otherwise
+    each run is resampled independently. Resamples without a unit of the score are left out.
+
+    Args:
+        first: Units of the first run.
+        second: Units of the second run.
+        scores: Mean of each number over the units -> named scores.
+        metric: Name of the score to compare.
+        seed: Seed of the resamples.
+
+    Returns:
+        `dict`: `difference` (`float`), `interval` (`[low, high]`) and `paired` (`bool`).
+    """
+    paired = set(first) == set(second)
+    if paired:
+        second = {name: second[name] for name in first}
+    weights = _weights(len(first), seed)
+    a = _replicates(first, scores, weights)
+    b = _replicates(second, scores, weights if paired else _weights(len(second), seed + 1))
+    drawn = [y[metric] - x[metric] for x, y in zip(a, b, strict=True) if metric in x and metric in y]
+    return {
+        "difference": _plain(second, scores)[metric] - _plain(first, scores)[metric],
+        "interval": _percentiles(drawn),
+        "paired": paired,
+    }
 
 
 def _table(units: Units) -> tuple[list[str], np.ndarray]:
@@ -32,39 +81,3 @@ def _weights(count: int, seed: int) -> np.ndarray:
 
 def _percentiles(values: list[float]) -> list[float]:
     return [float(value) for value in np.percentile(values, [2.5, 97.5])]
-
-
-def intervals(units: Units, scores: Scores, seed: int = SEED) -> dict[str, list[float]]:
-    """The 95% percentile interval of every score, from 2,000 resamples of the units (no width at 0 and 100%).
-
-    Args:
-        units: unit id -> named numbers.
-        scores: mean of each number over the units -> named scores.
-    """
-    if not units:
-        return {}
-    drawn = _replicates(units, scores, _weights(len(units), seed))
-    return {name: _percentiles([row[name] for row in drawn if name in row]) for name in _plain(units, scores)}
-
-
-def difference(first: Units, second: Units, scores: Scores, metric: str, seed: int = SEED) -> dict:
-    """Second minus first in one score, with its 95% interval.
-
-    Where both have the same units, they are resampled together (paired), so that what is common to both cancels;
-    otherwise each is resampled on its own. Resamples that drew no unit of the score are left out.
-
-    Returns:
-        `{"difference", "interval", "paired"}`.
-    """
-    paired = set(first) == set(second)
-    if paired:
-        second = {name: second[name] for name in first}
-    weights = _weights(len(first), seed)
-    a = _replicates(first, scores, weights)
-    b = _replicates(second, scores, weights if paired else _weights(len(second), seed + 1))
-    drawn = [y[metric] - x[metric] for x, y in zip(a, b, strict=True) if metric in x and metric in y]
-    return {
-        "difference": _plain(second, scores)[metric] - _plain(first, scores)[metric],
-        "interval": _percentiles(drawn),
-        "paired": paired,
-    }

@@ -2,7 +2,7 @@
 
 Captions are strings of tokens separated by single ASCII spaces (see `tokenization.py`). Sources: BLEU, Papineni et al.
 2002, corpus level with the closest reference length; ROUGE-L, Lin 2004, beta 1.2; CIDEr-D, Vedantam et al. 2015,
-n = 1..4, sigma 6. The papers' tables give each times 100, and so does `caption_scores`.
+n = 1..4, sigma 6. `caption_scores` returns each score times 100, as in the papers' tables.
 """
 
 import math
@@ -14,12 +14,15 @@ import numpy as np
 MAX_N = 4
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
-SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's guards against division by zero, part of its numbers
+SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's guards against division by zero, which affect its scores
 
 Ngrams = Counter[tuple[str, ...]]
+Vector = tuple[list[dict[tuple[str, ...], float]], list[float], int]
+"""TF-IDF weights by n, their norms, and the length (in bigrams, as in pycocoevalcap)."""
 
 
 def ngrams(caption: str) -> Ngrams:
+    """Counts of the 1- to 4-grams of a caption."""
     words = caption.split()
     return Counter(tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1))
 
@@ -28,11 +31,12 @@ def ngrams(caption: str) -> Ngrams:
 
 
 def bleu_counts(candidate: str, references: Sequence[str]) -> dict[str, float]:
-    """What one caption adds to corpus-level BLEU: matches and guesses for n = 1..4 and the two lengths in words.
+    """One caption's contribution to corpus-level BLEU: matches and guesses for n = 1..4, and two lengths in words.
 
-    The reference length is the closest one, the shorter of two equally close.
+    The reference length is the closest one, and the shorter of two equally close ones.
     """
-    counts, most = ngrams(candidate), Counter()
+    counts = ngrams(candidate)
+    most: Ngrams = Counter()
     for reference in references:
         most |= ngrams(reference)
     length = len(candidate.split())
@@ -59,6 +63,7 @@ def bleu_from_counts(total: Mapping[str, float]) -> dict[str, float]:
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """The length of the longest common subsequence."""
     row = [0] * (len(second) + 1)
     for a in first:
         diagonal = 0
@@ -68,9 +73,9 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
 
 
 def rouge_l(candidate: str, references: Sequence[str]) -> float:
-    """The F score, in [0, 1], of the largest precision and the largest recall, taken over references separately.
+    """The F score, in [0, 1], of the largest precision and the largest recall, each maximised over the references.
 
-    Tokens are split at the ASCII space alone: PTB tokens may hold a no-break space ("22 3/4").
+    Tokens are split only at ASCII spaces, because PTB tokens can contain a no-break space ("22 3/4").
     """
     words = candidate.split(" ")
     precision = recall = 0.0
@@ -87,9 +92,9 @@ def rouge_l(candidate: str, references: Sequence[str]) -> float:
 
 
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each caption (0 to 10); the inverse document frequencies come from these references alone.
+    """CIDEr-D of each caption, in [0, 10], with inverse document frequencies from these references.
 
-    With a single image every frequency is that of the whole set and all scores are 0.
+    With a single image all inverse document frequencies, and so all scores, are 0.
     """
     reference_counts = [[ngrams(reference) for reference in group] for group in references]
     frequency: Counter = Counter()
@@ -105,8 +110,7 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> l
     return scores
 
 
-def _tf_idf(counts: Ngrams, idf: Mapping[tuple[str, ...], float], unseen: float):
-    """Weights by n, their norms, and the length (in bigrams, as pycocoevalcap counts it)."""
+def _tf_idf(counts: Ngrams, idf: Mapping[tuple[str, ...], float], unseen: float) -> Vector:
     weights: list[dict] = [{} for _ in range(MAX_N)]
     for gram, count in counts.items():
         weights[len(gram) - 1][gram] = count * idf.get(gram, unseen)
@@ -114,7 +118,7 @@ def _tf_idf(counts: Ngrams, idf: Mapping[tuple[str, ...], float], unseen: float)
     return weights, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
 
 
-def _similarity(first, second) -> list[float]:
+def _similarity(first: Vector, second: Vector) -> list[float]:
     (a, a_norms, a_length), (b, b_norms, b_length) = first, second
     penalty = math.exp(-((a_length - b_length) ** 2) / (2 * CIDER_SIGMA**2))
     values = []
@@ -129,16 +133,23 @@ def _similarity(first, second) -> list[float]:
 
 
 def caption_units(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, dict]:
-    """Image id -> the numbers whose means give all scores, from tokenised captions.
+    """The numbers of each image whose means determine all scores, from tokenised captions.
+
+    Args:
+        candidates: Image id -> caption.
+        references: Image id -> reference captions.
 
     Raises:
-        ValueError: candidates and references are not of the same images, or an image has no reference.
+        ValueError: Candidates and references have different images, or an image has no reference.
     """
     if set(candidates) != set(references):
         odd = sorted(set(candidates) ^ set(references))[0]
-        raise ValueError(f"Captions: {odd!r} has a candidate without references, or references without a candidate.")
+        raise ValueError(
+            f"The image {odd!r} has a candidate without references, or references without a candidate. Give both for "
+            "every image."
+        )
     if empty := [image for image, group in references.items() if not group]:
-        raise ValueError(f"Captions: the image {empty[0]!r} has no reference caption.")
+        raise ValueError(f"The image {empty[0]!r} has no reference captions. Give at least one per image.")
     if not candidates:
         return {}
     images = list(candidates)
@@ -155,7 +166,7 @@ def caption_units(candidates: Mapping[str, str], references: Mapping[str, Sequen
 
 
 def scores_from_means(means: Mapping[str, float]) -> dict[str, float]:
-    """ROUGE-L, CIDEr, BLEU 4-1 and, where it is among them, SPICE, times 100, from the means of `caption_units`."""
+    """ROUGE-L, CIDEr, BLEU 4-1 and, if present, SPICE, times 100, from the means of `caption_units`."""
     bleu = bleu_from_counts({key: value * means["images"] for key, value in means.items()})
     scores = {"ROUGE-L": 100 * means["rouge"], "CIDEr": 100 * means["cider"]}
     scores.update({name: 100 * value for name, value in sorted(bleu.items(), reverse=True)})

@@ -1,4 +1,4 @@
-"""Captions made by a model: pseudo-captions of any benchmark's images, and refinement over several passes (S4 5)."""
+"""Captions by a model: pseudo-captions of any benchmark's images, and refinement over several passes (S4 5)."""
 
 import json
 import shutil
@@ -6,25 +6,45 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import write_text
 from .benchmarks.base import Sample
 from .benchmarks.captions import INSTRUCTION, CocoCaptions
-from .evaluate import EvaluationOptions, LoadedModel, evaluate_samples, load_samples
+from .evaluate import DEFAULT_OPTIONS, EvaluationOptions, LoadedModel, evaluate_samples, load_samples
+from .processes import broadcast, process_state
 from .responder import has_diffusion
-from .results import read_records, write_text
+from .results import read_records
+from .runner import Progress
 
 
 def write_pseudo_captions(
     loaded: LoadedModel,
     name: str,
     file: str | Path,
-    options: EvaluationOptions = EvaluationOptions(),  # noqa: B008
-    progress=None,
+    options: EvaluationOptions = DEFAULT_OPTIONS,
+    progress: Progress | None = None,
 ) -> int:
-    """Captions every image of a benchmark once and writes JSON Lines with `image` and `caption`; how many there are.
+    """Caption every image of a benchmark once and write JSON Lines with `image` and `caption`.
 
-    The file is what `--captions` and training's `pseudo_captions` read. It appears when it is complete; until then the
-    replies are kept beside it, in FILE.run, from where the same command goes on.
+    `--captions` and training's `pseudo_captions` read this file. It is written when it is complete. Until then the
+    replies are in `FILE.run`, from which the same command resumes.
+
+    Args:
+        loaded: The captioning model.
+        name: Name of the benchmark.
+        file: The file to write.
+        options: `diffusion_prompt` must be "question" (the captioning instruction) or "none".
+        progress: Called with the number of captioned images and their total.
+
+    Returns:
+        `int`: The number of captions, 0 on other processes than the main one.
+
+    Raises:
+        ValueError: `options.diffusion_prompt` has another value.
     """
+    if options.diffusion_prompt not in ("question", "none"):
+        raise ValueError(
+            f"--diffusion-prompt {options.diffusion_prompt!r} cannot be used for captioning. Choose question or none."
+        )
     benchmark, samples, source = load_samples(name, options)
     plain = benchmark.template == "plain"
     captioner = CocoCaptions("plain" if plain else "default")
@@ -34,11 +54,7 @@ def write_pseudo_captions(
         for image, image_id in zip(sample.images, sample.image_ids, strict=True):
             images.setdefault(image_id, Sample(image_id, prompt, (image,), [], prompt, (image_id,)))
     run = Path(f"{file}.run")
-    questions = None if options.diffusion_prompt == "question" else {i: [""] for i in images}
-    if options.diffusion_prompt not in ("question", "none"):
-        raise ValueError(
-            f"While it captions, the diffusion model is asked question or none, not {options.diffusion_prompt!r}."
-        )
+    questions = None if options.diffusion_prompt == "question" else {image_id: [""] for image_id in images}
     options = replace(options, protocol=captioner.protocol, blind=False)
     results = evaluate_samples(
         loaded, captioner, list(images.values()), source, run, options, None, progress, questions, score=False
@@ -47,7 +63,7 @@ def write_pseudo_captions(
         return 0
     records = read_records(run / "samples.jsonl")
     lines = [json.dumps({"image": r["id"], "caption": r["reply"]}, ensure_ascii=False) + "\n" for r in records]
-    write_text(Path(file), "".join(lines))
+    write_text(file, "".join(lines))
     shutil.rmtree(run)
     return len(records)
 
@@ -57,20 +73,31 @@ def refine(
     name: str,
     output: str | Path,
     passes: int,
-    options: EvaluationOptions = EvaluationOptions(),  # noqa: B008
-    progress=None,
+    options: EvaluationOptions = DEFAULT_OPTIONS,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Several passes over a captioning benchmark: each reply is what the diffusion model is asked in the next pass.
+    """Several passes over a captioning benchmark, each reply being the diffusion model's prompt in the next pass.
 
-    The first pass asks what `options.diffusion_prompt` says. Every pass is scored and kept in its own folder.
+    `options.diffusion_prompt` determines the prompts of the first pass. Every pass is scored.
+
+    Args:
+        loaded: The model, with a diffusion tower.
+        name: Name of the benchmark.
+        output: Folder of the passes' folders `pass-1`, `pass-2`, ...
+        passes: At least 2.
+        options: Of every pass.
+        progress: Called with the number of answered samples and their total, in every pass.
+
+    Returns:
+        `list[dict]`: The results of each pass, empty on other processes than the main one.
 
     Raises:
-        ValueError: fewer than two passes, or a model without a diffusion tower.
+        ValueError: `passes` is less than 2, or the model has no diffusion tower.
     """
     if passes < 2:
-        raise ValueError(f"Refinement takes at least two passes, not {passes}.")
+        raise ValueError(f"--passes {passes} is too small for refinement. Use at least 2.")
     if not has_diffusion(loaded.model):
-        raise ValueError(f"{loaded.name!r} has no diffusion tower that a pass could ask: nothing to refine.")
+        raise ValueError(f"{loaded.name!r} has no diffusion tower to condition on captions. Leave out --passes.")
     benchmark, samples, source = load_samples(name, options)
     results, questions = [], None
     for number in range(1, passes + 1):
@@ -78,17 +105,7 @@ def refine(
         result = evaluate_samples(loaded, benchmark, samples, source, folder, options, None, progress, questions)
         if result:
             results.append(result)
-        replies = {record["id"]: record["reply"] for record in _wait_for_records(folder)}
+        records = broadcast(read_records(folder / "samples.jsonl") if process_state().is_main_process else None)
+        replies = {record["id"]: record["reply"] for record in records}
         questions = {sample.id: [replies[sample.id]] * len(sample.images) for sample in samples}
     return results
-
-
-def _wait_for_records(folder: Path) -> list[dict]:
-    """The records that the main process has written, on every process."""
-    from accelerate.utils import broadcast_object_list
-
-    from .processes import process_state
-
-    state = process_state()
-    records = [read_records(folder / "samples.jsonl")] if state.is_main_process else [None]
-    return (broadcast_object_list(records) if state.num_processes > 1 else records)[0]

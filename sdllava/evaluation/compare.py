@@ -1,11 +1,12 @@
-"""Results side by side with one another and with the papers' rows, with 95% bootstrap intervals."""
+"""Tables of finished runs next to the papers' rows, with 95% bootstrap intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .benchmarks import BENCHMARKS, get_benchmark, get_matching_benchmark
+from .benchmarks import BENCHMARKS, Benchmark, get_benchmark, get_matching_benchmark
+from .benchmarks.matching_base import MatchingBenchmark
 from .bootstrap import difference
 from .published import PublishedRow, published_rows
 from .results import load_results
@@ -19,7 +20,8 @@ class Run:
     results: dict[str, Any]
     records: list[dict]
 
-    def scorer(self):
+    def scorer(self) -> Benchmark | MatchingBenchmark:
+        """The benchmark that computed the run's scores."""
         name = self.results["benchmark"]
         if name not in BENCHMARKS:
             return get_matching_benchmark(name)
@@ -38,12 +40,12 @@ class Comparison:
 
     @property
     def headline(self) -> list[str]:
-        """The scores of the overview: all that are not of a single task or pattern."""
+        """Names of the overall scores, which are not those of a single task or pattern."""
         return [name for name in self.runs[0].results["scores"] if not self._is_part(name)] or [self.metric]
 
     @property
     def parts(self) -> list[str]:
-        """The scores of single tasks or patterns."""
+        """Names of the scores of single tasks or patterns."""
         return [name for name in self.runs[0].results["scores"] if self._is_part(name)]
 
     def _is_part(self, name: str) -> bool:
@@ -55,10 +57,14 @@ class Comparison:
 
 
 def compare(paths: Sequence[str | Path]) -> list[Comparison]:
-    """One comparison per benchmark that any of the folders holds, in the order in which they first appear.
+    """One comparison per benchmark in the folders, in order of appearance.
+
+    Args:
+        paths: Folders of runs, or folders above them.
 
     Raises:
-        FileNotFoundError: a folder holds no finished run.
+        FileNotFoundError: A folder contains no finished run.
+        ValueError: A file is damaged.
     """
     by_benchmark: dict[str, list[Run]] = {}
     for path in paths:
@@ -75,7 +81,7 @@ def compare(paths: Sequence[str | Path]) -> list[Comparison]:
 
 
 def _labelled(runs: list[Run]) -> list[Run]:
-    """Labels that tell the runs apart: the folders named, else the models, else both, at last with a number."""
+    """Unique labels: the given folders, else the models, else both, else both with a number."""
     models, folders = [str(run.results["model"]["id"]) for run in runs], [run.label for run in runs]
     both = [f"{folder}: {model}" for folder, model in zip(folders, models, strict=True)]
     numbered = [f"{label} ({number})" for number, label in enumerate(both, 1)]
@@ -93,7 +99,7 @@ def _differences(runs: list[Run], metric: str) -> list[dict]:
     for run in runs[1:]:
         other = run.scorer()
         second = other.units(run.records)
-        # caption scores carry their tokeniser's name, and Java may be here that was not there, or the reverse
+        # caption scores have their tokeniser in their names, and Java may be installed now but not then, or vice versa
         comparable = metric == scorer.metric == other.metric and metric in run.results["scores"]
         usable = first and second and comparable
         found.append(difference(first, second, scorer.scores, metric) if usable else {})
@@ -101,7 +107,7 @@ def _differences(runs: list[Run], metric: str) -> list[dict]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown tables: overview, differences from the first run, tasks or patterns, notes."""
+    """Markdown tables: overview, differences from the first run, tasks or patterns, notes."""
     lines = [f"## {comparison.benchmark}", "", *_overview(comparison)]
     if comparison.differences:
         lines += ["", *_difference_lines(comparison)]
@@ -112,7 +118,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """Protocol, judge and remarks; what holds for several runs is said once."""
+    """Protocol, judge and remarks. A note that several runs share appears once."""
     runs_with: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         notes = dict(run.results.get("notes", {}))
@@ -159,7 +165,7 @@ def _difference_lines(comparison: Comparison) -> list[str]:
     for run, found in zip(comparison.runs[1:], comparison.differences, strict=True):
         if found:
             low, high = found["interval"]
-            how = "paired" if found["paired"] else "not paired: other samples"
+            how = "paired" if found["paired"] else "not paired: different samples"
             lines.append(
                 f"- {run.label} minus {comparison.runs[0].label}, {comparison.metric}: "
                 f"{found['difference']:+.2f} [{low:+.2f}, {high:+.2f}] ({how})"

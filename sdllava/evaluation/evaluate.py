@@ -1,4 +1,4 @@
-"""One evaluation from model name to results folder: what `sdllava evaluate` does for each model and benchmark."""
+"""One evaluation, from model name to results folder, as `sdllava evaluate` runs it for each model and benchmark."""
 
 import hashlib
 import re
@@ -7,18 +7,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.prompts import read_pseudo_captions
+from ..fingerprints import weights_hash
+from ..version import installed_versions
 from .benchmarks import get_benchmark
 from .benchmarks.base import Benchmark, Sample, locate
-from .diffusion_prompts import diffusion_prompts
 from .judge import Judge
+from .processes import gather_records, process_state
+from .prompt_choices import prompts_for_samples
 from .responder import Responder, load_model
 from .results import RunFolder
-from .runner import answer_samples, command_line, data_settings, summarise, take, versions
+from .runner import Progress, Questions, answer_samples, command_line, data_settings, summarise, take
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Everything but the model, the benchmark and the output folder; see `sdllava evaluate --help`."""
+    """The options of an evaluation except model, benchmark and output folder; see `sdllava evaluate --help`.
+
+    Attributes:
+        protocol: A key of the benchmark's `protocols`.
+        data: Local folder in the published layout, or a Hub data set id. None uses the published id.
+        revision: Branch, tag or commit of the data on the Hub.
+        images: Folder of the images, if the annotations come without them.
+        limit: Approximate number of samples, spread evenly. None uses all.
+        diffusion_prompt: One of `prompt_choices.CHOICES`.
+        captions: File of pseudo-captions.
+        guidance: Guidance scales that replace the checkpoint's.
+        seed: Seed of sampling and of derangements.
+        batch_size: Samples per batch. Results do not depend on it.
+        blind: Also runs with grey images.
+    """
 
     protocol: str = "default"
     data: str | None = None
@@ -33,9 +51,19 @@ class EvaluationOptions:
     blind: bool = False
 
 
+DEFAULT_OPTIONS = EvaluationOptions()
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that several benchmarks share."""
+    """A model and its processor, shared by several benchmarks.
+
+    Attributes:
+        name: Folder or Hub id, as given.
+        revision: The Hub's commit, or "weights" and the start of the hash of a local model's weights.
+        model: Any image-text-to-text model of transformers.
+        processor: Its processor.
+    """
 
     name: str
     revision: str | None
@@ -43,39 +71,29 @@ class LoadedModel:
     processor: Any
 
     @classmethod
-    def load(cls, name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None):
-        """Loads it; the revision recorded is the Hub's commit, or a fingerprint of a local folder's weights."""
+    def load(
+        cls, name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
+    ) -> "LoadedModel":
+        """Load a model; see `load_model` for the arguments."""
         model, processor = load_model(name, revision, dtype, device)
-        commit = (
-            getattr(model.config, "_commit_hash", None)
-            or revision
-            or weights_fingerprint(Path(model.name_or_path or name))
-        )
+        commit = getattr(model.config, "_commit_hash", None) or f"weights {weights_hash(model)[:16]}"
         return cls(name, commit, model, processor)
 
 
-def weights_fingerprint(folder: Path) -> str | None:
-    """A short hash of the sizes and last mebibytes of a folder's safetensors files; None where there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read())
-    return f"weights {digest.hexdigest()[:16]}" if files else None
-
-
 def load_samples(name: str, options: EvaluationOptions) -> tuple[Benchmark, list[Sample], dict[str, Any]]:
-    """A benchmark, its samples after `--limit`, and where the data came from.
+    """A benchmark, its samples after `--limit`, and the source of its data.
 
-    A folder given with --data may hold one folder per benchmark, by name.
+    A folder given with `--data` may contain one folder per benchmark, by name.
+
+    Raises:
+        FileNotFoundError: The data or the folder of images does not exist.
+        ValueError: The benchmark or the protocol does not exist, or the data is not as published.
     """
     benchmark = get_benchmark(name, options.protocol)
     if options.images:
         benchmark.image_folder = Path(options.images)
         if not benchmark.image_folder.is_dir():
-            raise FileNotFoundError(f"--images names {options.images!r}, which is no folder.")
+            raise FileNotFoundError(f"{options.images!r} is not a folder. Correct --images.")
     if not benchmark.hub_id:
         return benchmark, take(benchmark.read(Path()), options.limit), {"id": name, "revision": None}
     data = options.data
@@ -86,22 +104,21 @@ def load_samples(name: str, options: EvaluationOptions) -> tuple[Benchmark, list
 
 
 def run_name(model: str) -> str:
-    """A folder name from a model's name."""
+    """The name of a run's folder, made from a model's name."""
     return re.sub(r"[^\w.-]+", "-", model).strip("-") or "model"
 
 
 def read_captions(path: str | None) -> Mapping[str, str] | None:
-    """Image name -> caption from a file of pseudo-captions.
+    """Image name -> caption from a file of pseudo-captions, None without a file.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it holds none.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file contains no captions.
     """
     if path is None:
         return None
-    from ..data.prompts import read_pseudo_captions
-
     if not Path(path).is_file():
-        raise FileNotFoundError(f"The caption file {path!r} does not exist.")
+        raise FileNotFoundError(f"The caption file {path!r} does not exist. Correct --captions.")
     return read_pseudo_captions(path)
 
 
@@ -109,17 +126,28 @@ def evaluate(
     loaded: LoadedModel,
     name: str,
     output: str | Path,
-    options: EvaluationOptions = EvaluationOptions(),
+    options: EvaluationOptions = DEFAULT_OPTIONS,
     judge: Judge | None = None,
-    progress=None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Answers a benchmark, writes `samples.jsonl` and `results.json` into `output`, and returns the results.
+    """Answer a benchmark and write `samples.jsonl` and `results.json`.
 
-    A run that was stopped goes on where it stopped. Under `accelerate launch` the samples are shared by the
-    processes, and the main one writes the results, which equal those of a single process.
+    Resumes a stopped run. Under `accelerate launch` the processes share the samples and the main one writes the
+    results, which equal those of a single process.
+
+    Args:
+        loaded: The model.
+        name: Name of the benchmark.
+        output: Folder of the run.
+        options: All other options.
+        judge: For protocols that need one. Without it their scores are absent.
+        progress: Called with the number of answered samples and their total.
+
+    Returns:
+        `dict`: The contents of `results.json`, empty on other processes than the main one.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: one sentence; replies so far are kept.
+        FileNotFoundError, ValueError, OSError: Something is missing, invalid or not writable. Replies are kept.
     """
     benchmark, samples, source = load_samples(name, options)
     return evaluate_samples(loaded, benchmark, samples, source, output, options, judge, progress)
@@ -131,33 +159,53 @@ def evaluate_samples(
     samples: Sequence[Sample],
     source: Mapping[str, Any],
     output: str | Path,
-    options: EvaluationOptions = EvaluationOptions(),
+    options: EvaluationOptions = DEFAULT_OPTIONS,
     judge: Judge | None = None,
-    progress=None,
-    questions: dict[str, list[str]] | None = None,
+    progress: Progress | None = None,
+    questions: Questions | None = None,
     score: bool = True,
 ) -> dict[str, Any]:
-    """`evaluate` for samples that are read already; `questions` replaces what `options.diffusion_prompt` would ask."""
+    """`evaluate` for samples that are already read.
+
+    Args:
+        loaded: The model.
+        benchmark: The benchmark.
+        samples: Its samples.
+        source: `{"id", "revision"}` of the data.
+        output: Folder of the run.
+        options: All other options.
+        judge: For protocols that need one.
+        progress: Called with the number of answered samples and their total.
+        questions: The diffusion model's prompts, in place of those that `options.diffusion_prompt` selects.
+        score: Whether to compute scores.
+
+    Returns:
+        `dict`: The contents of `results.json`, empty on other processes than the main one.
+
+    Raises:
+        ValueError: `samples` is empty, or an option is invalid.
+    """
     if not samples:
-        raise ValueError(f"{benchmark.name}: there is no sample to evaluate.")
+        raise ValueError(f"{benchmark.name}: there are no samples to evaluate. Check --data.")
     responder = Responder(loaded.model, loaded.processor, benchmark.template, options.guidance)
     captions = read_captions(options.captions)
     if not responder.diffusion:
         questions = None
     elif questions is None:
-        questions = diffusion_prompts(samples, options.diffusion_prompt, captions, options.seed)
+        questions = prompts_for_samples(samples, options.diffusion_prompt, captions, options.seed)
     settings = _settings(loaded, benchmark, samples, source, responder, options, questions)
     runs = [(Path(output), settings)]
     if options.blind:
         runs.append((Path(output) / "blind", {**settings, "blind": True}))
     answered = [_answer(responder, benchmark, samples, *run, questions, options, progress) for run in runs]
-    if answered[0] is None:  # not the main process
-        return {}
+    results: dict[str, Any] = {}
     blind = None
     for (path, identity), records in reversed(list(zip(runs, answered, strict=True))):
+        if records is None:  # not the main process
+            return {}
         judged = _judge(benchmark, records, path, judge)
         results = {**identity, **(summarise(benchmark, records) if score else {}), "judge": judged}
-        results.update(batch_size=options.batch_size, versions=versions(), command=command_line())
+        results.update(batch_size=options.batch_size, versions=installed_versions(), command=command_line())
         if blind is not None:
             results["blind"] = {key: blind[key] for key in ("scores", "intervals_95", "unparsed")}
             results["notes"]["blind"] = "the same prompts, each image replaced by a mid-grey one of the same size"
@@ -166,12 +214,24 @@ def evaluate_samples(
     return results
 
 
-def _settings(loaded, benchmark, samples, source, responder, options, questions) -> dict[str, Any]:
+def _settings(
+    loaded: LoadedModel,
+    benchmark: Benchmark,
+    samples: Sequence[Sample],
+    source: Mapping[str, Any],
+    responder: Responder,
+    options: EvaluationOptions,
+    questions: Questions | None,
+) -> dict[str, Any]:
     captions = options.captions and hashlib.sha256(Path(options.captions).read_bytes()).hexdigest()[:16]
-    asked = None
+    prompts = None
     if questions is not None:
-        asked = {"choice": options.diffusion_prompt, "captions": captions, "seed": options.seed}
-        asked["hash"] = hashlib.sha256(repr(sorted(questions.items())).encode()).hexdigest()[:16]
+        prompts = {
+            "choice": options.diffusion_prompt,
+            "captions": captions,
+            "seed": options.seed,
+            "hash": hashlib.sha256(repr(sorted(questions.items())).encode()).hexdigest()[:16],
+        }
     scales = responder.guidance_scales
     if scales is None and responder.diffusion:
         scales = list(loaded.model.config.diffusion_config.guidance_scales)
@@ -179,8 +239,8 @@ def _settings(loaded, benchmark, samples, source, responder, options, questions)
         "benchmark": benchmark.name,
         "protocol": {"name": options.protocol, "description": benchmark.protocols[options.protocol]},
         "model": {"id": loaded.name, "revision": loaded.revision, "class": type(loaded.model).__name__},
-        "data": data_settings(dict(source), samples),
-        "diffusion_prompt": asked,
+        "data": data_settings(source, samples),
+        "diffusion_prompt": prompts,
         "guidance_scales": scales,
         "prompt": samples[0].prompt,
         "template": {"name": benchmark.template, "example": responder.text(samples[0])},
@@ -190,12 +250,17 @@ def _settings(loaded, benchmark, samples, source, responder, options, questions)
     }
 
 
-def _answer(responder, benchmark, samples, path, settings, questions, options, progress) -> list[dict] | None:
+def _answer(
+    responder: Responder,
+    benchmark: Benchmark,
+    samples: Sequence[Sample],
+    path: Path,
+    settings: dict[str, Any],
+    questions: Questions | None,
+    options: EvaluationOptions,
+    progress: Progress | None,
+) -> list[dict] | None:
     """All records on the main process, None on the others."""
-    from accelerate.utils import gather_object
-
-    from .processes import process_state
-
     state = process_state()
     with state.main_process_first():
         folder = RunFolder(path, settings, state.process_index)
@@ -212,17 +277,12 @@ def _answer(responder, benchmark, samples, path, settings, questions, options, p
         state.num_processes,
         progress if state.is_main_process else None,
     )
-    if state.num_processes > 1:
-        records = gather_object(records)
-        if not state.is_main_process:
-            return None
-    order = {sample.id: number for number, sample in enumerate(samples)}
-    return sorted(records, key=lambda record: order[record["id"]])
+    return gather_records(records, {sample.id: number for number, sample in enumerate(samples)})
 
 
 def _judge(benchmark: Benchmark, records: list[dict], path: Path, judge: Judge | None) -> str | None:
-    """Has every reply judged that the protocol wants judged, keeping judgments as they come; the judge's name."""
-    wanted = [record for record in records if benchmark.judge_prompt(record) is not None]
+    """Judge the replies that the protocol requires, resuming from saved judgements. Returns the judge's name."""
+    wanted = [(record, prompt) for record in records if (prompt := benchmark.judge_prompt(record)) is not None]
     if not wanted:
         return None
     if judge is None:
@@ -231,9 +291,9 @@ def _judge(benchmark: Benchmark, records: list[dict], path: Path, judge: Judge |
     benchmark.notes.pop("judge", None)
     kept = RunFolder(path / f"judgments-{run_name(judge.name)}", {"judge": judge.name})
     done = {record["id"]: record["judgment"] for record in kept.finished()}
-    for record in wanted:
+    for record, (system, user) in wanted:
         if record["id"] not in done:
-            done[record["id"]] = judge(*benchmark.judge_prompt(record))
+            done[record["id"]] = judge(system, user)
             kept.append([{"id": record["id"], "judgment": done[record["id"]]}])
         record["judgment"] = done[record["id"]]
         benchmark.apply_judgment(record, record["judgment"])

@@ -1,9 +1,9 @@
-"""Leakage: how much of the diffusion model's prompt the language model can read back from the features.
+"""Leakage: how much of the diffusion model's prompt the language model can read from the features.
 
-The mismatched protocol (S3 4.3 and Table 9, S4 Table 6): every image is shown with the caption of another one, by a
-seeded derangement, and the reply is scored against that caption as its single reference. The control is the same with
-no text at all. The direct measure needs no generation: by how many nats a token the prompt's own text becomes likelier
-under the language model when the features have seen it.
+In the mismatched protocol (S3 4.3 and Table 9, S4 Table 6) the diffusion model is conditioned on the caption of another
+image, by a seeded derangement, and the reply is scored against that caption as its single reference. The control uses
+the empty prompt. The direct measure needs no generation: it is the gain in the language model's log-likelihood of the
+prompt's text, in nats per token, when the features are conditioned on it.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..atomic_files import write_json, write_text
 from .benchmarks.base import Benchmark, Sample
 from .bootstrap import difference, intervals
-from .diffusion_prompts import caption_of, derangement
 from .evaluate import EvaluationOptions, LoadedModel, evaluate_samples, read_captions
 from .processes import process_state
+from .prompt_choices import caption_of, derangement
 from .published import published_rows
 from .responder import Responder
-from .results import read_records, write_json, write_text
+from .results import read_records
+from .runner import Progress, Questions
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 4.0, 6.0, 8.0)
 
@@ -34,14 +36,20 @@ def text_log_likelihood(
     questions: Sequence[Sequence[str]],
     batch_size: int = 8,
 ) -> np.ndarray:
-    """Log p(text | image features, prompt) per token in nats, of shape (samples,), teacher-forced.
+    """Log-likelihood of each text as the reply, in nats per token, with teacher forcing.
 
     Args:
-        texts: what the language model would have to say.
-        questions: what the diffusion model was asked, one per image of each sample.
+        responder: The model.
+        samples: Images and prompts.
+        texts: One reply per sample.
+        questions: The diffusion model's prompts, one per image of each sample.
+        batch_size: Samples per batch.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`.
 
     Raises:
-        ValueError: a text without tokens.
+        ValueError: A text has no tokens.
     """
     means = []
     for start in range(0, len(samples), batch_size):
@@ -50,13 +58,15 @@ def text_log_likelihood(
     return np.array(means)
 
 
-def _batch_likelihood(responder: Responder, samples, texts, questions) -> list[float]:
+def _batch_likelihood(
+    responder: Responder, samples: Sequence[Sample], texts: Sequence[str], questions: Sequence[Sequence[str]]
+) -> list[float]:
     inputs = responder.inputs(responder.prepare(samples, questions))
     if responder.guidance_scales is not None:
         inputs["diffusion_guidance_scales"] = responder.guidance_scales
     token_ids = [responder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     if empty := [text for text, ids in zip(texts, token_ids, strict=True) if not ids]:
-        raise ValueError(f"The text {empty[0]!r} has no tokens, so it has no likelihood.")
+        raise ValueError(f"The text {empty[0]!r} has no tokens, so it has no likelihood. Leave it out.")
     longest = max(map(len, token_ids))
     device = inputs["input_ids"].device
     target = torch.full((len(texts), longest), responder.tokenizer.pad_token_id, device=device)
@@ -74,7 +84,17 @@ def _batch_likelihood(responder: Responder, samples, texts, questions) -> list[f
 
 @dataclass(frozen=True)
 class LeakageSetting:
-    """What all runs of a sweep share."""
+    """The benchmark, samples and captions that all runs of a sweep share.
+
+    Attributes:
+        benchmark: A captioning benchmark.
+        samples: Its samples.
+        source: `{"id", "revision"}` of the data.
+        options: Of every run; `guidance` is replaced.
+        own: Sample id -> caption of its image.
+        donor: Sample id -> caption of another image.
+        donor_references: Sample id -> reference captions of the mismatched protocol.
+    """
 
     benchmark: Benchmark
     samples: list[Sample]
@@ -89,17 +109,22 @@ class LeakageSetting:
         cls,
         benchmark: Benchmark,
         samples: list[Sample],
-        source,
+        source: dict[str, Any],
         options: EvaluationOptions,
         all_donor_captions: bool = False,
     ) -> "LeakageSetting":
-        """The caption that belongs to each image, and the donor caption that does not.
+        """Pair each image with its own caption and with the caption of a donor image.
 
         Args:
-            all_donor_captions: scores against every caption of the donor image, not against the fed one alone.
+            benchmark: A captioning benchmark.
+            samples: Its samples.
+            source: `{"id", "revision"}` of the data.
+            options: Of every run.
+            all_donor_captions: Whether to score against all captions of the donor image, not only the one in the
+                prompt.
 
         Raises:
-            ValueError: the samples have no captions, or there are fewer than two.
+            ValueError: The samples have no captions, or there are fewer than two.
         """
         captions = read_captions(options.captions)
         texts = [caption_of(sample, 0, captions) for sample in samples]
@@ -113,6 +138,7 @@ class LeakageSetting:
         return cls(benchmark, samples, source, options, own, donor, references)
 
     def with_donor_targets(self) -> list[Sample]:
+        """The samples with the donors' captions as references."""
         return [replace(sample, target=self.donor_references[sample.id]) for sample in self.samples]
 
 
@@ -121,27 +147,33 @@ def leakage_sweep(
     setting: LeakageSetting,
     output: str | Path,
     scales: Sequence[float] = SCALES,
-    progress=None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Task score beside leakage for every model and guidance scale.
+    """Measure task score and leakage for every model and guidance scale.
 
     Args:
-        models: (label, model), for example one trained without and one with caption dropout.
-        setting: benchmark, samples, captions and donors.
-        scales: guidance scales s; s = 0 is the features without any text.
+        models: Pairs of label and model, for example one trained with and one without caption dropout.
+        setting: Benchmark, samples, captions and donors.
+        output: Folder of the results.
+        scales: Guidance scales s. Features with s = 0 do not depend on the prompt.
+        progress: Called with the number of answered samples and their total, in every run.
 
     Returns:
-        `{"rows", "smallest_leaking_scale", ...}`, also written as `leakage.json` and `leakage.md` (one table).
+        `dict`: `rows`, `smallest_leaking_scale` and settings, also written as `leakage.json` and, as one table,
+        `leakage.md`.
 
     Raises:
-        ValueError: a model without a diffusion tower, or with several guidance scales at once.
+        ValueError: A model has no diffusion tower or several guidance scales, or there are several processes.
     """
-    if process_state().num_processes > 1:
-        raise ValueError("A leakage sweep runs in one process; start it without accelerate launch.")
+    if (count := process_state().num_processes) > 1:
+        raise ValueError(f"A leakage sweep cannot run in {count} processes. Start it without accelerate launch.")
     for label, loaded in models:
         config = getattr(loaded.model.config, "diffusion_config", None)
         if config is None or len(config.guidance_scales) != 1:
-            raise ValueError(f"The model {label!r} has no diffusion tower with one guidance scale: nothing to sweep.")
+            raise ValueError(
+                f"The model {label!r} has no diffusion tower with a single guidance scale. Choose another model for "
+                "--leakage."
+            )
     output, rows, smallest = Path(output), [], {}
     for label, loaded in models:
         found = _sweep_model(label, loaded, setting, output / label, scales, progress)
@@ -163,29 +195,36 @@ def leakage_sweep(
     return result
 
 
-def _sweep_model(label, loaded, setting: LeakageSetting, output: Path, scales, progress) -> list[dict]:
+def _sweep_model(
+    label: str,
+    loaded: LoadedModel,
+    setting: LeakageSetting,
+    output: Path,
+    scales: Sequence[float],
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
     metric, benchmark, samples = setting.benchmark.metric, setting.benchmark, setting.samples
-    nothing = {sample.id: [""] for sample in samples}
+    empty = {sample.id: [""] for sample in samples}
     own = {sample.id: [setting.own[sample.id]] for sample in samples}
     donor = {sample.id: [setting.donor[sample.id]] for sample in samples}
 
-    def run(name: str, which: Sequence[Sample], questions, scale: float) -> tuple[dict, list[dict]]:
+    def run(name: str, which: Sequence[Sample], questions: Questions, scale: float) -> tuple[dict, list[dict]]:
         options = replace(setting.options, guidance=(scale,), blind=False)
         folder = output / name
         results = evaluate_samples(loaded, benchmark, which, setting.source, folder, options, None, progress, questions)
         return results, read_records(folder / "samples.jsonl")
 
-    plain, records = run("no-text", samples, nothing, 1.0)
+    plain, records = run("no-text", samples, empty, 1.0)
     control = [{**record, "target": setting.donor_references[record["id"]]} for record in records]
     control_units = benchmark.units(control)
     control_scores = benchmark.score(control)
     texts = [setting.donor[sample.id] for sample in samples]
-    baseline = _likelihood(loaded, benchmark, samples, texts, nothing, 1.0, setting)
+    baseline = _likelihood(loaded, setting, texts, empty, 1.0)
     rows = []
     for scale in scales:
         task, _ = run(f"task-s{scale:g}", samples, own, scale)
         mismatched, records = run(f"mismatched-s{scale:g}", setting.with_donor_targets(), donor, scale)
-        gains = _likelihood(loaded, benchmark, samples, texts, donor, scale, setting) - baseline
+        gains = _likelihood(loaded, setting, texts, donor, scale) - baseline
         rows.append(
             {
                 "model": label,
@@ -201,10 +240,12 @@ def _sweep_model(label, loaded, setting: LeakageSetting, output: Path, scales, p
     return rows
 
 
-def _likelihood(loaded, benchmark, samples, texts, questions, scale, setting) -> np.ndarray:
-    responder = Responder(loaded.model, loaded.processor, benchmark.template, [scale])
-    asked = [questions[sample.id] for sample in samples]
-    return text_log_likelihood(responder, samples, texts, asked, setting.options.batch_size)
+def _likelihood(
+    loaded: LoadedModel, setting: LeakageSetting, texts: Sequence[str], questions: Questions, scale: float
+) -> np.ndarray:
+    responder = Responder(loaded.model, loaded.processor, setting.benchmark.template, [scale])
+    prompts = [questions[sample.id] for sample in setting.samples]
+    return text_log_likelihood(responder, setting.samples, texts, prompts, setting.options.batch_size)
 
 
 def _mean_with_interval(values: np.ndarray) -> dict[str, Any]:
@@ -213,7 +254,7 @@ def _mean_with_interval(values: np.ndarray) -> dict[str, Any]:
 
 
 def leakage_markdown(result: dict[str, Any]) -> str:
-    """The one table of a sweep, COCO's with the papers' rows."""
+    """A sweep as one Markdown table, for COCO with the papers' rows, and the smallest scales that leak."""
     metric = result["metric"]
     lines = [
         f"# Leakage by guidance scale ({result['samples']} images, seed {result['seed']})",
@@ -237,6 +278,6 @@ def leakage_markdown(result: dict[str, Any]) -> str:
     lines.append("")
     for label, found in result["smallest_leaking_scale"].items():
         for measure, scale in found.items():
-            text = "no s of this sweep leaks" if scale is None else f"the smallest s that leaks is {scale:g}"
+            text = "no leakage at any s of this sweep" if scale is None else f"the smallest s that leaks is {scale:g}"
             lines.append(f"- {label}, by {measure}: {text}")
     return "\n".join(lines) + "\n"

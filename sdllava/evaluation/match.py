@@ -1,4 +1,4 @@
-"""One matching run from model name to results folder: what `sdllava match` does for each model and benchmark."""
+"""One matching run, from model name to results folder, as `sdllava match` runs it for each model and benchmark."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -6,27 +6,37 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ..diffusion import SDLlavaDiffusionModel
+from ..diffusion_loading import load_diffusion_tokenizers
+from ..image_loading import ImageLike
+from ..repositories import as_dtype, find_file, split_revision
+from ..taps import list_taps
+from ..version import installed_versions
 from .benchmarks import get_matching_benchmark
 from .benchmarks.base import locate, open_image
 from .benchmarks.matching_base import MatchingBenchmark, MatchingItem
 from .bootstrap import intervals
-from .matching import DiffusionMatcher, MatchingOptions, published_timesteps
+from .clip_matching import ClipMatcher, OpenClipMatcher
+from .matching import DEFAULT_MATCHING, DiffusionMatcher, MatchingOptions, published_timesteps
+from .processes import default_device, gather_records, process_state
 from .results import RunFolder
-from .runner import command_line, versions
+from .runner import Progress, command_line
 
 PAPERS_ENSEMBLE = frozenset(published_timesteps(5))
 
 
 class Matcher(Protocol):
-    """What scores images against texts; without timesteps, a model that has none."""
+    """A model that scores images against texts."""
 
     @property
-    def timesteps(self) -> tuple[int, ...]: ...
+    def timesteps(self) -> tuple[int, ...]:
+        """Timesteps of the scores, empty for models without them."""
 
-    def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
-        """Scores of shape (trials, timesteps or 1, texts, images)."""
+    def score(self, images: Sequence[ImageLike], texts: Sequence[str]) -> np.ndarray:
+        """Scores of shape `(trials, timesteps or 1, texts, images)`."""
 
 
 def load_matcher(
@@ -35,50 +45,42 @@ def load_matcher(
     revision: str | None = None,
     batch_size: int = 8,
     dtype: str = "float32",
-    device=None,
+    device: str | torch.device | None = None,
 ) -> Matcher:
-    """A published diffusion repository or folder, a CLIP-style model of transformers, or `open_clip:...`.
+    """Load a model for image-text matching.
+
+    Args:
+        name: A published diffusion repository or folder, a CLIP-style model of transformers, or `open_clip:...`.
+        options: Of diffusion models.
+        revision: Branch, tag or commit on the Hub.
+        batch_size: Rows per pass of the UNet.
+        dtype: Of diffusion models: "float32", "bfloat16" or "float16".
+        device: None uses this process's accelerator, or the CPU.
 
     Raises:
-        OSError, ValueError: there is no such model, or it cannot match.
+        OSError, ValueError: The model does not exist, or does not support matching.
     """
-    import torch
-    from transformers.utils import cached_file
-
-    from .clip_matching import ClipMatcher, OpenClipMatcher
-    from .processes import default_device
-
     if name.startswith("open_clip:"):
         return OpenClipMatcher(name, device)
     where, _, pinned = (name, "", "") if Path(name).exists() else name.partition("@")
-    options_ = {"_raise_exceptions_for_missing_entries": False, "revision": revision or pinned or None}
-    if cached_file(where, "model_index.json", **options_) is None:
+    if find_file(where, "model_index.json", {"revision": revision or pinned or None}) is None:
         try:
             return ClipMatcher(where, revision or pinned or None, device)
         except (OSError, ValueError) as error:
             raise OSError(
-                f"{name!r} can match neither as a diffusers repository (no model_index.json) nor as a CLIP-style model "
-                f"of transformers: {str(error).splitlines()[0]}"
+                f"{name!r} is neither a diffusers repository (no model_index.json) nor a CLIP-style model of "
+                f"transformers ({str(error).splitlines()[0]}). Choose another --model."
             ) from error
-    from sdllava import SDLlavaDiffusionModel
-
-    from ..diffusion_loading import load_diffusion_tokenizers
-
     source = f"{where}@{revision or pinned}" if revision or pinned else where
     tower = SDLlavaDiffusionModel.from_component_pretrained(
-        source, truncate=False, dtype=getattr(torch, dtype), **_tower_fields(source)
+        source, truncate=False, dtype=as_dtype(dtype), **_tower_fields(source)
     )
     tokenizers = load_diffusion_tokenizers(source, tower.config.text_encoder_2_config is not None)
     return DiffusionMatcher(tower.to(device or default_device()), tokenizers, options, batch_size)
 
 
 def _tower_fields(source: str) -> dict[str, Any]:
-    """The image size that the UNet was published for (512 for SD 2.1-base), and a tap that it has."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    from ..repositories import split_revision
-    from ..taps import list_taps
-
+    """The UNet's published image size (512 for SD 2.1-base) and one of its taps."""
     unet = UNet2DConditionModel.load_config(subfolder="unet", **split_revision(source))
     vae = AutoencoderKL.load_config(subfolder="vae", **split_revision(source))
     taps = [tap.name for tap in list_taps(unet) if tap.name.endswith("Cross-Q")]
@@ -90,26 +92,44 @@ def match(
     name: str,
     output: str | Path,
     model: dict[str, Any],
-    options: MatchingOptions = MatchingOptions(),  # noqa: B008
+    options: MatchingOptions = DEFAULT_MATCHING,
     data: str | None = None,
     revision: str | None = None,
     limit: int | None = None,
     prefix: str | None = None,
-    progress=None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Scores a matching benchmark and writes `samples.jsonl` and `results.json` into `output`; see `tabulate`.
+    """Score a matching benchmark and write `samples.jsonl` and `results.json`.
 
-    A run that was stopped goes on where it stopped; `accelerate launch` shares the items out.
+    Resumes a stopped run. Under `accelerate launch` the processes share the items.
+
+    Args:
+        matcher: The model.
+        name: Name of the benchmark.
+        output: Folder of the run.
+        model: The model's identity, recorded in the results.
+        options: The matcher's options, recorded in the results.
+        data: Local folder in the published layout, or a Hub data set id. None uses the published id.
+        revision: Branch, tag or commit of the data on the Hub.
+        limit: Approximate number of items, spread evenly. None uses all.
+        prefix: Prepended to every text. None uses the benchmark's.
+        progress: Called with the number of scored items and their total.
+
+    Returns:
+        `dict`: The contents of `results.json` (see `tabulate`), empty on other processes than the main one.
+
+    Raises:
+        FileNotFoundError, ValueError: Data is missing or invalid, or the folder contains another run.
     """
     benchmark = get_matching_benchmark(name)
     if data and (Path(data) / name).is_dir():
         data = str(Path(data) / name)
-    folder, source = (None, {"id": name, "revision": None})
+    folder, source = Path(), {"id": name, "revision": None}
     if benchmark.hub_id:
         folder, source = locate(data, benchmark.hub_id, revision, benchmark.files)
     items = benchmark.read(folder)
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit is a number of items, at least 1, not {limit}.")
+        raise ValueError(f"--limit {limit} is too small. Use at least 1.")
     if limit is not None:
         items = items[:: max(1, -(-len(items) // limit))]
     settings = {
@@ -123,17 +143,19 @@ def match(
     if records is None:
         return {}
     results = {**settings, **tabulate(benchmark, items, records, matcher.timesteps)}
-    results.update(versions=versions(), command=command_line())
+    results.update(versions=installed_versions(), command=command_line())
     RunFolder(output, settings).finish(records, results)
     return results
 
 
-def _score_items(matcher, items, path: Path, settings, progress) -> list[dict] | None:
-    """A record with the scores of each item, on the main process; None on the others."""
-    from accelerate.utils import gather_object
-
-    from .processes import process_state
-
+def _score_items(
+    matcher: Matcher,
+    items: Sequence[MatchingItem],
+    path: Path,
+    settings: dict[str, Any],
+    progress: Progress | None,
+) -> list[dict] | None:
+    """A record with the scores of each item on the main process, None on the others."""
     state = process_state()
     with state.main_process_first():
         folder = RunFolder(path, settings, state.process_index)
@@ -148,23 +170,25 @@ def _score_items(matcher, items, path: Path, settings, progress) -> list[dict] |
             folder.append([done[item.id]])
         if progress and state.is_main_process:
             progress(number, len(mine))
-    records = [done[item.id] for item in mine]
-    if state.num_processes > 1:
-        records = gather_object(records)
-        if not state.is_main_process:
-            return None
-    order = {item.id: number for number, item in enumerate(items)}
-    return sorted(records, key=lambda record: order[record["id"]])
+    return gather_records([done[item.id] for item in mine], {item.id: number for number, item in enumerate(items)})
 
 
 def tabulate(
     benchmark: MatchingBenchmark, items: Sequence[MatchingItem], records: list[dict], timesteps: Sequence[int]
 ) -> dict[str, Any]:
-    """Every single timestep and the ensemble (the mean score over timesteps), mean and spread over the noise draws.
+    """Tabulate every timestep and the ensemble (the mean score over timesteps), with mean and spread over noise draws.
 
-    Where the papers' five timesteps are among more, as with ten, their ensemble has a row of its own. `scores` are the
-    ensemble's; the spread is the sample standard deviation over draws (n - 1), as the papers' +-. The records get the
-    verdicts of the ensemble, averaged over draws.
+    `scores` are those of the ensemble. If the papers' five timesteps are a subset, as with ten, their ensemble has its
+    own row. The spread is the sample standard deviation over draws (n - 1), as in the papers.
+
+    Args:
+        benchmark: The benchmark.
+        items: Its items.
+        records: Their scores. The verdicts of the ensemble, averaged over draws, are added to each record.
+        timesteps: Timesteps of the scores.
+
+    Returns:
+        `dict`: Scores, spread, intervals, chance level and tables, as in `results.json`.
     """
     scores = np.array([record["scores"] for record in records])  # (items, trials, timesteps, texts, images)
     ensemble = scores.mean(axis=2)
@@ -188,8 +212,10 @@ def tabulate(
     }
 
 
-def _over_trials(benchmark, items, scores: np.ndarray) -> dict[str, dict[str, float] | None]:
-    """Mean and spread over the second axis of scores (items, trials, texts, images)."""
+def _over_trials(
+    benchmark: MatchingBenchmark, items: Sequence[MatchingItem], scores: np.ndarray
+) -> dict[str, dict[str, float] | None]:
+    """Mean and spread over the second axis of scores `(items, trials, texts, images)`."""
     runs = [benchmark.score(items, scores[:, trial].tolist()) for trial in range(scores.shape[1])]
     table = np.array([[run[key] for key in runs[0]] for run in runs])
     spread = table.std(axis=0, ddof=1).tolist() if len(runs) > 1 else None
@@ -200,7 +226,7 @@ def _over_trials(benchmark, items, scores: np.ndarray) -> dict[str, dict[str, fl
 
 
 def timestep_markdown(results: dict[str, Any]) -> str:
-    """A row per timestep and the ensemble, mean ± spread over the noise draws, as S3's Tables 6 and 7 have it."""
+    """A Markdown table of each timestep and the ensemble, mean ± spread over noise draws, as in S3's Tables 6 and 7."""
     columns = list(results["scores"])
     rows = list(results["timesteps"].items())
     rows.append(("ensemble" if rows else "score", {"mean": results["scores"], "spread": results["spread"]}))

@@ -1,12 +1,18 @@
-"""The papers' pictures: scores by BLINK task (S3 Figure 3) and by MMVP-VLM pattern (S4 Figure 1), and leakage."""
+"""Plots of scores by BLINK task (S3 Figure 3) and by MMVP-VLM pattern (S4 Figure 1), and of leakage."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from .compare import Comparison
 from .published import PublishedRow
 
-# Okabe and Ito's colours, told apart by colour-blind readers
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can distinguish
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 PAPER_ROWS = {
     "blink": ("S4 Table 8", ("CLIP-LLaVA-v1.5-7B", "SDXL-LLaVA; no-caption PT")),
@@ -14,73 +20,51 @@ PAPER_ROWS = {
 }
 
 
-def pyplot():
-    """Matplotlib's pyplot on its file backend.
+def pyplot() -> ModuleType:
+    """Matplotlib's pyplot with the file backend.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: Matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError:
-        raise ImportError('Drawing needs matplotlib: `pip install "sdllava[eval]"`.') from None
+        raise ImportError('Matplotlib is not installed. Run `pip install "sdllava[eval]"`.') from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     return plt
 
 
-def save(figure, path: str | Path) -> None:
-    """PNG, SVG or PDF by the file's ending.
+def save(figure: "Figure", path: str | Path) -> None:
+    """Save a figure as PNG, SVG or PDF, by the suffix of the file, and close it.
 
     Raises:
-        ValueError: another ending.
+        ValueError: The suffix is another one.
     """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"A picture is a .png, .svg or .pdf file, not {path.name!r}.")
+        raise ValueError(f"Unknown picture format {path.name!r}. Use the suffix .png, .svg or .pdf.")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot().close(figure)
 
 
 def plot_parts(comparison: Comparison, path: str | Path) -> None:
-    """Grouped bars by task or pattern, sorted by the first run, with intervals, the papers' rows and chance.
+    """Plot grouped bars by task or pattern, sorted by the first run, with intervals, the papers' rows and chance.
 
     Raises:
-        ValueError: the benchmark has neither tasks nor patterns.
+        ValueError: The benchmark has no tasks or patterns, or the suffix of the file is unknown.
     """
     parts = comparison.parts
     if not parts:
-        raise ValueError(f"{comparison.benchmark} has no tasks or patterns to draw; BLINK, MMVP-VLM and mini have.")
+        raise ValueError(
+            f"{comparison.benchmark!r} has no tasks or patterns to plot. Choose results of blink, mmvp_vlm or mini."
+        )
     first = comparison.runs[0].results["scores"]
     parts = sorted(parts, key=lambda part: -first[part])
-    papers = _paper_rows(comparison)
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(max(7, 0.9 * len(parts)), 4.2))
-    width = 0.8 / (len(comparison.runs) + len(papers))
-    for number, run in enumerate(comparison.runs):
-        scores = [run.results["scores"].get(part, 0.0) for part in parts]
-        spans = [run.results.get("intervals_95", {}).get(part, [score, score]) for part, score in zip(parts, scores)]
-        errors = [
-            [max(0.0, score - low) for score, (low, _) in zip(scores, spans)],
-            [max(0.0, high - score) for score, (_, high) in zip(scores, spans)],
-        ]
-        positions = [x + (number + 0.5) * width - 0.4 for x in range(len(parts))]
-        colour = COLOURS[number % len(COLOURS)]
-        axes.bar(positions, scores, width, label=run.label, color=colour, yerr=errors, ecolor="#555555", capsize=2)
-    for number, row in enumerate(papers, len(comparison.runs)):
-        positions = [x + (number + 0.5) * width - 0.4 for x in range(len(parts))]
-        scores = [row.scores.get(part, 0.0) for part in parts]
-        axes.bar(
-            positions,
-            scores,
-            width,
-            label=f"{row.model} ({row.source})",
-            color="white",
-            edgecolor="#555555",
-            hatch=("//", "..")[number % 2],
-        )
+    figure, axes = pyplot().subplots(figsize=(max(7, 0.9 * len(parts)), 4.2))
+    _draw_bars(axes, comparison, parts)
     _mark_chance(axes, comparison, parts)
     axes.set_xticks(range(len(parts)), [part.replace("_", " ") for part in parts], rotation=35, ha="right")
     axes.set_ylabel("score (%)")
@@ -91,23 +75,55 @@ def plot_parts(comparison: Comparison, path: str | Path) -> None:
     save(figure, path)
 
 
+def _draw_bars(axes: "Axes", comparison: Comparison, parts: Sequence[str]) -> None:
+    papers = _paper_rows(comparison)
+    width = 0.8 / (len(comparison.runs) + len(papers))
+    for number, run in enumerate(comparison.runs):
+        scores = [run.results["scores"].get(part, 0.0) for part in parts]
+        intervals = run.results.get("intervals_95", {})
+        spans = [intervals.get(part, [score, score]) for part, score in zip(parts, scores, strict=True)]
+        errors = [
+            [max(0.0, score - low) for score, (low, _) in zip(scores, spans, strict=True)],
+            [max(0.0, high - score) for score, (_, high) in zip(scores, spans, strict=True)],
+        ]
+        style: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "yerr": errors,
+            "ecolor": "#555555",
+            "capsize": 2,
+        }
+        axes.bar(_positions(number, width, len(parts)), scores, width, label=run.label, **style)
+    for number, row in enumerate(papers, len(comparison.runs)):
+        scores = [row.scores.get(part, 0.0) for part in parts]
+        style = {"color": "white", "edgecolor": "#555555", "hatch": ("//", "..")[number % 2]}
+        axes.bar(_positions(number, width, len(parts)), scores, width, label=f"{row.model} ({row.source})", **style)
+
+
+def _positions(number: int, width: float, count: int) -> list[float]:
+    return [x + (number + 0.5) * width - 0.4 for x in range(count)]
+
+
 def _paper_rows(comparison: Comparison) -> list[PublishedRow]:
     source, models = PAPER_ROWS.get(comparison.benchmark, ("", ()))
     return [row for row in comparison.published if row.source == source and row.model in models]
 
 
-def _mark_chance(axes, comparison: Comparison, parts: Sequence[str]) -> None:
+def _mark_chance(axes: "Axes", comparison: Comparison, parts: Sequence[str]) -> None:
     chance = comparison.runs[0].results.get("chance", {})
     for x, part in enumerate(parts):
         level = chance.get(part, chance.get("average"))
         if level is not None:
             axes.hlines(
-                level, x - 0.42, x + 0.42, colors="black", linestyles="dotted", label="chance" if x == 0 else None
+                level, x - 0.42, x + 0.42, colors="black", linestyles="dotted", label="chance" if x == 0 else ""
             )
 
 
-def plot_leakage(result: dict, path: str | Path) -> None:
-    """Task score, leakage by captions and leakage by likelihood over the guidance scale, a line per model."""
+def plot_leakage(result: dict[str, Any], path: str | Path) -> None:
+    """Plot task score, leakage by captions and leakage by likelihood over the guidance scale, one line per model.
+
+    Raises:
+        ValueError: The suffix of the file is unknown.
+    """
     plt = pyplot()
     metric = result["metric"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5), sharex=True, layout="constrained")
@@ -121,7 +137,7 @@ def plot_leakage(result: dict, path: str | Path) -> None:
         left.plot(scales, [row["control"][metric] for row in rows], ":", color=colour, label=f"{label}: control")
         gains = [row["likelihood_gain"] for row in rows]
         right.plot(scales, [gain["mean"] for gain in gains], "o-", color=colour, label=label)
-        low, high = zip(*(gain["interval"] for gain in gains))
+        low, high = ([gain["interval"][end] for gain in gains] for end in (0, 1))
         right.fill_between(scales, low, high, color=colour, alpha=0.2)
     right.axhline(0, color="black", linewidth=0.8, linestyle="dotted")
     left.set(xlabel="guidance scale s", ylabel=metric, title="Task score, and score against the wrong prompt")

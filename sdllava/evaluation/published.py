@@ -1,9 +1,9 @@
-"""The papers' result rows, to be set beside one's own. S3 is arXiv 2507.07106, S4 its workshop version.
+"""The papers' result rows, for comparison with other runs. S3 is arXiv 2507.07106, S4 its workshop version.
 
-Known slips in the texts are kept as printed: the CLIP rows of S3's Table 1 (S4's Table 3) have a Winoground group
-score above the image score, which the definition rules out (their columns look swapped); S3's Table 9 "s=4" is S4's
-"CFG 4.5" digit for digit; S3's 26.9 on MMVP is no multiple of 1/150; two BLINK cells of S4's CLIP row are no
-attainable fractions.
+Known errors in the papers are kept as printed: the CLIP rows of S3's Table 1 (S4's Table 3) have a Winoground group
+score above the image score, which the definition rules out (the columns are probably swapped); S3's Table 9 "s=4"
+equals S4's "CFG 4.5" in every digit; S3's 26.9 on MMVP is not a multiple of 1/150; two BLINK cells of S4's CLIP row are
+not attainable fractions.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One row of a table: where it is printed, the model as it is called there, and its scores."""
+    """One row of a table: the table, the benchmark, the model's name there, and its scores."""
 
     source: str
     benchmark: str
@@ -51,7 +51,7 @@ BLINK_S4 = (
 NATURALBENCH = ("Q_Acc", "I_Acc", "G_Acc")
 
 # (source, [(benchmark, columns), ...] in the order of the numbers, rows "model | numbers"); "-" is an empty cell
-TABLES = [
+TABLES: list[tuple[str, list[tuple[str, tuple[str, ...]]], str]] = [
     (
         "S3 Figure 3",
         [
@@ -243,7 +243,7 @@ TABLES = [
 
 
 def published_rows(benchmark: str) -> list[PublishedRow]:
-    """Every printed row of a benchmark, in the order of the papers."""
+    """All printed rows of a benchmark, in the order of the papers."""
     rows = []
     for source, groups, text in TABLES:
         start = 0

@@ -1,4 +1,4 @@
-"""A model and its processor as something that answers samples: any image-text-to-text model of transformers."""
+"""Answers samples with a model and its processor: any image-text-to-text model of transformers."""
 
 import copy
 from collections.abc import Sequence
@@ -6,31 +6,34 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from .. import mini_path, register
+from ..pipeline import KeptEncodings
 from .benchmarks.base import Sample, blank_image, open_image
 from .processes import default_device
 
 
-def load_model(name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None):
-    """A model, in evaluation mode, and its processor; `mini` is the embedded miniature.
+def load_model(
+    name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
+) -> tuple[Any, Any]:
+    """Load a model, in evaluation mode, and its processor.
 
     Args:
-        name: a folder or Hub id of this package's models, or of any image-text-to-text model of transformers.
+        name: Folder or Hub id of this package's models, or of any image-text-to-text model of transformers. "mini" is
+            the embedded miniature.
+        revision: Branch, tag or commit on the Hub.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-        device: for example "cuda:1"; None takes this process's accelerator, or the CPU.
+        device: For example "cuda:1". None uses this process's accelerator, or the CPU.
 
     Raises:
-        ValueError: the dtype has no such name, or the device is not there or too small.
-        OSError: there is no such model, or it cannot be loaded.
+        ValueError: The dtype is unknown, or the device does not exist or is too small.
+        OSError: The model does not exist or cannot be loaded.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import sdllava
-
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"The dtype is auto, float32, bfloat16 or float16, not {dtype!r}.")
-    sdllava.register()  # the command line puts this off until a model is needed
-    path = str(sdllava.mini_path()) if name == "mini" else name
+        raise ValueError(f"Unknown dtype {dtype!r}. Choose auto, float32, bfloat16 or float16.")
+    register()  # the command line delays this until it needs a model
+    path = str(mini_path()) if name == "mini" else name
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, revision=revision, dtype=dtype)
         processor = AutoProcessor.from_pretrained(path, revision=revision)
@@ -39,15 +42,19 @@ def load_model(name: str, revision: str | None = None, dtype: str = "auto", devi
     try:
         return model.to(device or default_device()).eval(), processor
     except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for the device
-        raise ValueError(f"The model {name!r} cannot be put on {device or default_device()}: {error}") from error
+        raise ValueError(
+            f"The model {name!r} cannot be moved to {str(device or default_device())!r}: {error}. Choose another "
+            "--device."
+        ) from error
 
 
-def has_diffusion(model) -> bool:
+def has_diffusion(model: Any) -> bool:
+    """Whether a model has a diffusion tower."""
     return getattr(model.config, "diffusion_config", None) is not None
 
 
 class Prepared(NamedTuple):
-    """Samples as a processor gives them, on the CPU, and their images in order."""
+    """The processor's outputs for a batch of samples, on the CPU, and their images in order."""
 
     images: list[Image.Image]
     inputs: dict[str, Any]
@@ -57,38 +64,42 @@ class Responder:
     """Answers batches of samples.
 
     Args:
-        model, processor: any image-text-to-text pair of transformers.
+        model: Any image-text-to-text model of transformers.
+        processor: Its processor.
         template: "chat" (the processor's chat template, images first) or "plain" (image tokens, then the prompt).
-        guidance_scales: the diffusion tower's, instead of the checkpoint's own.
+        guidance_scales: Guidance scales that replace the checkpoint's.
 
     Raises:
-        ValueError: guidance scales for a model without a diffusion tower, or another number of them than it has.
+        ValueError: The model has no diffusion tower, or another number of guidance scales.
     """
 
-    def __init__(self, model, processor, template: str = "chat", guidance_scales: Sequence[float] | None = None):
+    def __init__(
+        self, model: Any, processor: Any, template: str = "chat", guidance_scales: Sequence[float] | None = None
+    ):
         self.model, self.processor, self.template = model, processor, template
         self.diffusion = has_diffusion(model)
         if guidance_scales is not None and not self.diffusion:
-            raise ValueError("--guidance is for models with a diffusion tower; this model has none.")
+            raise ValueError(
+                f"--guidance {','.join(f'{scale:g}' for scale in guidance_scales)} needs a diffusion tower, which this "
+                "model does not have. Leave it out."
+            )
         if guidance_scales is not None:
             own = model.config.diffusion_config.guidance_scales
             if len(guidance_scales) != len(own):
-                raise ValueError(f"--guidance takes {len(own)} scale(s) for this model, not {len(guidance_scales)}.")
+                raise ValueError(
+                    f"--guidance has {len(guidance_scales)} scale(s), but this model has {len(own)}. Give {len(own)}."
+                )
         self.guidance_scales = None if guidance_scales is None else [float(scale) for scale in guidance_scales]
-        self.kept = None
-        if hasattr(model, "encode_images"):
-            from ..pipeline import KeptEncodings
-
-            self.kept = KeptEncodings(model)
+        self.kept = KeptEncodings(model) if hasattr(model, "encode_images") else None
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
-        self._decoder = copy.deepcopy(tokenizer)  # one tokenizer must not read in one thread while it writes in another
+        self._decoder = copy.deepcopy(tokenizer)  # tokenizers are not thread-safe, and one thread prepares batches
 
     def text(self, sample: Sample) -> str:
-        """The prompt as the language model gets it, image tokens not yet expanded."""
+        """The language model's prompt, with image tokens that are not yet expanded."""
         if self.template == "plain":
             return getattr(self.processor, "image_token", "<image>") * len(sample.images) + sample.prompt
         content = [{"type": "image"} for _ in sample.images] + [{"type": "text", "text": sample.prompt}]
@@ -99,7 +110,13 @@ class Responder:
     def prepare(
         self, samples: Sequence[Sample], questions: Sequence[Sequence[str]] | None = None, blind: bool = False
     ) -> Prepared:
-        """What does not need the model; `questions` are the diffusion prompts, one per image of each sample."""
+        """Run the processor, which does not need the model.
+
+        Args:
+            samples: One batch.
+            questions: The diffusion model's prompts, one per image of each sample.
+            blind: Whether images are replaced by grey ones.
+        """
         images = [images_of(sample, blind) for sample in samples]
         texts = [self.text(sample) for sample in samples]
         options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
@@ -111,9 +128,9 @@ class Responder:
         return Prepared([image for group in images for image in group], dict(inputs))
 
     def inputs(self, prepared: Prepared) -> dict[str, Any]:
-        """Left-padded inputs on the model's device, images encoded where they are kept."""
+        """Left-padded inputs on the model's device, with cached image encodings if the model supports them."""
         given = {
-            # the VAE wants float32 pixels whatever the language model's dtype
+            # the VAE needs float32 pixels, whatever the language model's dtype
             key: value.to(self.model.device, self.model.dtype if key == "pixel_values" else None)
             for key, value in prepared.inputs.items()
         }
@@ -130,10 +147,14 @@ class Responder:
         blind: bool = False,
         prepared: Prepared | None = None,
     ) -> list[str]:
-        """One reply per sample, special tokens and outer blanks removed.
+        """Generate one reply per sample, without special tokens and surrounding whitespace.
 
         Args:
-            prepared: from `prepare` of the same samples, where that was done ahead.
+            samples: One batch.
+            generation: Arguments of `generate`.
+            questions: The diffusion model's prompts, one per image of each sample.
+            blind: Whether images are replaced by grey ones.
+            prepared: The result of `prepare` for the same samples, if it exists already.
         """
         inputs = self.inputs(prepared or self.prepare(samples, questions, blind))
         if self.guidance_scales is not None:
@@ -144,6 +165,11 @@ class Responder:
 
 
 def images_of(sample: Sample, blind: bool = False) -> list[Image.Image]:
+    """The decoded images of a sample, or grey ones of the same sizes.
+
+    Raises:
+        FileNotFoundError, ValueError: An image is missing or cannot be read.
+    """
     names = sample.image_ids or (sample.id,) * len(sample.images)
     images = [open_image(source, name) for source, name in zip(sample.images, names, strict=True)]
     return [blank_image(image) for image in images] if blind else images

@@ -1,8 +1,7 @@
-"""A run's folder: `run.json` while it goes on, one line per answered sample, and `results.json` at the end.
+"""The folder of a run: `run.json` (settings), one line per answered sample, and `results.json` at the end.
 
-Replies are appended to `samples.partial-<process>.jsonl` as they come and become `samples.jsonl`, in the benchmark's
-order, when the run is complete. A killed run is taken up again by the same command; a folder that holds another run is
-refused with the difference named.
+Replies are appended to `samples.partial-<process>.jsonl` as they arrive and become `samples.jsonl`, in the benchmark's
+order, when the run is complete. The same command resumes a killed run. A folder with another run raises `ValueError`.
 """
 
 import json
@@ -11,39 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes aside, then renames, so that nothing half-written ever has the name.
-
-    Raises:
-        OSError: with one sentence, for example when the disk is full.
-    """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is there whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        try:
-            aside.unlink(missing_ok=True)
-        except OSError:
-            pass
-        raise OSError(f"{path} could not be written: {error.strerror}; make room and run the same again.") from error
+from ..atomic_files import write_json, write_text
+from ..run_records import begin_run
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a JSON Lines file; a last line that was cut off by a kill is dropped from the file.
+    """The records of a JSON Lines file. An incomplete last line, left by a killed run, is removed from the file.
 
     Raises:
-        ValueError: a line that is not the last one is damaged.
+        ValueError: Another line is damaged.
     """
     if not path.exists():
         return []
@@ -55,7 +30,9 @@ def read_records(path: Path) -> list[dict]:
                     break
                 records.append(json.loads(line))
             except ValueError:
-                raise ValueError(f"{path}, line {number}, is damaged; delete that line and run again.") from None
+                raise ValueError(
+                    f"{str(path)!r}, line {number}, is damaged. Delete that line, then run the same command again."
+                ) from None
             good += len(line)
     if good < path.stat().st_size:
         os.truncate(path, good)
@@ -66,87 +43,75 @@ class RunFolder:
     """The folder of one run of one model on one benchmark.
 
     Args:
-        path: made if it is not there; taken over where it holds no reply yet.
-        settings: what identifies the run; two runs with the same settings give the same replies.
+        path: Created if it does not exist. The settings of a run without replies are overwritten.
+        settings: The identity of the run. Two runs with the same settings give the same replies.
+        rank: Index of this process. Only process 0 writes the settings.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or a damaged `run.json`.
+        ValueError: The folder contains a run with other settings, a damaged `run.json`, or other files.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any], rank: int = 0):
-        self.path, self.rank = Path(path), rank
-        settings = json.loads(json.dumps(settings))
+        self.path, self.rank, self.settings = Path(path), rank, settings
         known = self.path / "run.json"
         if known.exists() and self.finished():
-            self._check_same(known, settings)
+            begin_run(known, settings)
         elif rank == 0:
             ours = ("blind", "run.json")
             if self.path.is_dir() and (foreign := [p.name for p in self.path.iterdir() if p.name not in ours]):
                 raise ValueError(
-                    f"{self.path} is not empty ({foreign[0]}) and holds no run to go on with; name another --output."
+                    f"{str(self.path)!r} contains {foreign[0]!r} and no run to resume. Choose another --output."
                 )
             write_json(known, settings)
-        self.settings = settings
-
-    def _check_same(self, known: Path, settings: dict[str, Any]) -> None:
-        try:
-            before = json.loads(known.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{known} is damaged; delete it, or name another --output.") from None
-        for key in sorted(set(before) | set(settings)):
-            if before.get(key) != settings.get(key):
-                raise ValueError(
-                    f"{self.path} holds another run: {key} is {before.get(key)!r} there and {settings.get(key)!r} "
-                    "here; name another --output, or delete the folder."
-                )
 
     @property
     def partial(self) -> Path:
+        """The file to which this process appends its records."""
         return self.path / f"samples.partial-{self.rank}.jsonl"
 
     def finished(self) -> list[dict]:
-        """Every record that is already there, of any process."""
+        """Every record in the folder, of all processes."""
         paths = [self.path / "samples.jsonl", *sorted(self.path.glob("samples.partial-*.jsonl"))]
         return list({record["id"]: record for path in paths for record in read_records(path)}.values())
 
     def append(self, records: Iterable[dict]) -> None:
-        """Adds lines that survive a kill right after the call.
+        """Append records and flush them to the disk, so that they survive a kill.
 
         Raises:
-            OSError: with one sentence, for example when the disk is full; lines before it are kept.
+            OSError: The file cannot be written, for example because the disk is full. Earlier records are kept.
         """
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)  # another machine's disk may not have it yet
+            self.path.mkdir(parents=True, exist_ok=True)  # the folder may not exist on another machine's disk
             with self.partial.open("a", encoding="utf-8") as file:
-                file.write(lines)
+                file.write(_lines(records))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(
-                f"{self.partial} could not be written: {error.strerror}; the replies before are kept, "
-                "make room and run the same again."
+                f"{str(self.partial)!r} could not be written: {error.strerror}. Earlier replies are kept. Make room, "
+                "then run the same command again."
             ) from error
 
     def finish(self, records: list[dict], results: dict[str, Any]) -> None:
-        """Writes `samples.jsonl` and `results.json` and removes the partial files."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_text(self.path / "samples.jsonl", lines)
+        """Write `samples.jsonl` and `results.json`, and remove the partial files."""
+        write_text(self.path / "samples.jsonl", _lines(records))
         write_json(self.path / "results.json", results)
         for path in self.path.glob("samples.partial-*.jsonl"):
             path.unlink()
 
 
 def load_results(path: str | Path) -> list[tuple[dict, list[dict]]]:
-    """(results, records) of a run's folder, or of every run below a folder.
+    """Results and records of a run's folder, or of every run under a folder.
 
     Raises:
-        FileNotFoundError: no finished run is there.
-        ValueError: a file is damaged.
+        FileNotFoundError: The folder contains no finished run.
+        ValueError: A file is damaged.
     """
     found = sorted(p for p in Path(path).rglob("results.json") if "blind" not in p.relative_to(path).parts[:-1])
     if not found:
-        raise FileNotFoundError(f"{path} holds no finished run (no results.json); finish it with the same command.")
+        raise FileNotFoundError(
+            f"{str(path)!r} contains no finished run (no results.json). Finish the run with the same command."
+        )
     return [(_read_results(p), read_records(p.with_name("samples.jsonl"))) for p in found]
 
 
@@ -157,4 +122,8 @@ def _read_results(path: Path) -> dict:
             return results
     except (ValueError, AttributeError):
         pass
-    raise ValueError(f"{path} is damaged, or no result of this command; run the evaluation again to write it anew.")
+    raise ValueError(f"{str(path)!r} is damaged, or not a result of `sdllava evaluate`. Run the evaluation again.")
+
+
+def _lines(records: Iterable[dict]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -1,39 +1,51 @@
-"""Runs a model over a benchmark: batches by length, replies kept as they come, scores at the end.
+"""Runs a model over a benchmark: batches by length, replies saved as they arrive, scores at the end.
 
 Replies do not depend on batch size, on the order of batches, on resuming, or on the number of processes: rows are
-left-padded, decoding is greedy, and where a protocol samples, every sample is drawn alone from its own seed.
+left-padded, decoding is greedy, and a protocol that samples runs every sample as its own batch, with its own seed.
 """
 
 import itertools
 import random
+import shlex
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from .benchmarks.base import Benchmark, Sample, fingerprint, unit_means
 from .bootstrap import intervals
 from .responder import Responder
 from .results import RunFolder
 
-Progress = Callable[[int, int], None]
+T = TypeVar("T")
+U = TypeVar("U")
+Progress = Callable[[int, int], object]
+"""Called with the number of finished samples and their total."""
+Questions = Mapping[str, list[str]]
+"""Sample id -> the diffusion model's prompts, one per image."""
 
 
 def take(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """At most about `limit` samples, spread evenly over the benchmark, pairs and groups kept whole."""
+    """About `limit` samples, spread evenly over the benchmark. Pairs and groups stay complete.
+
+    Raises:
+        ValueError: `limit` is less than 1.
+    """
     if limit is None or limit >= len(samples):
         return list(samples)
     if limit < 1:
-        raise ValueError(f"--limit is a number of samples, at least 1, not {limit}.")
+        raise ValueError(f"--limit {limit} is too small. Use at least 1.")
     units: dict[str, list[Sample]] = {}
     for sample in samples:
         units.setdefault(str(sample.info.get("pair", sample.info.get("group", f"id {sample.id}"))), []).append(sample)
     groups = list(units.values())
     wanted = max(1, round(limit * len(groups) / len(samples)))
     edges = [k * len(groups) // wanted for k in range(wanted + 1)]
-    generator = random.Random(0)  # a jittered grid: an even stride could fall in step with the patterns
+    generator = random.Random(0)  # a jittered grid, because an even stride could coincide with the patterns
     chosen = [generator.randrange(low, high) for low, high in itertools.pairwise(edges)]
     return [sample for index in chosen for sample in groups[index]]
 
@@ -43,21 +55,29 @@ def answer_samples(
     benchmark: Benchmark,
     samples: Sequence[Sample],
     folder: RunFolder,
-    questions: dict[str, list[str]] | None = None,
+    questions: Questions | None = None,
     batch_size: int = 8,
     blind: bool = False,
     seed: int = 0,
     processes: int = 1,
     progress: Progress | None = None,
 ) -> list[dict]:
-    """The records of this process's share of the samples, in the benchmark's order.
+    """Answer this process's share of the samples, and return its records in the benchmark's order.
 
     Args:
-        questions: sample id -> the diffusion model's prompts, one per image.
-        processes: how many processes share the samples; `folder.rank` says which one this is.
+        responder: The model.
+        benchmark: The benchmark.
+        samples: All samples.
+        folder: Folder of the run, with the replies that are already there.
+        questions: The diffusion model's prompts.
+        batch_size: Samples per batch.
+        blind: Whether images are replaced by grey ones.
+        seed: Seed of protocols that sample.
+        processes: The number of processes that share the samples. `folder.rank` is the index of this one.
+        progress: Called with the number of answered samples and their total.
 
     Raises:
-        FileNotFoundError, ValueError: an image is missing or cannot be read; replies before it are kept.
+        FileNotFoundError, ValueError: An image is missing or cannot be read. Earlier replies are kept.
     """
     mine = [sample for number, sample in enumerate(samples) if number % processes == folder.rank]
     done = {record["id"]: record for record in folder.finished()}
@@ -74,13 +94,13 @@ def answer_samples(
     ahead = one_ahead(lambda batch: responder.prepare(batch, prompts(batch), blind), batches)
     for batch in batches:
         if sampled:
-            _seed_everything(zlib.crc32(f"{seed} {batch[0].id}".encode()))
+            torch.manual_seed(zlib.crc32(f"{seed} {batch[0].id}".encode()))
         try:
             replies = responder.reply(batch, benchmark.generation, prompts(batch), blind, next(ahead))
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(
-                f"{error} The {len(done)} replies so far are kept in {folder.path}: put it right and go on with the "
-                "same command."
+                f"{error} The first {len(done)} replies are kept in {str(folder.path)!r}. Correct the data, then run "
+                "the same command again."
             ) from error
         records = [
             make_record(benchmark, sample, reply, questions) for sample, reply in zip(batch, replies, strict=True)
@@ -90,12 +110,12 @@ def answer_samples(
         answered += len(batch)
         if progress:
             progress(answered, len(mine))
-    # parsed anew, so that what a judge once said of a reply is not taken for the parser's verdict
+    # parsed again, so that a judgement of an earlier run does not replace the parser's verdict
     return [make_record(benchmark, sample, done[sample.id]["reply"], questions) for sample in mine]
 
 
-def one_ahead(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """`function` of each item, in order; a thread works on the next one while the caller uses the last."""
+def one_ahead(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
+    """`function` of each item, in order. A thread computes the next one while the caller uses the current one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         following = [pool.submit(function, item) for item in items[:1]]
         for item in items[1:]:
@@ -106,14 +126,15 @@ def one_ahead(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[
 
 
 def _batching_order(samples: Sequence[Sample]) -> Callable[[Sample], tuple]:
-    """By length, with the questions on one image side by side, so that its encoding serves them all."""
+    """Sort key by length that keeps the questions on one image together, so that they share its encoding."""
     longest: dict[tuple, int] = {}
     for sample in samples:
         longest[sample.image_ids] = max(len(sample.prompt), longest.get(sample.image_ids, 0))
     return lambda s: (len(s.images), longest[s.image_ids], s.image_ids, len(s.prompt), s.id)
 
 
-def make_record(benchmark: Benchmark, sample: Sample, reply: str, questions: dict[str, list[str]] | None) -> dict:
+def make_record(benchmark: Benchmark, sample: Sample, reply: str, questions: Questions | None) -> dict[str, Any]:
+    """One line of `samples.jsonl`: prompt, reply, parsed answer and verdict, and what the scoring needs."""
     parsed = benchmark.parse(sample, reply)
     return {
         "id": sample.id,
@@ -127,54 +148,36 @@ def make_record(benchmark: Benchmark, sample: Sample, reply: str, questions: dic
     }
 
 
-def _seed_everything(seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)
-
-
 def summarise(benchmark: Benchmark, records: Sequence[dict]) -> dict[str, Any]:
-    """Scores in percent with their intervals, chance, and how many replies gave no answer."""
+    """Scores in percent with their intervals, the chance level, and the number of replies without an answer."""
     units = benchmark.units(records) if records else {}
     empty = sum(not record["reply"] for record in records)
-    summary = {
+    chance = benchmark.chance(records) if records else {}  # may add to the notes
+    notes = dict(benchmark.notes)
+    if empty:
+        notes["empty replies"] = f"{empty} replies are empty and count as wrong"
+    if not units:
+        notes["score"] = "absent: the run has no complete unit (pair, group or rated reply)"
+    return {
         "metric": benchmark.metric,
         "scores": benchmark.scores(unit_means(units)) if units else {},
         "intervals_95": intervals(units, benchmark.scores) if units else {},
-        "chance": benchmark.chance(records) if records else {},
+        "chance": chance,
         "samples": len(records),
         "units": len(units),
         "unparsed": sum(record["parsed"] is None for record in records),
         "empty_replies": empty,
-        "notes": dict(benchmark.notes),
+        "notes": notes,
     }
-    if empty:
-        summary["notes"]["empty replies"] = f"{empty} replies are empty and count as wrong"
-    if not units:
-        summary["notes"]["score"] = "absent: no complete unit (pair, group or rated reply) to score"
-    return summary
-
-
-def versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("sdllava", "torch", "transformers", "diffusers", "tokenizers", "datasets", "accelerate", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def command_line() -> str:
-    import shlex
-
+    """The command of this process, quoted for a shell."""
     called = Path(sys.argv[0])
     program = ["python", "-m", called.parent.name] if called.name == "__main__.py" else [called.name]
     return shlex.join([*program, *sys.argv[1:]])
 
 
-def data_settings(source: dict[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:
+def data_settings(source: Mapping[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:
+    """The identity of the data: its source, and the fingerprint and number of the samples."""
     return {**source, "fingerprint": fingerprint(samples), "samples": len(samples)}

@@ -1,8 +1,8 @@
-"""The embedded miniature: where its checkpoint is."""
+"""The embedded miniature: the path of its checkpoint."""
 
 from pathlib import Path
 
 
 def mini_path() -> Path:
-    """Folder of the embedded miniature: model, processor and card, as `from_pretrained` takes them."""
+    """The folder of the embedded miniature (model, processor and card), for `from_pretrained`."""
     return Path(__file__).parent / "sdllava-mini"

@@ -1,1 +1,1 @@
-"""The rendered world of the miniature: objects, renderer, language and datasets."""
+"""The rendered scenes of the miniature: world, renderer, language and dataset, one module each."""

@@ -1,4 +1,4 @@
-"""Rendered scenes as training data: rows in TRL's format, and a page of examples to look at."""
+"""Rendered scenes as training data in TRL's format, and an HTML page of examples."""
 
 import json
 import os
@@ -6,19 +6,17 @@ import random
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from io import BytesIO
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .language import KINDS, MinimalPair, Question, ask, caption, minimal_pair, sample_question
-from .render import SIZE, looks_rendered, render, render_array
-from .world import HELD_OUT_PAIRS, PATTERNS, SPLITS, Scene, SceneObject, sample_scene
+from ..atomic_files import write_text
+from .language import ask, caption, minimal_pair, sample_question
+from .render import SIZE, render
+from .world import PATTERNS, Scene, sample_scene
 
-__all__ = [
-    "HELD_OUT_PAIRS", "KINDS", "PATTERNS", "SIZE", "SPLITS", "MinimalPair", "Question", "Scene", "SceneObject", "ask",
-    "caption", "looks_rendered", "minimal_pair", "render", "render_array", "sample_question", "sample_scene",
-    "scene_dataset", "write_examples",
-]  # fmt: skip
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def _png(image: Image.Image) -> bytes:
@@ -27,10 +25,10 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _row(scene: Scene, turns: list[tuple[str, str]], **extra) -> dict:
+def _row(scene: Scene, turns: list[tuple[str, str]], **extra: Any) -> dict[str, Any]:
     messages = []
     for number, (question, answer) in enumerate(turns):
-        content = [{"type": "image"}] if number == 0 else []
+        content: list[dict[str, str]] = [{"type": "image"}] if number == 0 else []
         content += [{"type": "text", "text": question}] if question else []
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -43,8 +41,8 @@ def _question_rows(split: str, count: int, seed: int, turns: int, patterns: Sequ
         rng = random.Random(f"row {split} {seed} {number}")
         scene, first = sample_question(split, rng.getrandbits(48), patterns)
         rest = (ask(scene, rng, patterns, held_out_only=split == "composition") for _ in range(turns - 1))
-        asked = list({q.text: q for q in (first, *rest) if q}.values())
-        yield _row(scene, [(q.text, q.answer) for q in asked], pattern=first.pattern)
+        unique = {question.text: question.answer for question in (first, *rest) if question}
+        yield _row(scene, list(unique.items()), pattern=first.pattern)
 
 
 def _caption_rows(split: str, count: int, seed: int) -> Iterator[dict]:
@@ -68,15 +66,19 @@ def scene_dataset(
     task: str = "questions",
     turns: int = 1,
     patterns: Sequence[str] = PATTERNS,
-):
-    """Rendered scenes as a `datasets.Dataset` in TRL's format: `images`, `messages`, and the `scene`'s record as JSON.
+) -> "Dataset":
+    """Rendered scenes as a dataset in TRL's format: `images`, `messages`, and `scene` (the scene's record as JSON).
 
     Args:
-        split: "train", "validation", "test" or "composition" (scenes with a colour-shape pair never trained on).
-        count: rows; for pairs, pairs of rows.
+        split: "train", "validation", "test" or "composition" (scenes with a held-out colour-shape pair).
+        count: The number of rows. For "pairs", the number of pairs of rows.
+        seed: Other seeds give other scenes of the split.
         task: "questions" (adds `pattern`), "captions", or "pairs" (adds `pattern` and `pair`, the pair's number).
-        turns: the most questions on one scene, in one conversation; only for "questions".
-        patterns: those that are asked about; one named twice is asked about twice as often; only for "questions".
+        turns: For "questions", the largest number of questions about a scene, in one conversation.
+        patterns: For "questions", the patterns to ask about. A pattern that is named twice is twice as frequent.
+
+    Raises:
+        ValueError: `split` or `task` is unknown, or `count` or `turns` is below 1.
     """
     import datasets
 
@@ -86,9 +88,9 @@ def scene_dataset(
         "pairs": lambda: _pair_rows(split, count, seed),
     }
     if task not in rows:
-        raise ValueError(f"{task!r} is no task of the scenes; the tasks are {', '.join(rows)}.")
+        raise ValueError(f"Task {task!r} is unknown. Use one of {', '.join(rows)}.")
     if count < 1 or turns < 1:
-        raise ValueError(f"count and turns must be positive, not {count} and {turns}.")
+        raise ValueError(f"Count {count} with {turns} turns gives no rows. Use positive numbers.")
     dataset = datasets.Dataset.from_list(list(rows[task]()), on_mixed_types="use_json")
     return dataset.cast_column("images", datasets.List(datasets.Image()))
 
@@ -99,7 +101,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def write_examples(path: str | os.PathLike, seed: int = 0, pairs_per_pattern: int = 3) -> None:
-    """Writes one HTML page: minimal pairs of every pattern with captions, question and both answers."""
+    """Write an HTML page of minimal pairs of every pattern, with captions, question and both answers."""
     body = []
     for pattern in PATTERNS:
         body.append(f"<h2>{pattern}</h2>")
@@ -111,7 +113,5 @@ def write_examples(path: str | os.PathLike, seed: int = 0, pairs_per_pattern: in
             )
             body.append(f"<p>{pair.question}</p><table><tr>{''.join(cells)}</tr></table>")
     style = "body{font:14px sans-serif}td{width:220px;vertical-align:top}"
-    page = f'<!doctype html><meta charset="utf-8"><title>Scenes</title><style>{style}</style>{"".join(body)}'
-    aside = Path(f"{path}.part")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, path)
+    head = f'<!doctype html><meta charset="utf-8"><title>Scenes</title><style>{style}</style>'
+    write_text(path, head + "".join(body))

@@ -1,14 +1,15 @@
-"""What is said about a scene: its caption, questions with short answers, and minimal pairs, pattern by pattern.
+"""The language of scenes: captions, questions with short answers, and minimal pairs, by pattern.
 
-Answers are balanced: a question whose answer is the more frequent one is kept less often, so that guessing from the
-question alone scores about the chance of the answer set.
+Answers are balanced: a question with a frequent answer is kept less often, so that guessing from the question scores
+about the chance of its answer set.
 """
 
 import functools
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from .world import (
     CELLS,
@@ -29,10 +30,18 @@ from .world import (
 MAX_SHAPE_COUNT = 2
 _BALANCE_SCENES = 4000
 
+Wording = tuple[str, str, SceneObject | None]
+"""Text, answer and subject of a question."""
+
+Edit = tuple[Scene, SceneObject | None]
+"""The other scene of a minimal pair, and the object of this one that was changed."""
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Question:
-    """A question on a scene: its pattern, the kind of its wording, its text, the answer, and the object it is about."""
+    """A question about a scene: pattern, kind of wording, text, answer, and the object that it is about."""
 
     pattern: str
     kind: str
@@ -43,7 +52,7 @@ class Question:
 
 @dataclass(frozen=True)
 class MinimalPair:
-    """Two scenes that differ in one pattern alone, and a question whose answers differ."""
+    """Two scenes that differ in only one pattern, and a question whose answers differ."""
 
     pattern: str
     scenes: tuple[Scene, Scene]
@@ -52,11 +61,12 @@ class MinimalPair:
 
 
 def article(noun: str) -> str:
+    """A noun with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def describe(item: SceneObject) -> str:
-    """One object in words, e.g. "a broken red arrow pointing up with a border at the top left"."""
+    """One object in words, for example "a broken red arrow pointing up with a border at the top left"."""
     adjectives = "broken " if item.state == "broken" else ""
     text = article(f"{adjectives}{item.colour} {item.shape}")
     text += f" pointing {item.direction}" if item.direction else ""
@@ -66,51 +76,53 @@ def describe(item: SceneObject) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """Everything that the scene shows, in words."""
+    """The caption of a scene: every attribute of every object, and the viewpoint."""
     viewpoint = "the front" if scene.viewpoint == "front" else scene.viewpoint
     return f"{', '.join(describe(item) for item in scene.objects)}, seen from {viewpoint}"
 
 
 def _refer(item: SceneObject, rng: random.Random) -> str:
-    """An object by its colour, which is its own in the scene, at times with its shape."""
+    """An object by its colour, which is unique in the scene, and with probability 0.5 by its shape."""
     return f"{item.colour} {item.shape if rng.random() < 0.5 else 'object'}"
 
 
-def _choose(items, rng: random.Random):
-    items = list(items)
-    return rng.choice(items) if items else None
+def _choose(items: Iterable[T], rng: random.Random) -> T | None:
+    choices = list(items)
+    return rng.choice(choices) if choices else None
 
 
 def _yes_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
-# Each kind takes (scene, rng) and gives (text, answer, subject), or None where the scene has nothing to ask about.
+# Each kind takes (scene, rng) and returns (text, answer, subject), or None where it does not fit the scene.
 
 
-def _way(scene, rng):
+def _way(scene: Scene, rng: random.Random) -> Wording | None:
     if item := _choose((o for o in scene.objects if o.direction), rng):
         return f"Which way does the {_refer(item, rng)} point?", item.direction, item
+    return None
 
 
-def _points(scene, rng):
+def _points(scene: Scene, rng: random.Random) -> Wording | None:
     if item := _choose((o for o in scene.objects if o.direction), rng):
-        asked = item.direction if rng.random() < 0.5 else rng.choice([d for d in DIRECTIONS if d != item.direction])
-        return f"Does the {_refer(item, rng)} point {asked}?", _yes_no(asked == item.direction), item
+        way = item.direction if rng.random() < 0.5 else rng.choice([d for d in DIRECTIONS if d != item.direction])
+        return f"Does the {_refer(item, rng)} point {way}?", _yes_no(way == item.direction), item
+    return None
 
 
-def _border(scene, rng):
+def _border(scene: Scene, rng: random.Random) -> Wording | None:
     item = rng.choice(scene.objects)
     return f"Does the {_refer(item, rng)} have a border?", _yes_no(item.border), item
 
 
-def _exists(scene, rng):
+def _exists(scene: Scene, rng: random.Random) -> Wording | None:
     shape = rng.choice(SHAPES)
     item = next((o for o in scene.objects if o.shape == shape), None)
     return f"Is there {article(shape)}?", _yes_no(item is not None), item
 
 
-def _pair_exists(scene, rng):
+def _pair_exists(scene: Scene, rng: random.Random) -> Wording | None:
     present = [o.pair for o in scene.objects]
     pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS or (c, s) in present]
     tempting = [p for p in pairs if any((p[0] == c) != (p[1] == s) for c, s in present)]
@@ -119,87 +131,97 @@ def _pair_exists(scene, rng):
     return f"Is there {article(' '.join(pair))}?", _yes_no(item is not None), item
 
 
-def _whole_or_broken(scene, rng):
+def _whole_or_broken(scene: Scene, rng: random.Random) -> Wording | None:
     if item := _choose((o for o in scene.objects if not o.letter), rng):
         return f"Is the {_refer(item, rng)} whole or broken?", item.state, item
+    return None
 
 
-def _broken(scene, rng):
+def _broken(scene: Scene, rng: random.Random) -> Wording | None:
     if item := _choose((o for o in scene.objects if not o.letter), rng):
         return f"Is the {_refer(item, rng)} broken?", _yes_no(item.state == "broken"), item
+    return None
 
 
-def _how_many(scene, rng):
+def _how_many(scene: Scene, rng: random.Random) -> Wording | None:
     return "How many objects are there?", str(len(scene.objects)), None
 
 
-def _how_many_of(scene, rng):
+def _how_many_of(scene: Scene, rng: random.Random) -> Wording | None:
     shape = rng.choice(SHAPES)
     number = sum(o.shape == shape for o in scene.objects)
     return (f"How many {shape}s are there?", str(number), None) if number <= MAX_SHAPE_COUNT else None
 
 
-def _where(scene, rng):
+def _where(scene: Scene, rng: random.Random) -> Wording | None:
     item = rng.choice(scene.objects)
     return f"Where is the {_refer(item, rng)}?", item.cell, item
 
 
-def _beside(scene, rng, words=("left", "right"), joiner="of ", side=1):
+def _left_or_right(scene: Scene, rng: random.Random) -> Wording | None:
+    return _compare(scene, rng, ("left", "right"), "of ", side=1)
+
+
+def _above_or_below(scene: Scene, rng: random.Random) -> Wording | None:
+    return _compare(scene, rng, ("above", "below"), "", side=0)
+
+
+def _compare(scene: Scene, rng: random.Random, words: tuple[str, str], joiner: str, side: int) -> Wording | None:
+    """Compare the cells of two objects: their rows (`side` 0) or their columns (1)."""
     item = rng.choice(scene.objects)
     others = [o for o in scene.objects if o.cell.split()[side] != item.cell.split()[side]]
     if other := _choose(others, rng):
         first = item.cell.split()[side] in ("left", "top")
         options = " or ".join(rng.sample(words, 2))
         return f"Is the {_refer(item, rng)} {options} {joiner}the {_refer(other, rng)}?", words[not first], item
+    return None
 
 
-def _over(scene, rng):
-    return _beside(scene, rng, words=("above", "below"), joiner="", side=0)
-
-
-def _colour_of(scene, rng):
+def _colour_of(scene: Scene, rng: random.Random) -> Wording | None:
     shapes = Counter(o.shape for o in scene.objects)
     if item := _choose((o for o in scene.objects if shapes[o.shape] == 1), rng):
         return f"What colour is the {item.shape}?", item.colour, item
+    return None
 
 
-def _colour_at(scene, rng):
+def _colour_at(scene: Scene, rng: random.Random) -> Wording | None:
     item = rng.choice(scene.objects)
     return f"What colour is the object at the {item.cell}?", item.colour, item
 
 
-def _shape_of(scene, rng):
+def _shape_of(scene: Scene, rng: random.Random) -> Wording | None:
     item = rng.choice(scene.objects)
     return f"What shape is the {item.colour} object?", item.shape, item
 
 
-def _shape_at(scene, rng):
+def _shape_at(scene: Scene, rng: random.Random) -> Wording | None:
     item = rng.choice(scene.objects)
     return f"What shape is the object at the {item.cell}?", item.shape, item
 
 
-def _which_shape(scene, rng):
+def _which_shape(scene: Scene, rng: random.Random) -> Wording | None:
     item = rng.choice(scene.objects)
     others = [s for s in SHAPES if s != item.shape and (item.colour, s) not in HELD_OUT_PAIRS]
     options = rng.sample([item.shape, rng.choice(others)], 2)
     return f"Is the {item.colour} object {' or '.join(map(article, options))}?", item.shape, item
 
 
-def _letter(scene, rng):
+def _letter(scene: Scene, rng: random.Random) -> Wording | None:
     if item := _choose((o for o in scene.objects if o.letter), rng):
         return f"Which letter is on the {_refer(item, rng)}?", item.letter, item
+    return None
 
 
-def _seen_from(scene, rng):
+def _seen_from(scene: Scene, rng: random.Random) -> Wording | None:
     return "From where is the scene seen?", scene.viewpoint, None
 
 
-_KINDS: dict[str, dict[str, Callable]] = {
+_KINDS: dict[str, dict[str, Callable[[Scene, random.Random], Wording | None]]] = {
     "orientation": {"way": _way, "points": _points},
     "presence": {"border": _border, "exists": _exists, "pair exists": _pair_exists},
     "state": {"whole or broken": _whole_or_broken, "broken": _broken},
     "count": {"how many": _how_many, "how many of": _how_many_of},
-    "position": {"where": _where, "beside": _beside, "over": _over},
+    "position": {"where": _where, "left or right": _left_or_right, "above or below": _above_or_below},
     "colour": {"colour of": _colour_of, "colour at": _colour_at},
     "structure": {"shape of": _shape_of, "shape at": _shape_at, "which shape": _which_shape},
     "text": {"letter": _letter},
@@ -215,7 +237,7 @@ def _ask(scene: Scene, rng: random.Random, pattern: str, kind: str) -> Question 
 
 @functools.cache
 def _keep_probabilities() -> dict[tuple[str, str], float]:
-    """How often a (kind, answer) is kept, so that the answers of a kind become equally frequent."""
+    """The probability with which a (kind, answer) is kept, so that the answers of a kind become equally frequent."""
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     for seed in range(_BALANCE_SCENES):
         rng, scene = random.Random(f"balance {seed}"), sample_scene("train", seed)
@@ -227,11 +249,23 @@ def _keep_probabilities() -> dict[tuple[str, str], float]:
 
 
 def ask(
-    scene: Scene, rng: random.Random, patterns=PATTERNS, kinds=KINDS, held_out_only: bool = False
+    scene: Scene,
+    rng: random.Random,
+    patterns: Sequence[str] = PATTERNS,
+    kinds: Sequence[str] = KINDS,
+    held_out_only: bool = False,
 ) -> Question | None:
-    """One balanced question on a scene, its pattern first drawn uniformly from `patterns`; None where none fits.
+    """Draw one balanced question about a scene.
 
-    `held_out_only` asks about objects of a held-out colour-shape pair, or about the scene as a whole.
+    Args:
+        scene: The scene.
+        rng: The source of every random choice.
+        patterns: The patterns among which one is drawn first, uniformly.
+        kinds: The kinds of wording that are allowed.
+        held_out_only: Only ask about objects of a held-out colour-shape pair, or about the scene as a whole.
+
+    Returns:
+        `Question` or `None`: None where no question fits the scene.
     """
     for pattern in rng.sample(patterns, len(patterns)):
         possible = [kind for kind in _KINDS[pattern] if kind in kinds]
@@ -244,8 +278,10 @@ def ask(
     return None
 
 
-def sample_question(split: str, seed: int, patterns=PATTERNS, kinds=KINDS) -> tuple[Scene, Question]:
-    """Scene and question number `seed` of a split; patterns are equally frequent."""
+def sample_question(
+    split: str, seed: int, patterns: Sequence[str] = PATTERNS, kinds: Sequence[str] = KINDS
+) -> tuple[Scene, Question]:
+    """Scene and question number `seed` of a split. Patterns are equally frequent."""
     rng = random.Random(f"question {split} {seed}")
     pattern = rng.choice(patterns)
     while True:
@@ -254,42 +290,44 @@ def sample_question(split: str, seed: int, patterns=PATTERNS, kinds=KINDS) -> tu
             return scene, question
 
 
-# Minimal pairs. Each edit takes (scene, rng) and gives (other scene, question kind, subject), or None.
+# Minimal pairs. Each edit takes (scene, rng) and returns (other scene, changed object), or None where it does not fit.
 
 
-def _with(scene: Scene, item: SceneObject, **changes) -> Scene:
+def _with(scene: Scene, item: SceneObject, **changes: Any) -> Scene:
     return replace(scene, objects=tuple(replace(o, **changes) if o is item else o for o in scene.objects))
 
 
-def _other(values, value, rng: random.Random):
+def _other(values: Iterable[str], value: str, rng: random.Random) -> str:
     return rng.choice([v for v in values if v != value])
 
 
-def _edit_orientation(scene, rng):
+def _edit_orientation(scene: Scene, rng: random.Random) -> Edit | None:
     if item := _choose((o for o in scene.objects if o.direction), rng):
         return _with(scene, item, direction=_other(DIRECTIONS, item.direction, rng)), item
+    return None
 
 
-def _edit_presence(scene, rng):
+def _edit_presence(scene: Scene, rng: random.Random) -> Edit | None:
     item = rng.choice(scene.objects)
     return _with(scene, item, border=not item.border), item
 
 
-def _edit_state(scene, rng):
+def _edit_state(scene: Scene, rng: random.Random) -> Edit | None:
     if item := _choose((o for o in scene.objects if not o.letter), rng):
         return _with(scene, item, state=_other(STATES, item.state, rng)), item
+    return None
 
 
-def _edit_count(scene, rng):
+def _edit_count(scene: Scene, rng: random.Random) -> Edit | None:
     if len(scene.objects) == len(CELLS):
         return replace(scene, objects=scene.objects[:-1]), None
-    colour = _choose((c for c in COLOURS if all(o.colour != c for o in scene.objects)), rng)
-    cell = _choose((c for c in CELLS if all(o.cell != c for o in scene.objects)), rng)
+    colour = rng.choice([c for c in COLOURS if all(o.colour != c for o in scene.objects)])
+    cell = rng.choice([c for c in CELLS if all(o.cell != c for o in scene.objects)])
     added = random_object(rng, colour, rng.choice(SHAPES), cell)
     return replace(scene, objects=(*scene.objects, added)), None
 
 
-def _edit_position(scene, rng):
+def _edit_position(scene: Scene, rng: random.Random) -> Edit | None:
     item = rng.choice(scene.objects)
     cell = _other(CELLS, item.cell, rng)
     moved = {item.cell: cell, cell: item.cell}
@@ -297,29 +335,31 @@ def _edit_position(scene, rng):
     return replace(scene, objects=objects), item
 
 
-def _edit_colour(scene, rng):
+def _edit_colour(scene: Scene, rng: random.Random) -> Edit | None:
     shapes = Counter(o.shape for o in scene.objects)
     if item := _choose((o for o in scene.objects if shapes[o.shape] == 1), rng):
         colour = rng.choice([c for c in COLOURS if all(o.colour != c for o in scene.objects)])
         return _with(scene, item, colour=colour), item
+    return None
 
 
-def _edit_structure(scene, rng):
+def _edit_structure(scene: Scene, rng: random.Random) -> Edit | None:
     item = rng.choice(scene.objects)
     alike = [s for s in SHAPES if (s in ("triangle", "arrow")) == bool(item.direction)]
     return _with(scene, item, shape=_other(alike, item.shape, rng)), item
 
 
-def _edit_text(scene, rng):
+def _edit_text(scene: Scene, rng: random.Random) -> Edit | None:
     if item := _choose((o for o in scene.objects if o.letter), rng):
         return _with(scene, item, letter=_other(LETTERS, item.letter, rng)), item
+    return None
 
 
-def _edit_viewpoint(scene, rng):
+def _edit_viewpoint(scene: Scene, rng: random.Random) -> Edit | None:
     return replace(scene, viewpoint=_other(VIEWPOINTS, scene.viewpoint, rng)), None
 
 
-_EDITS = {
+_EDITS: dict[str, tuple[Callable[[Scene, random.Random], Edit | None], Callable[[Any], str]]] = {
     "orientation": (_edit_orientation, lambda o: f"Which way does the {o.colour} {o.shape} point?"),
     "presence": (_edit_presence, lambda o: f"Does the {o.colour} {o.shape} have a border?"),
     "state": (_edit_state, lambda o: f"Is the {o.colour} {o.shape} whole or broken?"),
@@ -330,7 +370,7 @@ _EDITS = {
     "text": (_edit_text, lambda o: f"Which letter is on the {o.colour} {o.shape}?"),
     "viewpoint": (_edit_viewpoint, lambda o: "From where is the scene seen?"),
 }
-_ANSWERS = {
+_ANSWERS: dict[str, Callable[[Scene, Any], str]] = {
     "orientation": lambda scene, o: o.direction,
     "presence": lambda scene, o: _yes_no(o.border),
     "state": lambda scene, o: o.state,
@@ -344,9 +384,13 @@ _ANSWERS = {
 
 
 def minimal_pair(pattern: str, split: str, seed: int) -> MinimalPair:
-    """Pair number `seed` of a pattern and a split, both of whose scenes belong to the split."""
+    """Pair number `seed` of a pattern. Both scenes belong to the split.
+
+    Raises:
+        ValueError: `pattern` or `split` is unknown.
+    """
     if pattern not in _EDITS:
-        raise ValueError(f"{pattern!r} is no pattern of the scenes; the patterns are {', '.join(PATTERNS)}.")
+        raise ValueError(f"Pattern {pattern!r} is unknown. Use one of {', '.join(PATTERNS)}.")
     edit, ask_about = _EDITS[pattern]
     rng = random.Random(f"pair {pattern} {split} {seed}")
     while True:

@@ -1,4 +1,4 @@
-"""Draws a scene. Integer arithmetic and own letter strokes alone, so the same scene gives the same bytes anywhere."""
+"""Rendering of scenes. Only integer arithmetic and its own letters, so that a scene has the same bytes everywhere."""
 
 import functools
 import math
@@ -20,11 +20,12 @@ _RGB = {
 }
 _SKY, _FLOOR, _BLACK, _WHITE = (214, 226, 238), (178, 162, 142), (20, 20, 20), (250, 250, 250)
 _HORIZON = {"above": 10, "front": 32, "below": 54}
-_TOLERANCE, _LEAST_GROUND = 12, 0.45  # of a channel, as JPEG blurs; of the pixels, as four objects cover half
+_TOLERANCE = 12  # per channel, for JPEG's errors
+_LEAST_GROUND = 0.45  # of the pixels: four objects cover half of a scene
 _QUADRANT = SIZE // 2
 _CENTRE = SPRITE / 2
 
-# Corners in pixels of the sprite, pointing up.
+# Corners in the sprite's pixels, pointing up.
 _POLYGONS: dict[str, list[tuple[float, float]]] = {
     "square": [(2.5, 2.5), (21.5, 2.5), (21.5, 21.5), (2.5, 21.5)],
     "triangle": [(12, 0.5), (21, 22.5), (3, 22.5)],
@@ -35,7 +36,7 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
     ],
 }
 # Strokes of the letters, in pixels from the centre of the badge.
-_STROKES = {
+_STROKES: dict[str, list[list[tuple[float, float]]]] = {
     "v": [[(-2.6, -3), (0, 3), (2.6, -3)]],
     "x": [[(-2.6, -3), (2.6, 3)], [(2.6, -3), (-2.6, 3)]],
     "z": [[(-2.6, -2.6), (2.6, -2.6), (-2.6, 2.6), (2.6, 2.6)]],
@@ -47,7 +48,7 @@ def _scaled(points: list[tuple[float, float]], shift: float = 0.0) -> list[tuple
     return [(round((x + shift) * _OVERSAMPLING), round((y + shift) * _OVERSAMPLING)) for x, y in points]
 
 
-def _turned(points: list[tuple[float, float]], quarter_turns: int) -> list[tuple[float, float]]:
+def _rotated(points: list[tuple[float, float]], quarter_turns: int) -> list[tuple[float, float]]:
     for _ in range(quarter_turns):
         points = [(SPRITE - y, x) for x, y in points]
     return points
@@ -64,16 +65,17 @@ def _draw_letter(draw: ImageDraw.ImageDraw, letter: str) -> None:
 
 @functools.cache
 def _sprite(colour: str, shape: str, direction: str, border: bool, state: str, letter: str) -> tuple[np.ndarray, ...]:
-    """Colour times coverage (24, 24, 3) and the background's share (24, 24, 1), both uint16 in [0, 255]."""
+    """Colour times coverage `(24, 24, 3)` and the background's weight `(24, 24, 1)`, both uint16 in [0, 255]."""
     image = Image.new("RGBA", (SPRITE * _OVERSAMPLING,) * 2)
     draw = ImageDraw.Draw(image)
-    fill, outline, width = (*_RGB[colour], 255), (*_BLACK, 255), round(2.2 * _OVERSAMPLING)
+    fill, width = (*_RGB[colour], 255), round(2.2 * _OVERSAMPLING)
+    outline = (*_BLACK, 255) if border else None
     if shape == "circle":
-        draw.ellipse(_scaled([(1, 1), (23, 23)]), fill=fill, outline=outline if border else None, width=width)
+        draw.ellipse(_scaled([(1, 1), (23, 23)]), fill=fill, outline=outline, width=width)
     else:
         turns = DIRECTIONS.index(direction) if direction else 0
-        points = _scaled(_turned(_POLYGONS[shape], turns))
-        draw.polygon(points, fill=fill, outline=outline if border else None, width=width if border else 1)
+        points = _scaled(_rotated(_POLYGONS[shape], turns))
+        draw.polygon(points, fill=fill, outline=outline, width=width if border else 1)
     if state == "broken":
         draw.line(_scaled(_CRACK), fill=(0, 0, 0, 0), width=round(3 * _OVERSAMPLING), joint="curve")
     if letter:
@@ -83,7 +85,7 @@ def _sprite(colour: str, shape: str, direction: str, border: bool, state: str, l
 
 
 def object_box(item: SceneObject) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of an object, in pixels."""
+    """Left, top, right and bottom of an object in a rendered scene, in pixels."""
     row, column = divmod(CELLS.index(item.cell), 2)
     margin = (_QUADRANT - SPRITE) // 2
     left, top = column * _QUADRANT + margin + item.offset[0], row * _QUADRANT + margin + item.offset[1]
@@ -91,7 +93,7 @@ def object_box(item: SceneObject) -> tuple[int, int, int, int]:
 
 
 def render_array(scene: Scene) -> np.ndarray:
-    """A scene as RGB pixels (64, 64, 3), uint8."""
+    """Render a scene as RGB pixels `(64, 64, 3)`, uint8."""
     pixels = np.empty((SIZE, SIZE, 3), dtype=np.uint16)
     pixels[: _HORIZON[scene.viewpoint]] = _SKY
     pixels[_HORIZON[scene.viewpoint] :] = _FLOOR
@@ -104,12 +106,12 @@ def render_array(scene: Scene) -> np.ndarray:
 
 
 def render(scene: Scene) -> Image.Image:
-    """A scene as a 64x64 RGB image."""
+    """Render a scene as a 64x64 RGB image."""
     return Image.fromarray(render_array(scene))
 
 
 def looks_rendered(image: Image.Image) -> bool:
-    """Whether an image may be one of these scenes, of any size: most of its pixels have the colours of their ground."""
+    """Whether an image of any size may be a rendered scene: about half of its pixels have the ground's colours."""
     pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.NEAREST), dtype=np.int16)
     grounds = (np.abs(pixels - np.array(ground)).max(axis=-1) <= _TOLERANCE for ground in (_SKY, _FLOOR))
     return bool(np.logical_or(*grounds).mean() >= _LEAST_GROUND)

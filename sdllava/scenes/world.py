@@ -1,12 +1,13 @@
-"""The world of the miniature: what a scene holds, how one is drawn at random, and which split it belongs to.
+"""The world of the scenes: what a scene contains, how one is sampled, and its split.
 
-A scene is 64x64 pixels: one to four objects, each in its own quadrant, and a horizon that tells the viewpoint. Its
+A scene is 64x64 pixels: one to four objects, each in its own quadrant, and a horizon that shows the viewpoint. Its
 attributes follow the nine visual patterns of MMVP (arXiv 2401.06209, section 3.2), see `PATTERNS`.
 """
 
 import hashlib
 import random
 from dataclasses import asdict, dataclass
+from typing import Any
 
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 SHAPES = ("circle", "square", "star", "triangle", "arrow")
@@ -26,7 +27,7 @@ _OBJECT_COUNTS = ((1, 2, 3, 4), (10, 38, 34, 18))
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. Only triangles and arrows have a direction, and a broken object carries no letter ("" for none)."""
+    """One object. Only triangles and arrows have a direction, and broken objects have no letter ("" for none)."""
 
     colour: str
     shape: str
@@ -39,40 +40,44 @@ class SceneObject:
 
     @property
     def pair(self) -> tuple[str, str]:
+        """Colour and shape."""
         return self.colour, self.shape
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A viewpoint and its objects, which differ in colour and in cell. The order of objects is that of the caption."""
+    """A viewpoint and objects that differ in colour and in cell, in the order of the caption."""
 
     viewpoint: str
     objects: tuple[SceneObject, ...]
 
-    def record(self) -> dict:
-        """The scene as plain data, from which `from_record` makes it again."""
+    def record(self) -> dict[str, Any]:
+        """The scene as JSON values, for `from_record`."""
         return {"viewpoint": self.viewpoint, "objects": [asdict(o) | {"offset": list(o.offset)} for o in self.objects]}
 
     @classmethod
-    def from_record(cls, record: dict) -> "Scene":
+    def from_record(cls, record: dict[str, Any]) -> "Scene":
+        """The scene of a `record()`."""
         objects = (SceneObject(**o | {"offset": tuple(o["offset"])}) for o in record["objects"])
         return cls(record["viewpoint"], tuple(objects))
 
     @property
     def split(self) -> str:
-        """The split that this scene belongs to, decided by what it shows alone, offsets and order left out.
+        """The split of this scene, computed from its content without the objects' offsets and order.
 
-        "composition" holds every scene with a colour-shape pair of `HELD_OUT_PAIRS`; of the rest an eighth is
-        "test" and an eighth "validation". So no held-out scene, moved by some pixels or not, is ever trained on.
+        "composition" holds every scene with a colour-shape pair of `HELD_OUT_PAIRS`. Of the others, one eighth is
+        "test" and one eighth "validation". Held-out scenes are therefore not in the training split, not even with
+        objects moved by some pixels.
         """
         if any(o.pair in HELD_OUT_PAIRS for o in self.objects):
             return "composition"
-        shown = sorted((o.cell, o.colour, o.shape, o.direction, o.border, o.state, o.letter) for o in self.objects)
-        bucket = hashlib.blake2b(repr((self.viewpoint, shown)).encode(), digest_size=2).digest()[0] % 8
+        content = sorted((o.cell, o.colour, o.shape, o.direction, o.border, o.state, o.letter) for o in self.objects)
+        bucket = hashlib.blake2b(repr((self.viewpoint, content)).encode(), digest_size=2).digest()[0] % 8
         return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
 def random_object(rng: random.Random, colour: str, shape: str, cell: str) -> SceneObject:
+    """Draw the other attributes of an object."""
     mark = rng.randrange(3)
     return SceneObject(
         colour=colour,
@@ -98,9 +103,13 @@ def _random_scene(rng: random.Random, composition: bool) -> Scene:
 
 
 def sample_scene(split: str, seed: int) -> Scene:
-    """The scene number `seed` of a split; the same arguments always give the same scene."""
+    """Scene number `seed` of a split. Equal arguments give equal scenes.
+
+    Raises:
+        ValueError: `split` is unknown.
+    """
     if split not in SPLITS:
-        raise ValueError(f"{split!r} is no split of the scenes; the splits are {', '.join(SPLITS)}.")
+        raise ValueError(f"Split {split!r} is unknown. Use one of {', '.join(SPLITS)}.")
     rng = random.Random(f"scene {split} {seed}")
     while (scene := _random_scene(rng, composition=split == "composition")).split != split:
         pass

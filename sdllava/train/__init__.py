@@ -1,1 +1,1 @@
-"""Training: stages, collator, recipes, cached features, and the `train`, `merge` and `cache` commands."""
+"""Training: recipes, stages, collator, cached features, and the `train`, `merge` and `cache` commands."""

@@ -1,19 +1,26 @@
-"""LoRA on the language model and on the UNet's cross-attention, and putting adapters back into the weights.
+"""LoRA on the language model and on the UNet's cross-attention, and merging adapters into the weights.
 
-With LoRA on the language model a run trains and saves an adapter, which projector, fusion and implicit captioner
-travel with. With LoRA on the UNet alone the language model trains in full, so the run saves a whole model.
+With LoRA on the language model, a run trains and saves an adapter, which also holds the projector, the fusion and the
+implicit captioner. With LoRA only on the UNet, the language model trains in full, so the run saves a whole model.
 """
 
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import nn
+
+from ..atomic_files import atomic_path, write_json
+from ..configuration import SDLlavaConfig
+from ..modeling_sdllava import SDLlavaForConditionalGeneration
+from ..processors import SDLlavaProcessor
+from ..registration import register
+from ..repositories import check_adapter
 from .arguments import AdapterArguments, ModelArguments
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-    from torch import nn
 
 LANGUAGE_TARGETS = r".*\blanguage_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 UNET_TARGETS = r".*\battn2\.(to_q|to_k|to_v|to_out\.0)"
@@ -21,23 +28,35 @@ UNET_ADAPTER_FILE = "unet_adapter.json"
 SAVED_MODULES = ("multi_modal_projector", "fusion", "implicit_captioner")
 
 
-def language_lora(model: "nn.Module", arguments: AdapterArguments, run: ModelArguments) -> "LoraConfig | None":
-    """The adapter of a run with LoRA on the language model, for SFTTrainer; None without.
+def language_lora(
+    model: SDLlavaForConditionalGeneration, arguments: AdapterArguments, run: ModelArguments
+) -> LoraConfig | None:
+    """The adapter configuration of a run with LoRA on the language model, for SFTTrainer.
+
+    Args:
+        model: The model of the run.
+        arguments: Ranks and scales.
+        run: Where the model comes from, and its stage.
+
+    Returns:
+        `LoraConfig | None`: None without LoRA on the language model.
 
     Raises:
-        ValueError: the stage keeps the language model frozen, or the model is no checkpoint as it is, which the
-            adapter could name as its own.
+        ValueError: The stage keeps the language model frozen, or the model is not an unchanged checkpoint that the
+            adapter could name as its base.
     """
-    from peft import LoraConfig
-
     if not arguments.lora_r:
         return None
     if run.stage != "finetune":
-        raise ValueError(f"lora_r={arguments.lora_r} adapts the language model, which stage {run.stage!r} keeps frozen")
+        raise ValueError(
+            f"lora_r={arguments.lora_r} adapts the language model, which stage {run.stage!r} keeps frozen. Use "
+            "stage: finetune, or lora_r: 0."
+        )
     if run.init_from is None or is_adapter(run.init_from) or run.overrides():
         raise ValueError(
-            f"lora_r={arguments.lora_r} saves an adapter, which belongs to a checkpoint of ours as it is: give one in "
-            f"init_from (not {run.init_from!r}) and change no field of its configuration ({sorted(run.overrides())})"
+            f"lora_r={arguments.lora_r} saves an adapter, which needs an unchanged SDLlava checkpoint as its base. "
+            f"Give one in init_from (not {run.init_from!r}), and set no field of its configuration "
+            f"({sorted(run.overrides())})."
         )
     targets = _linear_layers(model, LANGUAGE_TARGETS)
     ranks, scales = {}, {}
@@ -56,13 +75,21 @@ def language_lora(model: "nn.Module", arguments: AdapterArguments, run: ModelArg
     )
 
 
-def inject_unet_lora(model: Any, rank: int, alpha: int, dropout: float = 0.0) -> None:
-    """Put LoRA into the UNet's cross-attention, in place, and let it train (S4, 6.1)."""
-    from peft import LoraConfig, inject_adapter_in_model
+def inject_unet_lora(model: SDLlavaForConditionalGeneration, rank: int, alpha: int, dropout: float = 0.0) -> None:
+    """Add trainable LoRA to the UNet's cross-attention, in place (S4, 6.1).
 
+    Args:
+        model: A model with a diffusion tower.
+        rank: Rank of the adapter.
+        alpha: Scale of the adapter; divided by the rank.
+        dropout: Dropout probability of the adapter's input, in [0, 1].
+
+    Raises:
+        ValueError: The model has no diffusion tower.
+    """
     tower: Any = model.model.diffusion_tower
     if tower is None:
-        raise ValueError(f"unet_lora_r={rank} asks for LoRA on the UNet, but the model has no diffusion tower")
+        raise ValueError(f"unet_lora_r={rank} needs a diffusion tower, which the model does not have. Set it to 0.")
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_linear_layers(tower.unet, UNET_TARGETS)
     )
@@ -70,26 +97,23 @@ def inject_unet_lora(model: Any, rank: int, alpha: int, dropout: float = 0.0) ->
     tower.unet.peft_config = {"default": config}
 
 
-def _linear_layers(module: "nn.Module", pattern: str) -> list[str]:
-    """Names of linear layers; what is cut away behind the taps is none any more."""
-    from torch import nn
-
+def _linear_layers(module: nn.Module, pattern: str) -> list[str]:
+    """The names of the linear layers that match; modules after the last tap are cut away and not among them."""
     linear = (name for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
     return [name for name in linear if re.fullmatch(pattern, name)]
 
 
-def unet_adapter(model: "nn.Module") -> dict[str, float] | None:
-    """Rank and scale of LoRA injected into the model's UNet, or None."""
+def unet_adapter(model: nn.Module) -> dict[str, float] | None:
+    """Rank, scale and dropout of the LoRA injected into the model's UNet, or None without it."""
     tower = getattr(getattr(model, "model", None), "diffusion_tower", None)
     config = None if tower is None else getattr(tower.unet, "peft_config", {}).get("default")
     return None if config is None else {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
 
 
-def merge_unet_lora(model: "nn.Module") -> None:
-    """Add the UNet's injected LoRA into its weights, in place, and take the adapter's modules out."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    unet = model.model.diffusion_tower.unet
+def merge_unet_lora(model: SDLlavaForConditionalGeneration) -> None:
+    """Add the UNet's injected LoRA to its weights and remove the adapter's modules, in place."""
+    tower: Any = model.model.diffusion_tower
+    unet = tower.unet
     layers = [(name, module) for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, layer in layers:
         layer.merge()
@@ -100,72 +124,60 @@ def merge_unet_lora(model: "nn.Module") -> None:
 
 
 def is_adapter(folder: str) -> bool:
-    """Whether a folder holds an adapter (of the language model, or a checkpoint with one in the UNet)."""
+    """Whether a folder holds an adapter of the language model, or a checkpoint with one in the UNet."""
     return any((Path(folder) / name).is_file() for name in ("adapter_config.json", UNET_ADAPTER_FILE))
 
 
-def load_merged(folder: str):
-    """A model whose adapter is merged into its weights.
+def load_merged(folder: str) -> SDLlavaForConditionalGeneration:
+    """Load a model with its adapter merged into the weights.
 
     Args:
-        folder: an adapter that a LoRA run saved, or a checkpoint of a run with LoRA on the UNet alone.
+        folder: An adapter that a LoRA run saved, or a checkpoint of a run with LoRA only on the UNet.
 
-    Returns:
-        `SDLlavaForConditionalGeneration`
+    Raises:
+        ValueError: The adapter does not name its base, or the checkpoint does not fit its configuration.
     """
     if (Path(folder) / UNET_ADAPTER_FILE).is_file():
         return _load_unet_checkpoint(folder)
-    from peft import PeftConfig, PeftModel
-
-    from ..checkpoints import check_adapter
-    from ..modeling_sdllava import SDLlavaForConditionalGeneration
-
     check_adapter(folder)
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
-        raise ValueError(f"the adapter {folder} does not name the model that it belongs to (base_model_name_or_path)")
+        raise ValueError(
+            f"Adapter {folder!r} does not name its base model. Set base_model_name_or_path in its adapter_config.json."
+        )
     model = SDLlavaForConditionalGeneration.from_pretrained(base, dtype="auto")
     return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def merge(source: str, target: str) -> None:
-    """Write the model of an adapter with the adapter merged, and its processor.
+    """Write the merged model of an adapter, with its processor, to a new folder.
+
+    Args:
+        source: A folder that a LoRA run saved.
+        target: The folder to write.
 
     Raises:
         ValueError: `source` holds no adapter.
         FileExistsError: `target` exists.
     """
-    import os
-    import shutil
-
-    from ..processors import SDLlavaProcessor
-    from ..registration import register
-
     register()
     if not is_adapter(source):
-        raise ValueError(f"{source} holds no adapter: give a folder that a LoRA run saved")
+        raise ValueError(f"{source!r} holds no adapter. Give a folder that a LoRA run saved.")
     if Path(target).exists():
-        raise FileExistsError(f"{target} exists already: give a new folder")
-    aside = f"{target.rstrip('/')}.unfinished"
-    shutil.rmtree(aside, ignore_errors=True)
-    load_merged(source).save_pretrained(aside)
-    SDLlavaProcessor.from_pretrained(source).save_pretrained(aside)
-    os.replace(aside, target)
+        raise FileExistsError(f"{target!r} exists. Give a new folder.")
+    with atomic_path(target) as written:
+        load_merged(source).save_pretrained(written)
+        SDLlavaProcessor.from_pretrained(source).save_pretrained(written)
 
 
-def write_unet_adapter(model: "nn.Module", folder: str) -> None:
-    """Write beside a checkpoint what its UNet's LoRA is, so that `merge` can read it."""
-    (Path(folder) / UNET_ADAPTER_FILE).write_text(json.dumps(unet_adapter(model)), encoding="utf-8")
+def write_unet_adapter(model: nn.Module, folder: str) -> None:
+    """Record the UNet's LoRA in the folder of a checkpoint, so that `merge` can read the checkpoint."""
+    write_json(Path(folder) / UNET_ADAPTER_FILE, unet_adapter(model))
 
 
-def _load_unet_checkpoint(folder: str):
-    """Build the model of a checkpoint, put its adapter in, read the weights, merge."""
-    from safetensors.torch import load_file
-
-    from ..configuration import SDLlavaConfig
-    from ..modeling_sdllava import SDLlavaForConditionalGeneration
-
-    model = SDLlavaForConditionalGeneration(SDLlavaConfig.from_pretrained(folder))
+def _load_unet_checkpoint(folder: str) -> SDLlavaForConditionalGeneration:
+    """Build the model of a checkpoint, add its adapter, load the weights, and merge."""
+    model: Any = SDLlavaForConditionalGeneration(SDLlavaConfig.from_pretrained(folder))
     inject_unet_lora(model, **json.loads((Path(folder) / UNET_ADAPTER_FILE).read_text(encoding="utf-8")))
     weights = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
@@ -173,6 +185,9 @@ def _load_unet_checkpoint(folder: str):
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     if unexpected or set(missing) - set(model.all_tied_weights_keys):
-        raise ValueError(f"the checkpoint {folder} does not fit its configuration: {(missing + unexpected)[:3]}")
+        raise ValueError(
+            f"Checkpoint {folder!r} does not fit its configuration: {(missing + unexpected)[:3]}. Use another "
+            "checkpoint of the run."
+        )
     merge_unet_lora(model)
     return model

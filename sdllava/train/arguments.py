@@ -1,40 +1,90 @@
-"""What a training run is told, beside TRL's `SFTConfig`: the model, its adapters and the data."""
+"""The arguments of a training run in addition to TRL's `SFTConfig`: the model, its adapters and the data."""
 
+import inspect
+import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..configuration import SDLlavaConfig, SDLlavaDiffusionConfig
 from ..data.prompts import PromptOptions, read_pseudo_captions
 from ..data.sources import DataSource
 
-DIFFUSION_FIELDS = (
-    "taps",
-    "timesteps",
-    "guidance_scales",
-    "ensemble",
-    "grid_size",
-    "image_size",
-    "noise_seed",
-    "conditioning",
-    "implicit_caption_tokens",
-    "truncate",
-)
-MODEL_FIELDS = ("fusion", "fusion_grid_size", "spatial_merge_size", "vision_image_size", "fusion_num_attention_heads")
+Class = TypeVar("Class", bound=type)
+
+_SET_BY_THE_PARTS = ("null_input_ids", "null_input_ids_2", "image_token_index", "tie_word_embeddings")
+"""Fields of a configuration that the published parts determine, like every field that holds a `dict`."""
+
+
+def _argument_types(config: type) -> dict[str, Any]:
+    """The types of the configuration fields that a run may set, as `HfArgumentParser` can parse them."""
+    declared = {item.name: item.type for item in fields(config) if item.name in config.__annotations__}
+    found = {name: _parsed_type(kind) for name, kind in declared.items() if name not in _SET_BY_THE_PARTS}
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def _parsed_type(kind: Any) -> Any:
+    """One type for the argument parser: lists win over single values and floats over integers; None for a `dict`."""
+    kinds = [part for part in (get_args(kind) if _is_union(kind) else (kind,)) if part is not type(None)]
+    if dict in kinds or any(get_origin(part) is dict for part in kinds):
+        return None
+    kind = next((part for part in kinds if get_origin(part) is list), kinds[-1])
+    if get_origin(kind) is list and _is_union(get_args(kind)[0]):
+        return list[_parsed_type(get_args(kind)[0])]  # type: ignore[misc]  # the element's type is computed
+    return kind
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+DIFFUSION_FIELDS = _argument_types(SDLlavaDiffusionConfig)
+"""The fields of `SDLlavaDiffusionConfig` that a run may set, with the types of their arguments."""
+
+MODEL_FIELDS = _argument_types(SDLlavaConfig)
+"""The fields of `SDLlavaConfig` that a run may set, with the types of their arguments."""
+
+
+def _documented_arguments(config: type) -> dict[str, str]:
+    """The description of each argument in the `Args:` section of a class's docstring."""
+    section = (inspect.getdoc(config) or "").partition("\nArgs:\n")[2]
+    found = {}
+    for entry in re.split(r"\n(?= {4}\S)", section):
+        names, _, text = entry.partition(":")
+        found.update(dict.fromkeys(re.findall(r"\w+", names.partition("(")[0]), " ".join(text.split())))
+    return found
+
+
+def with_configuration_fields(arguments: Class) -> Class:
+    """Class decorator that adds an optional argument for each configuration field that a run may set."""
+    for config, names in ((SDLlavaDiffusionConfig, DIFFUSION_FIELDS), (SDLlavaConfig, MODEL_FIELDS)):
+        descriptions = _documented_arguments(config)
+        for name, kind in names.items():
+            text = re.sub(r"\[`~?([^`]+)`\]", r"\1", descriptions.get(name) or f"Field of {config.__name__}.")
+            arguments.__annotations__[name] = kind | None
+            setattr(arguments, name, field(default=None, metadata={"help": text.replace("%", "%%")}))
+    return arguments
 
 
 @dataclass
+@with_configuration_fields
 class ModelArguments:
-    """The model: assembled from published parts, or a checkpoint to continue from. None keeps the default."""
+    """The model: assembled from published parts, or a checkpoint to continue from.
+
+    Each field of `SDLlavaDiffusionConfig` and `SDLlavaConfig` that the published parts leave open is an argument, too.
+    None keeps the default.
+    """
 
     stage: Literal["align", "finetune"] = field(
         default="finetune",
-        metadata={"help": "align: projector and fusion train; finetune: the language model, too (S3, 5.2)."},
+        metadata={"help": "align: projector and fusion train; finetune: the language model trains as well (S3, 5.2)."},
     )
     global_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Samples per optimizer step, all processes together; sets gradient_accumulation_steps."},
+        metadata={"help": "Samples per optimizer step over all processes; sets gradient_accumulation_steps."},
     )
     init_from: str | None = field(
-        default=None, metadata={"help": "A checkpoint of ours, an adapter of one, or a LLaVA to continue from."}
+        default=None, metadata={"help": "An SDLlava checkpoint, an adapter of one, or a LLaVA to continue from."}
     )
     diffusion: str | None = field(
         default=None, metadata={"help": "Repository, repository@revision or folder of the diffusion model."}
@@ -42,54 +92,43 @@ class ModelArguments:
     vision: str | None = field(default=None, metadata={"help": "Repository or folder of CLIP, SigLIP or DINOv2."})
     language_model: str | None = field(default=None, metadata={"help": "Repository or folder of the language model."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Dtype in which the weights are held."}
+        default="float32", metadata={"help": "Data type of the weights."}
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the language model."})
-    taps: list[str] | None = field(default=None, metadata={"help": "Where the UNet is read, by name."})
-    timesteps: list[int] | None = field(default=None, metadata={"help": "Noise levels, 0..999."})
-    guidance_scales: list[float] | None = field(default=None, metadata={"help": "Guidance scales s (S3, equation 1)."})
-    ensemble: Literal["concat", "mean", "learned"] | None = field(
-        default=None, metadata={"help": "How taps, timesteps and scales become one."}
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation of the language model."}
     )
-    grid_size: int | None = field(default=None, metadata={"help": "Height and width of the diffusion features."})
-    image_size: int | None = field(default=None, metadata={"help": "Pixels that the VAE sees, height and width."})
-    noise_seed: int | None = field(default=None, metadata={"help": "Seed of the fixed noise map."})
-    conditioning: Literal["question", "caption", "none"] | None = field(
-        default=None, metadata={"help": "What the diffusion model is asked at inference."}
-    )
-    implicit_caption_tokens: int | None = field(default=None, metadata={"help": "Prompt tokens made by CLIP; 0: none."})
-    truncate: bool | None = field(default=None, metadata={"help": "Cut away what lies behind the deepest tap."})
-    fusion: Literal["cross_attention", "concat", "concat_tokens", "gated", "none"] | None = field(
-        default=None, metadata={"help": "How both encoders' features become one sequence."}
-    )
-    fusion_grid_size: int | None = field(default=None, metadata={"help": "Resize the CLIP queries to this grid."})
-    fusion_num_attention_heads: int | None = field(default=None, metadata={"help": "Heads of the cross-attention."})
-    spatial_merge_size: int | None = field(default=None, metadata={"help": "Merge squares of this many tokens."})
-    vision_image_size: int | None = field(default=None, metadata={"help": "Pixels that the vision tower sees."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_values(self)
 
-    def overrides(self, names: tuple[str, ...] = DIFFUSION_FIELDS + MODEL_FIELDS) -> dict[str, Any]:
-        """The configuration fields among `names` that the run sets."""
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def overrides(self) -> dict[str, Any]:
+        """The fields of both configurations that the run sets."""
+        return {**self.diffusion_overrides(), **self.model_overrides()}
+
+    def diffusion_overrides(self) -> dict[str, Any]:
+        """The fields of `SDLlavaDiffusionConfig` that the run sets."""
+        return {name: getattr(self, name) for name in DIFFUSION_FIELDS if getattr(self, name) is not None}
+
+    def model_overrides(self) -> dict[str, Any]:
+        """The fields of `SDLlavaConfig` that the run sets."""
+        return {name: getattr(self, name) for name in MODEL_FIELDS if getattr(self, name) is not None}
 
 
 @dataclass
 class AdapterArguments:
-    """LoRA on the language model and, apart from it, on the UNet's cross-attention. Rank 0: none."""
+    """LoRA on the language model and, independently, on the UNet's cross-attention. Rank 0 turns an adapter off."""
 
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model."})
-    lora_alpha: int = field(default=256, metadata={"help": "Scale of LoRA on the language model, over its rank."})
+    lora_alpha: int = field(default=256, metadata={"help": "Scale of LoRA on the language model; divided by its rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of both adapters."})
     unet_lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the UNet's cross-attention (S4, 6.1)."})
-    unet_lora_alpha: int = field(default=32, metadata={"help": "Scale of it, over its rank."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: hold the language model in 4 bits."})
+    unet_lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA on the UNet; divided by its rank."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: load the language model in 4 bits."})
 
 
 @dataclass
 class DataArguments:
-    """The data, and what the diffusion model is asked about its images."""
+    """The data, and the diffusion model's prompts for its images."""
 
     datasets: list[DataSource] = field(
         default_factory=list,
@@ -98,30 +137,30 @@ class DataArguments:
     eval_datasets: list[DataSource] = field(
         default_factory=list, metadata={"help": "Sources for evaluation, in the same form."}
     )
-    train_data: str | None = field(default=None, metadata={"help": "One source in place of `datasets`."})
+    train_data: str | None = field(default=None, metadata={"help": "A single source, replaces `datasets`."})
     image_folder: str | None = field(default=None, metadata={"help": "The image folder of `train_data`."})
-    streaming: bool = field(default=False, metadata={"help": "Read on instead of indexing first; needs max_steps."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data without an index; needs max_steps."})
     shuffle_buffer: int = field(default=0, metadata={"help": "Streaming: samples to draw from; 0 keeps the order."})
     bad_samples: Literal["skip", "fatal"] = field(
-        default="fatal", metadata={"help": "What an unreadable sample does: skip it by name, or end the run."}
+        default="fatal", metadata={"help": "What an unreadable sample does: skip it with a warning, or end the run."}
     )
     check_data: bool = field(default=False, metadata={"help": "Read all data, report on it, and do not train."})
     diffusion_prompt: Literal["none", "question", "caption", "noisy_caption"] = field(
-        default="question", metadata={"help": "What the diffusion model is asked in training."}
+        default="question", metadata={"help": "The diffusion model's prompt in training."}
     )
     question_choice: Literal["random", "last", "each_turn"] = field(
-        default="random", metadata={"help": "Which question of a conversation; each_turn: a sample per answer."}
+        default="random", metadata={"help": "Which question of a conversation; each_turn: one sample per answer."}
     )
-    word_dropout: float = field(default=0.3, metadata={"help": "noisy_caption: each word is dropped with this."})
-    prompt_dropout: float = field(default=0.0, metadata={"help": "The prompt is emptied with this probability."})
+    word_dropout: float = field(default=0.3, metadata={"help": "noisy_caption: probability of dropping each word."})
+    prompt_dropout: float = field(default=0.0, metadata={"help": "Probability of an empty prompt."})
     pseudo_captions: str | None = field(
         default=None, metadata={"help": "File of captions by image, added to the question."}
     )
-    fixed_noise: bool = field(default=False, metadata={"help": "The evaluation's noise map in training, too."})
+    fixed_noise: bool = field(default=False, metadata={"help": "Use the evaluation's noise map in training as well."})
     feature_cache: str | None = field(default=None, metadata={"help": "Folder that `sdllava cache` wrote."})
-    n_sample_answers: int = field(default=0, metadata={"help": "Answers to show at each evaluation."})
+    n_sample_answers: int = field(default=0, metadata={"help": "Answers to print at each evaluation."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("datasets", "eval_datasets"):
             sources = getattr(self, name) or []
             sources = sources if isinstance(sources, list) else [sources]
@@ -131,7 +170,7 @@ class DataArguments:
             self.datasets = [DataSource(self.train_data, image_folder=self.image_folder)]
 
     def prompt_options(self) -> PromptOptions:
-        """What the collator asks the diffusion model."""
+        """How the collator makes the diffusion model's prompts."""
         return PromptOptions(
             source=self.diffusion_prompt,
             question="random" if self.question_choice == "random" else "last",
@@ -142,10 +181,13 @@ class DataArguments:
 
 
 def check_values(arguments: Any) -> None:
-    """Check what TrlParser takes from a recipe as it is: one of several choices, and lists.
+    """Check the values that TrlParser takes from a recipe unchecked: choices and lists.
+
+    Args:
+        arguments: A dataclass instance.
 
     Raises:
-        ValueError: naming the argument, its value and what would be right.
+        ValueError: A value is not one of the choices, or not a list. The message names the argument and valid values.
     """
     for name, hint in get_type_hints(type(arguments)).items():
         value, kinds = getattr(arguments, name), [hint, *get_args(hint)]
@@ -153,9 +195,11 @@ def check_values(arguments: Any) -> None:
             continue
         for kind in kinds:
             if get_origin(kind) is Literal and value not in get_args(kind):
-                raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(get_args(kind))}")
+                raise ValueError(
+                    f"Unknown value {value!r} for {name}. Use one of {', '.join(map(repr, get_args(kind)))}."
+                )
             if get_origin(kind) is list and not isinstance(value, list):
-                raise ValueError(f"{name} is {value!r}; it should be a list, e.g. [{value}]")
+                raise ValueError(f"Value {value!r} for {name} is not a list. Use a list, for example [{value}].")
 
 
 def _source(source: Any) -> DataSource:
@@ -166,4 +210,6 @@ def _source(source: Any) -> DataSource:
         return DataSource(**source)
     if isinstance(source, DataSource):
         return source
-    raise ValueError(f"the data source {source!r} is no path and no mapping with `path` and any of {known}")
+    raise ValueError(
+        f"Data source {source!r} is not valid. Use a path, or a mapping with 'path' and any of {', '.join(known[1:])}."
+    )

@@ -1,13 +1,13 @@
-"""Frozen and costly results kept on disk: the folder's form, reading it, and writing it.
+"""The folder of a feature cache: its format, reading it, and writing its shards.
 
-A cache is a folder with `record.json`, which says what made it, and shards `*.safetensors`, whose tensors are named
-`<key>.<tensor>`; the key is that of an image, or of an image and a question.
+A cache is a folder with `record.json`, which describes what its tensors were computed from, and shards
+`*.safetensors`, whose tensors are named `<key>.<tensor>`. The key is that of an image, or of an image and a question.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,57 +15,79 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..atomic_files import atomic_path
 from ..data.records import image_identity
+from ..run_records import begin_run, check_settings
 
 RECORD = "record.json"
 SHARD_BYTES = 1 << 30
+KINDS = ("latents", "vision", "conditional")
+"""What a cache can hold: the VAE's latents; the features of the vision encoder and the unconditional features; both of
+these and the conditional features."""
+_EARLIER_KINDS = {"static": "vision"}
+
+
+def cache_kind(name: str) -> str:
+    """The kind of cache that a name means, also a name that earlier versions used.
+
+    Raises:
+        ValueError: The kind is unknown.
+    """
+    kind = _EARLIER_KINDS.get(name, name)
+    if kind not in KINDS:
+        raise ValueError(f"Unknown kind of cache {name!r}. Use one of {', '.join(map(repr, KINDS))}.")
+    return kind
 
 
 def image_key(image: Any, question: str | None = None) -> str:
-    """The key of an image as the data names it, or of an image with a question: 32 hexadecimal digits."""
+    """The key of an image, or of an image and a question.
+
+    Args:
+        image: The image of a record: a path, bytes or a PIL image.
+        question: The diffusion model's prompt.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
     digest = hashlib.blake2b(image_identity(image), digest_size=16)
     if question is not None:
         digest.update(b"\0" + question.encode())
     return digest.hexdigest()
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """What differs between two records, in words."""
-    for field in sorted(found.keys() | wanted.keys()):
-        a, b = found.get(field), wanted.get(field)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from differences(a, b, f"{prefix}{field}.")
-        elif a != b:
-            yield f"its {prefix}{field} is {a!r}, the run's is {b!r}"
-
-
 class FeatureCache:
-    """A cache to read. Tensors are mapped from disk, by whichever process asks.
+    """A cache to read. Every process maps the tensors from disk by itself.
 
     Args:
-        folder: what `sdllava cache` wrote.
+        folder: The folder that `sdllava cache` wrote.
 
     Raises:
-        FileNotFoundError: the folder holds no cache.
+        FileNotFoundError: The folder holds no cache.
+        ValueError: The cache's record is damaged, or its kind is unknown.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / RECORD).is_file():
+        record = self.folder / RECORD
+        if not record.is_file():
             raise FileNotFoundError(
-                f"{folder} holds no feature cache ({RECORD} is missing): write one with sdllava cache"
+                f"{str(folder)!r} holds no feature cache ({RECORD} is missing). Write one with sdllava cache."
             )
-        self.record: dict[str, Any] = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        try:
+            self.record: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(record)!r} is damaged ({error}). Write the cache to a new folder.") from error
+        self.record["kind"] = cache_kind(self.record["kind"])
         self.shards: dict[str, str] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             with safe_open(path, "pt") as shard:
                 self.shards.update((name.partition(".")[0], path.name) for name in shard)
-        self.read_as: torch.dtype | None = None  # of features; None leaves them as they are kept
+        self.read_as: torch.dtype | None = None  # dtype of features; None keeps the saved dtype
         self._open: tuple[int, dict[str, Any]] = (0, {})
 
     @property
     def kind(self) -> str:
-        """ "latents", "static" or "conditional"; see `write_cache`."""
+        """One of [`KINDS`]."""
         return self.record["kind"]
 
     def __len__(self) -> int:
@@ -75,20 +97,26 @@ class FeatureCache:
         return key in self.shards
 
     def check(self, wanted: dict[str, Any]) -> None:
-        """Raise ValueError, naming what differs, unless the cache was made by what `wanted` describes."""
-        found = {field: value for field, value in self.record.items() if field in wanted}
-        different = list(differences(found, wanted))
-        if different:
-            raise ValueError(f"the feature cache {self.folder} does not fit this run: {'; '.join(different)}")
+        """Compare the cache's record with what a run needs.
 
-    def read(self, key: str) -> dict[str, torch.Tensor]:
-        """The tensors of one key, by name.
+        Args:
+            wanted: The fields that must agree, from [`~sdllava.train.cache_writer.cache_record`].
 
         Raises:
-            ValueError: the cache does not hold it.
+            ValueError: A field differs. The message names each difference.
+        """
+        check_settings({name: value for name, value in self.record.items() if name in wanted}, wanted, self.folder)
+
+    def read(self, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of one key, by name. Latents are float32, features of dtype `read_as`.
+
+        Raises:
+            ValueError: The cache does not hold the key.
         """
         if key not in self.shards:
-            raise ValueError(f"the feature cache {self.folder} does not hold {key}: was it written from the same data?")
+            raise ValueError(
+                f"The feature cache {str(self.folder)!r} does not hold {key!r}. Write it again from the run's data."
+            )
         shard = self._shard(self.shards[key])
         tensors = {name: shard.get_tensor(f"{key}.{name}") for name in self.record["tensors"]}
         return {
@@ -96,11 +124,11 @@ class FeatureCache:
         }
 
     def blank(self) -> dict[str, torch.Tensor]:
-        """Zeros in the form of one key's tensors, for a sample that is left out."""
+        """Zeros with the shapes of one key's tensors, for a sample that is skipped."""
         key = next(iter(self.shards))
         return {name: torch.zeros_like(tensor) for name, tensor in self.read(key).items()}
 
-    def _shard(self, name: str):
+    def _shard(self, name: str) -> Any:
         if self._open[0] != os.getpid():  # an open shard does not survive a fork
             self._open = (os.getpid(), {})
         opened = self._open[1]
@@ -113,16 +141,17 @@ class FeatureCache:
 
 
 def begin_cache(folder: Path, record: dict[str, Any]) -> FeatureCache:
-    """Begin a cache, or go on with one that was interrupted.
+    """Begin a cache, or resume one that was interrupted.
+
+    Args:
+        folder: The cache's folder, created where it is missing.
+        record: What the tensors are computed from, as JSON values.
 
     Raises:
-        ValueError: the folder holds a cache that something else made; the difference is named.
+        ValueError: The folder holds a cache with another record. The message names each difference.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RECORD).exists():
-        aside = folder / f"{RECORD}.{os.getpid()}.unfinished"
-        aside.write_text(json.dumps(record, indent=2, sort_keys=True), encoding="utf-8")
-        os.replace(aside, folder / RECORD)
+        begin_run(folder / RECORD, record)
     cache = FeatureCache(folder)
     cache.check(record)
     return cache
@@ -131,15 +160,16 @@ def begin_cache(folder: Path, record: dict[str, Any]) -> FeatureCache:
 def write_shards(
     folder: Path, items: Iterable[tuple[str, dict[str, torch.Tensor]]], process: int = 0, shard_bytes: int = SHARD_BYTES
 ) -> int:
-    """Write (key, tensors) pairs as shards, each aside and then renamed.
+    """Write (key, tensors) pairs as shards. Each shard appears whole or not at all.
 
     Args:
-        items: what to write, in any order, no key twice.
-        process: number of the writing process; its shards bear it, so that processes never meet.
-        shard_bytes: a shard is closed when it holds this much.
+        folder: The cache's folder.
+        items: What to write, in any order, each key once.
+        process: The number of the writing process. It is part of the shards' names, so that they do not collide.
+        shard_bytes: Size at which a shard is written.
 
     Returns:
-        The number of keys written.
+        `int`: The number of keys written.
     """
     held: dict[str, torch.Tensor] = {}
     size = count = 0
@@ -158,8 +188,5 @@ def write_shards(
 
 def _write_shard(folder: Path, tensors: dict[str, torch.Tensor], process: int) -> None:
     name = f"{process:04}-{hashlib.blake2b(min(tensors).encode(), digest_size=6).hexdigest()}.safetensors"
-    aside = folder / f"{name}.unfinished"
-    save_file(tensors, aside)
-    with open(aside, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(aside, folder / name)
+    with atomic_path(folder / name) as written:
+        save_file(tensors, written)

@@ -1,4 +1,4 @@
-"""Writing a feature cache: which images and questions the data needs, and what is kept of them."""
+"""Computing a feature cache: which images and questions the data needs, and their latents and features."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -14,7 +15,8 @@ from transformers.utils import logging
 from ..data.images import open_image
 from ..data.prompts import possible_prompts
 from ..data.records import Record, RecordError
-from .cache import begin_cache, image_key, write_shards
+from ..fingerprints import weights_hash
+from .cache import RECORD, SHARD_BYTES, FeatureCache, begin_cache, cache_kind, image_key, write_shards
 from .collator import SDLlavaCollator
 
 if TYPE_CHECKING:
@@ -23,14 +25,13 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-KINDS = ("latents", "static", "conditional")
 VISION_FIELDS = ("vision_image_size", "vision_feature_layer", "vision_feature_select_strategy")
 DIFFUSION_FIELDS = ("taps", "timesteps", "grid_size", "noise_seed")
 
 
 @dataclass(frozen=True)
 class CacheItem:
-    """One thing to compute: an image, and for conditional features what the diffusion model is asked about it."""
+    """One item to compute: an image, and for conditional features the diffusion model's prompt."""
 
     key: str
     image: Any
@@ -40,37 +41,55 @@ class CacheItem:
 
 
 def cache_record(
-    model: "SDLlavaForConditionalGeneration", processor: "SDLlavaProcessor", kind: str, dtype: str
+    model: "SDLlavaForConditionalGeneration",
+    processor: "SDLlavaProcessor",
+    kind: str,
+    dtype: str,
+    found: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What makes a cache of this kind what it is: weights, settings, preprocessing, noise and dtype.
+    """What determines the tensors of a cache: weights, settings, preprocessing, noise and dtype.
 
-    Weights are named by a digest of a sample of their values, rounded to bfloat16, so that the same weights held in
-    another dtype, or in another checkpoint, are the same.
+    Args:
+        model: The model that computes or uses the tensors.
+        processor: Its processor.
+        kind: One of [`~sdllava.train.cache.KINDS`].
+        dtype: The dtype of the saved tensors.
+        found: The record of an existing cache, whose form of fingerprint is used.
+
+    Raises:
+        ValueError: The model has no diffusion tower.
     """
     config, tower = model.config, model.model.diffusion_tower
     if tower is None:
-        raise ValueError("the model has no diffusion tower, and so nothing costly to cache")
-    diffusion = config.diffusion_config
+        raise ValueError("The model has no diffusion tower, so there is nothing to cache. Train without a cache.")
+    fingerprint = _earlier_fingerprint if found and len(found["weights"]["vae"]) == 16 else weights_hash
+    diffusion: Any = config.diffusion_config
     record: dict[str, Any] = {
         "kind": kind,
         "dtype": dtype,
         "image_size": diffusion.image_size,
-        "weights": {"vae": _digest(tower.vae)},
+        "weights": {"vae": fingerprint(tower.vae)},
         "preprocessing": {"mean_colour": processor._mean_colour()},
     }
     if kind == "latents":
         return record
     record |= {name: getattr(diffusion, name) for name in DIFFUSION_FIELDS}
-    record["weights"] |= {"unet": _digest(tower.unet), "text_encoder": _digest(tower.text_encoder)}
+    record["weights"] |= {"unet": fingerprint(tower.unet), "text_encoder": fingerprint(tower.text_encoder)}
     if model.model.vision_tower is not None:
         record |= {name: getattr(config, name) for name in VISION_FIELDS}
-        record["weights"]["vision_tower"] = _digest(model.model.vision_tower)
+        record["weights"]["vision_tower"] = fingerprint(model.model.vision_tower)
         record["preprocessing"]["pad_to_square"] = processor.pad_to_square
     return record
 
 
 def cached_tensors(model: "SDLlavaForConditionalGeneration", kind: str, prompts: str) -> list[str]:
-    """The names of what a cache keeps of each key, for runs whose diffusion prompt is `prompts`."""
+    """The names of the tensors that a cache holds per key.
+
+    Args:
+        model: The model of the run.
+        kind: One of [`~sdllava.train.cache.KINDS`].
+        prompts: The source of the run's prompts, see [`~sdllava.data.prompts.PromptOptions`].
+    """
     if kind == "latents":
         return ["latents"]
     names = [] if model.model.vision_tower is None else ["vision_features"]
@@ -78,8 +97,8 @@ def cached_tensors(model: "SDLlavaForConditionalGeneration", kind: str, prompts:
     names.append("unconditional_features")
     if kind == "conditional":
         return [*names, "conditional_features"]
-    asked = prompts != "none" and any(s != 0 for s in model.config.diffusion_config.guidance_scales)
-    return [*names, "latents"] if asked else names
+    is_conditioned = prompts != "none" and any(s != 0 for s in _scales(model))
+    return [*names, "latents"] if is_conditioned else names
 
 
 def write_cache(
@@ -92,28 +111,44 @@ def write_cache(
     batch_size: int = 16,
     process: int = 0,
     num_processes: int = 1,
-    shard_bytes: int = 1 << 30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Compute what is frozen and costly for all images of the data, and keep it; what the folder holds already stays.
+    """Compute the frozen features of all images of the data and save them. Keys that the folder holds are kept.
 
     Args:
-        kind: "latents" (the VAE's, whatever the noise and the question), "static" (static and unconditional features,
-            and latents where the run asks questions) or "conditional" (a question's features as well).
-        dtype: in which tensors are kept; latents are read back as float32.
-        process, num_processes: this process and how many share the work.
+        model: The model of the run.
+        collator: The collator of the run, which determines prompts and preprocessing.
+        rows: The data.
+        folder: The cache's folder.
+        kind: "latents" (the VAE's latents, which depend on neither noise nor question), "vision" (the vision encoder's
+            and the unconditional features, and latents where the run has prompts) or "conditional" (these and the
+            features of each question).
+        dtype: The dtype of the saved tensors. Latents are read back as float32.
+        batch_size: Images in one forward pass.
+        process: The number of this process.
+        num_processes: The number of processes that share the work.
+        shard_bytes: Size at which a shard is written.
 
     Returns:
-        The number of keys that this process wrote.
+        `int`: The number of keys that this process wrote.
+
+    Raises:
+        ValueError: The kind is unknown or does not fit the run, the folder holds another cache, or a sample is not
+            valid and the collator does not skip it.
     """
-    if kind not in KINDS:
-        raise ValueError(f"there is no cache of kind {kind!r}: choose one of {KINDS}")
+    kind = cache_kind(kind)
+    folder = Path(folder)
     if kind == "conditional" and (collator.prompts.source == "none" or all(s == 0 for s in _scales(model))):
-        raise ValueError("the run asks the diffusion model nothing (empty prompt or s = 0): write a static cache")
+        raise ValueError(
+            "The run does not condition the diffusion model (empty prompt or guidance scale 0). Write a cache of kind "
+            "'vision'."
+        )
     names = cached_tensors(model, kind, collator.prompts.source)
-    record = {**cache_record(model, collator.processor, kind, dtype), "tensors": names}
-    cache = begin_cache(Path(folder), record | {"model": model.config._name_or_path or "assembled from parts"})
+    found = FeatureCache(folder).record if (folder / RECORD).exists() else None
+    record = {**cache_record(model, collator.processor, kind, dtype, found), "tensors": names}
+    cache = begin_cache(folder, record | {"model": model.config._name_or_path or "assembled from parts"})
     items = {item.key: item for item in _items(rows, collator, kind)}
-    own = sorted(items)[process::num_processes]  # whatever the others have written by now
+    own = sorted(items)[process::num_processes]  # independent of what other processes have written by now
     missing = [items[key] for key in own if key not in cache]
     if not missing:
         return 0
@@ -121,12 +156,12 @@ def write_cache(
     if first is not None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in first[1].values())
         print(
-            f"{len(items)} keys of {size / 1024:.1f} KiB: {len(items) * size / 1024**3:.3f} GiB in all; "
+            f"{len(items)} keys of {size / 1024:.1f} KiB, {len(items) * size / 1024**3:.3f} GiB in total; "
             f"{len(missing)} left for process {process} of {num_processes}"
         )
     computed = _compute(model, collator, missing, names, dtype, batch_size)
-    shown = tqdm(computed, desc="cache", total=len(missing), unit="key", disable=process > 0)
-    return write_shards(Path(folder), shown, process, shard_bytes)
+    progress = tqdm(computed, desc="cache", total=len(missing), unit="key", disable=process > 0)
+    return write_shards(folder, progress, process, shard_bytes)
 
 
 def _scales(model: Any) -> list[float]:
@@ -139,16 +174,16 @@ def _items(rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, kind: s
         try:
             record: Record = collator.record(row, number)
         except RecordError as error:
-            _refuse(collator, row.get("name") or f"sample {number}", error)
+            _skip(collator, row.get("name") or f"sample {number}", error)
             continue
         prompts = possible_prompts(record, collator.prompts)
-        for image, asked in zip(record["images"], prompts, strict=True):
-            for prompt in asked if kind == "conditional" else [None]:
+        for image, possible in zip(record["images"], prompts, strict=True):
+            for prompt in possible if kind == "conditional" else [None]:
                 key = image_key(image, prompt)
                 if folders.setdefault(key, record["folder"]) != record["folder"]:
                     raise ValueError(
-                        f"{record['name']}: two image folders, {folders[key]} and {record['folder']}, hold an image of "
-                        f"the same name, {image!r}: one cache cannot tell them apart"
+                        f"{record['name']}: image {image!r} exists in two image folders, {folders[key]!r} and "
+                        f"{record['folder']!r}, which one cache cannot tell apart. Write one cache per folder."
                     )
                 yield CacheItem(key, image, record["folder"], prompt or "", record["name"])
 
@@ -189,21 +224,22 @@ def _encode(model: Any, inputs: Mapping[str, torch.Tensor], names: list[str]) ->
     return {name: found[name] for name in names}
 
 
-def _open(item: CacheItem, collator: SDLlavaCollator) -> Any:
+def _open(item: CacheItem, collator: SDLlavaCollator) -> PIL.Image.Image | None:
     try:
         return open_image(item.image, item.folder)
     except RecordError as error:
-        _refuse(collator, item.name, error)
+        _skip(collator, item.name, error)
         return None
 
 
-def _refuse(collator: SDLlavaCollator, name: str, error: RecordError) -> None:
+def _skip(collator: SDLlavaCollator, name: str, error: RecordError) -> None:
     if not collator.skip_bad_samples:
         raise ValueError(f"{name} {error}") from error
-    logger.warning(f"skipped: {name} {error}")
+    logger.warning(f"Skipped: {name} {error}")
 
 
-def _digest(module: nn.Module) -> str:
+def _earlier_fingerprint(module: nn.Module) -> str:
+    """The fingerprint in caches of earlier versions, 16 digits over a sample of the values, so that they still fit."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in module.state_dict().values():
         values = tensor.detach().flatten()

@@ -1,18 +1,21 @@
-"""Reading a whole data set without training on it, and saying what is there and what is wrong."""
+"""Checking a whole data set without training on it, and reporting its contents and its errors."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.images import open_image
 from ..data.records import RecordError
 from .collator import SDLlavaCollator
-from .tokens import IGNORED, Tokens, tokenize_record, tokens_at_most
+from .tokens import IGNORED, Tokens, max_tokens_before_supervision, tokenize_record
+
+if TYPE_CHECKING:
+    from ..processors import SDLlavaProcessor
 
 
 @dataclass
 class DataReport:
-    """What `check_data` found. Lengths are in tokens, image tokens included, before any truncation."""
+    """The result of `check_data`. Lengths are in tokens, including image tokens, before any truncation."""
 
     samples: int = 0
     images: int = 0
@@ -25,7 +28,7 @@ class DataReport:
     shown: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """The report as text; every bad and truncated sample by its name."""
+        """The report as text. It names every unreadable and every truncated sample."""
         lines = [
             f"{self.samples} samples, {self.images} images, {self.text_only} samples without an image, "
             f"{self.answers} answers, {self.supervised} supervised tokens"
@@ -40,10 +43,12 @@ class DataReport:
 
 
 def check_data(rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, n_shown: int = 3) -> DataReport:
-    """Read every row, its images too.
+    """Read every row with its images, as training would.
 
     Args:
-        n_shown: samples that the report shows, with the supervised tokens in [[double brackets]].
+        rows: The data.
+        collator: The collator of the run.
+        n_shown: The number of samples in the report, with the supervised tokens in [[double brackets]].
     """
     report = DataReport()
     for number, row in enumerate(rows):
@@ -70,11 +75,13 @@ def check_data(rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, n_s
     return report
 
 
-def mark_supervised(processor: Any, tokens: Tokens) -> str:
-    """A sample's text with supervised tokens in [[double brackets]] and runs of image tokens counted."""
+def mark_supervised(processor: "SDLlavaProcessor", tokens: Tokens) -> str:
+    """The text of a sample, with supervised tokens in [[double brackets]] and runs of image tokens counted."""
     pieces, start = [], 0
     ids = tokens.input_ids
-    kinds = [(token == processor.image_token_id, label != IGNORED) for token, label in zip(ids, tokens.labels)]
+    kinds = [
+        (token == processor.image_token_id, label != IGNORED) for token, label in zip(ids, tokens.labels, strict=True)
+    ]
     for end in range(1, len(ids) + 1):
         if end == len(ids) or kinds[end] != kinds[start]:
             is_image, is_supervised = kinds[start]
@@ -85,16 +92,18 @@ def mark_supervised(processor: Any, tokens: Tokens) -> str:
 
 
 def require_supervision(rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator) -> None:
-    """Refuse data in which a sample has no supervised token, or is no sample; tokenizes only what may be too long.
+    """Check that every sample is valid and has a supervised token. Tokenizes only samples that may be too long.
 
     Raises:
-        ValueError: naming the first such sample. With `skip_bad_samples` only where no sample is left.
+        ValueError: A sample is not valid; the message names the first one. With `skip_bad_samples`, only where no
+            sample is valid. Also where the chat template leaves the end token out of the answers.
     """
     usable = 0
     for number, row in enumerate(rows):
         try:
             record = collator.record(row, number)
-            if usable == 0 or tokens_at_most(collator.processor, record) > (collator.max_length or float("inf")):
+            limit = collator.max_length or float("inf")
+            if usable == 0 or max_tokens_before_supervision(collator.processor, record) > limit:
                 tokens = collator.tokens(record)
                 if usable == 0:
                     _require_end_token(collator, tokens)
@@ -102,15 +111,15 @@ def require_supervision(rows: Iterable[Mapping[str, Any]], collator: SDLlavaColl
         except RecordError as error:
             if not collator.skip_bad_samples:
                 name = row.get("name") or f"sample {number}"
-                raise ValueError(f"{name} {error}; --check_data lists every such sample") from error
+                raise ValueError(f"{name} {error}. List every such sample with --check_data true.") from error
     if not usable:
-        raise ValueError("the data has no usable sample: --check_data says why")
+        raise ValueError("The data has no usable sample. Run with --check_data true to see why.")
 
 
 def _require_end_token(collator: SDLlavaCollator, tokens: Tokens) -> None:
-    tokenizer = collator.processor.tokenizer
+    tokenizer: Any = collator.processor.tokenizer
     if tokenizer.eos_token_id not in tokens.labels and len(tokens.input_ids) != collator.max_length:
         raise ValueError(
-            f"the chat template leaves the end token {tokenizer.eos_token!r} out of the answers that it marks, so the "
-            "model would never learn to stop: give a template that has it inside (chat_template_path)"
+            f"The chat template leaves the end token {tokenizer.eos_token!r} out of the marked answers, so the model "
+            "would not learn to stop. Give a template that includes it (chat_template_path)."
         )

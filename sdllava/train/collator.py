@@ -1,15 +1,16 @@
-"""Samples to batches: text with its labels, images, the diffusion model's prompts, and the noise it sees."""
+"""Samples to batches: text with its labels, images, the diffusion model's prompts, and the seeds of its noise."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
 from transformers.utils import logging
 
 from ..data.images import open_image
-from ..data.prompts import PromptOptions, diffusion_prompts, noise_seeds, pseudo_caption
-from ..data.records import Message, Record, RecordError, sample_key, strip_markers, to_record
+from ..data.prompts import PromptOptions, noise_seeds, pseudo_caption, training_prompts
+from ..data.records import IMAGE_MARKER, Message, Record, RecordError, sample_key, strip_markers, to_record
 from .cache import FeatureCache, image_key
 from .tokens import IGNORED, Tokens, tokenize_record
 
@@ -18,11 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-PROMPT_INPUTS = ("diffusion_input_ids", "diffusion_input_ids_2")
-
 
 def _shared_epoch() -> torch.Tensor:
-    return torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes see it change
+    return torch.zeros((), dtype=torch.int64).share_memory_()  # so that changes reach worker processes
 
 
 @dataclass
@@ -30,16 +29,17 @@ class SDLlavaCollator:
     """Makes a batch of rows with `images` and `messages` (or `prompt` and `completion`, or LLaVA's `conversations`).
 
     Args:
-        processor ([`SDLlavaProcessor`])
-        prompts ([`PromptOptions`]): what the diffusion model is asked.
-        template (`str`): a chat template with generation markers; default the processor's.
-        seed (`int`): with the epoch and the sample it settles every random choice.
-        max_length (`int`): tokens kept of a sample; None keeps all.
-        require_images (`bool`): a sample without an image is bad, as in stage 1, where it would train nothing.
-        skip_bad_samples (`bool`): a sample that cannot be used is named in a warning and contributes no loss; else it
-            raises ValueError.
-        fixed_noise (`bool`): the configuration's noise map, as in evaluation, instead of one for each sample.
-        cache ([`FeatureCache`]): stands in for what is frozen.
+        processor ([`SDLlavaProcessor`]): The processor of the model.
+        prompts ([`PromptOptions`]): How the diffusion model's prompts are made.
+        template (`str`): A chat template with generation markers. Default: the processor's.
+        seed (`int`): Determines every random choice, together with the epoch and the sample.
+        max_length (`int`): Number of tokens to keep of a sample. None keeps all.
+        require_images (`bool`): Whether a sample without an image is an error, as in stage 1, where it would train
+            nothing.
+        skip_bad_samples (`bool`): Whether an unusable sample is named in a warning and contributes no loss. Otherwise
+            it raises `ValueError`.
+        fixed_noise (`bool`): Use the configuration's noise map, as in evaluation, instead of one per sample.
+        cache ([`FeatureCache`]): Cached features of the frozen parts.
     """
 
     processor: "SDLlavaProcessor"
@@ -54,20 +54,26 @@ class SDLlavaCollator:
     _epoch: torch.Tensor = field(default_factory=_shared_epoch, repr=False)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which pass over the data this is, from 0; rows with an `epoch` of their own know it themselves."""
+        """Set the number of the pass over the data, from 0. Rows with an `epoch` of their own keep it."""
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> "SDLlavaCollator":
-        """The same with evaluation's noise, no dropout, the last question, and everything computed."""
+        """A copy for evaluation: fixed noise, no dropout, the last question, and no cache."""
         source = "caption" if self.prompts.source == "noisy_caption" else self.prompts.source
         prompts = replace(self.prompts, source=source, question="last", dropout=0.0)
         return replace(self, prompts=prompts, fixed_noise=True, cache=None)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns:
-        `dict`: `input_ids`, `attention_mask`, `labels` `(batch, sequence)`, padded on the right; one row an image
-        of `pixel_values`, `diffusion_pixel_values`, `diffusion_input_ids` (and `_2`) as the model needs them,
-        `diffusion_noise_seed` `(n,)` in training, and `image_encodings` from a cache.
+        """Make a batch.
+
+        Returns:
+            `dict`: `input_ids`, `attention_mask` and `labels` of shape `(batch, sequence)`, padded on the right; with
+            one row per image, `pixel_values`, `diffusion_pixel_values` and `diffusion_input_ids` (for SDXL also
+            `diffusion_input_ids_2`) as the model needs them; `diffusion_noise_seed` of shape `(n_images,)` in
+            training, and `image_encodings` from a cache.
+
+        Raises:
+            ValueError: A sample is not usable, and `skip_bad_samples` is off.
         """
         samples = [self._sample(row, number) for number, row in enumerate(rows)]
         batch: dict[str, Any] = self._pad([sample.tokens for sample in samples])
@@ -81,27 +87,39 @@ class SDLlavaCollator:
         return batch
 
     def record(self, row: Mapping[str, Any], number: int = 0) -> Record:
-        """The record of a row. Raises RecordError."""
+        """The record of a row.
+
+        Args:
+            row: A row of the data.
+            number: Its position in the batch or the data, for error messages.
+
+        Raises:
+            RecordError: The row is not a sample, or lacks an image or a pseudo-caption that the run needs.
+        """
         if row.get("error"):
             raise RecordError(row["error"])
         record = to_record(dict(row), row.get("name") or f"sample {number} of a batch", row.get("folder"))
         if self.require_images and not record["images"]:
-            raise RecordError("has no image, without which stage align trains nothing")
+            raise RecordError("has no image, which stage align needs")
         for image in record["images"]:
             pseudo_caption(image, self.prompts.pseudo_captions)
         return record
 
     def tokens(self, record: Record) -> Tokens:
-        """Token ids and labels of a record. Raises RecordError."""
+        """The token ids and labels of a record.
+
+        Raises:
+            RecordError: Its image placeholders do not fit, or it has no supervised token.
+        """
         return tokenize_record(self.processor, record, self.template, self.max_length)
 
     def question(self, row: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-        """The first question of a row, its answer, and the inputs that ask it, for showing sample answers."""
+        """The first question of a row, its answer, and the model's inputs for the question."""
         record = self.record(row)
         turn = next(i for i, message in enumerate(record["messages"]) if message["role"] == "assistant")
-        asked = Record(**{**record, "messages": record["messages"][: turn + 1], "supervised_from": 0})
-        asked["images"] = record["images"][: sum(m["content"].count("<image>") for m in asked["messages"])]
-        batch = self([asked])
+        messages = record["messages"][: turn + 1]
+        images = record["images"][: sum(message["content"].count(IMAGE_MARKER) for message in messages)]
+        batch = self([{**record, "messages": messages, "images": images, "supervised_from": 0}])
         start = int((batch["labels"][0] != IGNORED).nonzero()[0])
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         inputs |= {name: batch[name][:, :start] for name in ("input_ids", "attention_mask")}
@@ -114,7 +132,7 @@ class SDLlavaCollator:
             tokens = self.tokens(record)
             epoch = int(self._epoch if row.get("epoch") is None else row["epoch"])
             key = sample_key(record)
-            prompts = diffusion_prompts(record, self.prompts, self.seed, epoch, key)
+            prompts = training_prompts(record, self.prompts, self.seed, epoch, key)
             noise = noise_seeds(self.seed, epoch, key, len(record["images"]))
             keys = [self._cache_key(image, prompt) for image, prompt in zip(record["images"], prompts, strict=True)]
             images = [open_image(image, record["folder"]) for image in record["images"]] if self._needs_images() else []
@@ -122,15 +140,13 @@ class SDLlavaCollator:
             name = row.get("name") or f"sample {number} of a batch"
             if not self.skip_bad_samples:
                 raise ValueError(f"{name} {error}") from error
-            logger.warning_once(f"skipped: {name} {error}")
+            logger.warning_once(f"Skipped: {name} {error}")
             return self._blank()
         return _Sample(tokens, images, keys, prompts, noise)
 
     def _blank(self) -> "_Sample":
-        """What stands in for a bad sample: a grey image and no supervised token."""
-        import PIL.Image
-
-        messages = [Message(role="user", content="<image>"), Message(role="assistant", content=".")]
+        """A replacement for an unusable sample: a grey image and no supervised token."""
+        messages = [Message(role="user", content=IMAGE_MARKER), Message(role="assistant", content=".")]
         record = Record(name="blank", images=["blank"], messages=messages, supervised_from=0, folder=None)
         ids = tokenize_record(self.processor, record, self.template).input_ids
         images = [PIL.Image.new("RGB", (64, 64), (127, 127, 127))] if self._needs_images() else []
@@ -138,13 +154,14 @@ class SDLlavaCollator:
 
     def _pad(self, samples: list[Tokens]) -> dict[str, torch.Tensor]:
         length = max(len(sample.input_ids) for sample in samples)
-        pad = self.processor.tokenizer.pad_token_id
-        pad = self.processor.tokenizer.eos_token_id if pad is None else pad
-        lengths = [len(sample.input_ids) for sample in samples]
+        tokenizer: Any = self.processor.tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        padding = [length - len(sample.input_ids) for sample in samples]
+        padded = list(zip(samples, padding, strict=True))
         return {
-            "input_ids": torch.tensor([s.input_ids + [pad] * (length - n) for s, n in zip(samples, lengths)]),
-            "attention_mask": torch.tensor([[1] * n + [0] * (length - n) for n in lengths]),
-            "labels": torch.tensor([s.labels + [IGNORED] * (length - n) for s, n in zip(samples, lengths)]),
+            "input_ids": torch.tensor([sample.input_ids + [pad] * n for sample, n in padded]),
+            "attention_mask": torch.tensor([[1] * (length - n) + [0] * n for n in padding]),
+            "labels": torch.tensor([sample.labels + [IGNORED] * n for sample, n in padded]),
         }
 
     def _image_inputs(self, images: list[Any], keys: list[str | None], prompts: list[str]) -> dict[str, Any]:
@@ -155,11 +172,11 @@ class SDLlavaCollator:
             inputs.update(self.processor.tokenize_questions(prompts, return_tensors="pt"))
         if self.cache is not None:
             inputs.pop("diffusion_pixel_values", None)
-            inputs["image_encodings"] = self._cached(keys)
+            inputs["image_encodings"] = self._cached(self.cache, keys)
         return inputs
 
-    def _cached(self, keys: list[str | None]) -> dict[str, torch.Tensor]:
-        found = [self.cache.blank() if key is None else self.cache.read(key) for key in keys]
+    def _cached(self, cache: FeatureCache, keys: list[str | None]) -> dict[str, torch.Tensor]:
+        found = [cache.blank() if key is None else cache.read(key) for key in keys]
         tensors = {name: torch.stack([tensors[name] for tensors in found]) for name in found[0]}
         if "latents" not in tensors and "conditional_features" not in tensors:
             tensors["conditional_features"] = tensors["unconditional_features"]  # the prompt is empty: X_c is X_u
@@ -171,7 +188,9 @@ class SDLlavaCollator:
         key = image_key(image, prompt if self.cache.kind == "conditional" else None)
         if key not in self.cache:
             name = image.get("path") if isinstance(image, dict) else image
-            raise RecordError(f"has the image {name!r}, which the feature cache {self.cache.folder} does not hold")
+            raise RecordError(
+                f"has the image {name!r}, which the feature cache {str(self.cache.folder)!r} does not hold"
+            )
         return key
 
     def _needs_images(self) -> bool:

@@ -1,10 +1,12 @@
-"""Recipes: YAML files of a training run's arguments, each naming the one it builds on.
+"""Recipes: YAML files with the arguments of a training run, each with an optional base recipe.
 
-`base:` is a path relative to the recipe, and the recipe's own values win. Everything else is what TrlParser reads.
+`base:` is a path relative to the recipe, and the recipe's own values win. TrlParser reads everything else. Finding a
+recipe needs neither torch nor any other large library.
 """
 
 import tempfile
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,51 @@ RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 
 def list_recipes() -> list[str]:
-    """The names of the recipes that come with the package, e.g. `sd21-captions-s4/align`."""
+    """The names of the packaged recipes, for example `sd21-captions-s4/align`."""
     return sorted(path.relative_to(RECIPE_FOLDER).with_suffix("").as_posix() for path in RECIPE_FOLDER.glob("*/*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path, or the name of one that comes with the package.
+    """The file of a recipe.
+
+    Args:
+        name: A path, or the name of a packaged recipe.
 
     Raises:
-        FileNotFoundError: neither exists.
+        FileNotFoundError: Neither exists. The message names similar recipes.
     """
     if Path(name).is_file():
         return Path(name)
     packaged = RECIPE_FOLDER / f"{name.removesuffix('.yaml')}.yaml"
     if packaged.is_file():
         return packaged
+    similar = get_close_matches(name, list_recipes(), n=5, cutoff=0.4) or list_recipes()[:5]
     raise FileNotFoundError(
-        f"there is no recipe {name}: give a YAML file, or one that comes with the package: {', '.join(list_recipes())}"
+        f"Recipe {name!r} does not exist. Use a YAML file or a packaged recipe, for example {', '.join(similar)}. "
+        f"All of them are in {str(RECIPE_FOLDER)!r}."
     )
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
-    """A recipe with what it builds on, as one flat mapping of argument to value.
+def find_config(arguments: Sequence[str]) -> Path | None:
+    """The recipe that command-line arguments name with `--config`, or None without one.
+
+    Args:
+        arguments: For example `["--config", "clip/align", "--seed", "1"]`.
 
     Raises:
-        ValueError: a file is no YAML mapping, or the recipes build on one another in a circle.
+        FileNotFoundError: The recipe does not exist.
+        ValueError: `--config` is the last argument.
+    """
+    position = _config_position(arguments)
+    return None if position is None else find_recipe(arguments[position])
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """A recipe merged with its bases, as one flat mapping of argument to value.
+
+    Raises:
+        FileNotFoundError: A base does not exist.
+        ValueError: A file is not a YAML mapping, or the bases form a circle.
     """
     import yaml
 
@@ -45,16 +67,19 @@ def load_recipe(path: Path) -> dict[str, Any]:
     while True:
         path = path.resolve()
         if path in chain:
-            raise ValueError(f"the recipe {path} builds on itself: {' -> '.join(p.name for p in [*chain, path])}")
+            names = " -> ".join(p.name for p in [*chain, path])
+            raise ValueError(f"Recipe {str(path)!r} is its own base: {names}. Remove one `base:` line.")
         chain.append(path)
         if not path.is_file():
-            raise FileNotFoundError(f"the recipe {chain[-2]} builds on {path}, which does not exist")
+            raise FileNotFoundError(
+                f"The base {str(path)!r} of {str(chain[-2])!r} does not exist. Correct its `base:`."
+            )
         try:
             own = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise ValueError(f"the recipe {path} is no YAML: {error}") from error
+            raise ValueError(f"Recipe {str(path)!r} is not valid YAML: {error}") from error
         if not isinstance(own, dict):
-            raise ValueError(f"the recipe {path} should be a YAML mapping of argument to value")
+            raise ValueError(f"Recipe {str(path)!r} is not a YAML mapping. Write one `argument: value` per line.")
         base = own.pop("base", None)
         values = {**own, **values}
         if base is None:
@@ -63,13 +88,21 @@ def load_recipe(path: Path) -> dict[str, Any]:
 
 
 def parse_arguments(dataclass_types: Sequence[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Parse `--config recipe.yaml --flag value ...` with TrlParser; flags win over the recipe.
+    """Parse `--config RECIPE --flag value ...` with TrlParser; flags win over the recipe.
 
-    Where there is no accelerator, `--use_cpu` is added, which the Trainer else demands for bf16.
+    Without an accelerator `--use_cpu` is added, which the Trainer otherwise requires for bf16.
+
+    Args:
+        dataclass_types: The dataclasses to fill, in the order of the returned instances.
+        arguments: The command line.
 
     Raises:
-        ValueError: the recipe has a key that no argument knows.
+        FileNotFoundError: The recipe or one of its bases does not exist.
+        ValueError: The recipe is not valid, or has a key that is not an argument.
     """
+    recipe = find_config(arguments)
+    values = None if recipe is None else load_recipe(recipe)
+
     import torch
     import yaml
     from trl import TrlParser
@@ -78,13 +111,21 @@ def parse_arguments(dataclass_types: Sequence[Any], arguments: Sequence[str]) ->
     arguments = list(arguments)
     if not torch.accelerator.is_available() and "--use_cpu" not in arguments:
         arguments.append("--use_cpu")
-    if "--config" not in arguments:
+    position = _config_position(arguments)
+    if position is None:
         return parser.parse_args_and_config(arguments)
-    position = arguments.index("--config") + 1
-    if position == len(arguments):
-        raise ValueError("--config needs a recipe behind it")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as merged:
-        yaml.safe_dump(load_recipe(find_recipe(arguments[position])), merged)
+        yaml.safe_dump(values, merged)
         merged.flush()
         arguments[position] = merged.name
         return parser.parse_args_and_config(arguments)
+
+
+def _config_position(arguments: Sequence[str]) -> int | None:
+    """The position of the recipe's name, after `--config`."""
+    if "--config" not in arguments:
+        return None
+    position = list(arguments).index("--config") + 1
+    if position == len(arguments):
+        raise ValueError("--config has no value. Give a recipe after it.")
+    return position

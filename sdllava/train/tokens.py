@@ -1,4 +1,4 @@
-"""A conversation as token ids and labels, with the loss on answers alone."""
+"""Tokenizing a conversation, with the loss only on answers."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..data.records import Record, RecordError, split_content
+from ..data.records import Message, Record, RecordError, split_content
 
 if TYPE_CHECKING:
     from ..processors import SDLlavaProcessor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 IGNORED = -100
-"""The label of a token that the loss leaves out."""
+"""The label of tokens without a loss."""
 
 LLAVA_PLAIN = (
     "{%- for message in messages -%}"
@@ -26,12 +26,12 @@ LLAVA_PLAIN = (
     "{%- endif -%}"
     "{%- endfor -%}"
 )
-"""LLaVA's template of stage 1: the image tokens, the caption, a line's end; here the end token as well, to stop at."""
+"""LLaVA's template of stage 1: image tokens, caption, line break; with the end token added, so that the model stops."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a conversation, and as labels the same where they are supervised, else -100."""
+    """Token ids of a conversation, and labels: equal to the ids where they are supervised, else -100."""
 
     input_ids: list[int]
     labels: list[int]
@@ -40,27 +40,30 @@ class Tokens:
 def tokenize_record(
     processor: "SDLlavaProcessor", record: Record, template: str | None = None, max_length: int | None = None
 ) -> Tokens:
-    """Render a record with its chat template, expand its image tokens, and mark what is supervised.
+    """Render a record with its chat template, expand its image tokens, and label its answers.
 
     Args:
-        template: instead of the processor's own; it needs `{% generation %}` markers around the answers.
-        max_length: text behind it is cut off; image placeholders never are.
+        processor: The processor, whose tokenizer and chat template are used.
+        record: The conversation.
+        template: A chat template that replaces the processor's, with `{% generation %}` markers around the answers.
+        max_length: Number of tokens to keep. Image placeholders are not cut off.
 
     Raises:
-        RecordError: the placeholders do not fit, or no token is supervised.
-        ValueError: the template has no generation markers.
+        RecordError: The image placeholders do not fit into `max_length`, or no token is supervised.
+        ValueError: The template has no generation markers.
     """
-    template = template or processor.chat_template
-    if not GENERATION.search(template):
+    chosen: Any = template or processor.chat_template
+    if not GENERATION.search(chosen):
         raise ValueError(
-            "the chat template does not mark answers with {% generation %} and {% endgeneration %}, so the loss cannot "
-            "be on answers alone: give one that does (chat_template_path)"
+            "The chat template does not mark answers with {% generation %} and {% endgeneration %}, so the loss cannot "
+            "be restricted to answers. Give one that does (chat_template_path)."
         )
     conversation = [_chat_message(message) for message in record["messages"]]
-    tokenizer, image = processor.tokenizer, processor.image_token
+    tokenizer: Any = processor.tokenizer
+    image = processor.image_token
     rendered, spans = render_jinja_template(
         [conversation],
-        chat_template=template,
+        chat_template=chosen,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
@@ -80,27 +83,27 @@ def tokenize_record(
     if max_length is not None and len(ids) > max_length:
         end = len(ids) - ids[::-1].index(processor.image_token_id) if processor.image_token_id in ids else 0
         if end > max_length:
-            raise RecordError(f"has image placeholders up to token {end}, behind max_length={max_length}")
+            raise RecordError(f"has image placeholders up to token {end}, beyond max_length={max_length}")
         ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORED for label in labels):
-        raise RecordError(f"has no supervised token in its {len(ids)}: is max_length={max_length} too short?")
+        raise RecordError(f"has no supervised token among its {len(ids)}: is max_length={max_length} too short?")
     return Tokens(ids, labels)
 
 
-def tokens_at_most(processor: "SDLlavaProcessor", record: Record) -> int:
-    """No more tokens than this can stand before the record's first supervised token; needs no tokenizer."""
+def max_tokens_before_supervision(processor: "SDLlavaProcessor", record: Record) -> int:
+    """An upper bound of the tokens before a record's first supervised token, without running the tokenizer."""
     before = record["messages"][: max(record["supervised_from"], 2) + 1]
     text = sum(len(message["content"].encode()) + 64 for message in before)
     return 1024 + text + len(record["images"]) * processor.num_image_tokens
 
 
-def tokens_about(processor: "SDLlavaProcessor", row: Mapping[str, Any]) -> int:
-    """About how long a row of a source is, at four characters a token; for sorting, needs no tokenizer."""
+def approximate_length(processor: "SDLlavaProcessor", row: Mapping[str, Any]) -> int:
+    """The approximate number of tokens of a row, at four characters per token, without running the tokenizer."""
     text = sum(len(message["content"]) for message in row["messages"])
     return text // 4 + len(row["images"]) * processor.num_image_tokens
 
 
-def _chat_message(message: Any) -> dict[str, Any]:
+def _chat_message(message: Message) -> dict[str, Any]:
     content = message["content"]
     return {"role": message["role"], "content": split_content(content) if message["role"] == "user" else content}
 

@@ -1,60 +1,70 @@
-"""TRL's SFTTrainer with what its checkpoints and evaluation need here."""
+"""TRL's SFTTrainer with atomic checkpoints, evaluation with fixed noise, sample answers, and pushes without pickles."""
 
 import os
 import shutil
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from trl import SFTTrainer
 
+from ..atomic_files import move_into_place
 from ..hub.card import write_card
 from ..hub.push import push_folder
 from .adapters import merge_unet_lora, unet_adapter, write_unet_adapter
+from .callbacks import EpochCallback
 from .collator import SDLlavaCollator
-from .tokens import tokens_about
+from .tokens import approximate_length
 
-ASIDE = ".unfinished"
+UNFINISHED = ".unfinished"
+"""The folder within a run's folder that holds a checkpoint, or the final model, until it is complete."""
 
 
-class EpochCallback(TrainerCallback):
-    """Tells the collator the epoch, which its random choices depend on. Also for the plain Trainer."""
+@dataclass(frozen=True)
+class UnfinishedCheckpoint:
+    """The folder of a checkpoint that is being written.
 
-    def __init__(self, collator: SDLlavaCollator):
-        self.collator = collator
+    Trainer derives the place of a checkpoint from the run folder of its `trial` argument, so `_save_checkpoint` passes
+    this in its place.
+    """
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.set_epoch(int(state.epoch))
+    folder: str
 
 
 class SDLlavaTrainer(SFTTrainer):
-    """SFTTrainer whose checkpoints appear whole or not at all, and whose evaluation uses the evaluation's noise.
+    """SFTTrainer whose checkpoints appear whole or not at all, and which evaluates with the evaluation's noise.
 
     Args:
-        data_collator ([`SDLlavaCollator`]): used for training; evaluation uses its `for_evaluation()`.
-        n_sample_answers (`int`): answers that are generated and printed at each evaluation.
+        data_collator ([`SDLlavaCollator`]): The collator for training. Evaluation uses its `for_evaluation()`.
+        n_sample_answers (`int`): Number of answers to generate and print at each evaluation.
+        kwargs: Of `SFTTrainer`.
     """
+
+    data_collator: SDLlavaCollator
 
     def __init__(self, *, data_collator: SDLlavaCollator, n_sample_answers: int = 0, **kwargs: Any):
         super().__init__(data_collator=data_collator, **kwargs)
         self.n_sample_answers = n_sample_answers
-        self._aside: str | None = None
         self.add_callback(EpochCallback(data_collator))
 
-    def _get_train_sampler(self, train_dataset=None):
-        """Also `train_sampling_strategy="group_by_length"`, which knows no lengths of rows that are tokenized later."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """Supports `train_sampling_strategy="group_by_length"` for rows that the collator tokenizes."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
-        lengths = [tokens_about(self.data_collator.processor, row) for row in dataset]
+        lengths = [approximate_length(self.data_collator.processor, row) for row in dataset]
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(batch_size, lengths=lengths)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """The dataloader for evaluation, with fixed noise and without dropout."""
         train_collator = self.data_collator
         self.data_collator = train_collator.for_evaluation()
         try:
@@ -63,16 +73,20 @@ class SDLlavaTrainer(SFTTrainer):
             self.data_collator = train_collator
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, then print sample answers. Sharded models (FSDP, DeepSpeed) print none."""
         metrics = super().evaluate(*args, **kwargs)
-        if self.n_sample_answers and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.n_sample_answers and not self._is_sharded():
             self._print_sample_answers()
         return metrics
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _print_sample_answers(self) -> None:
         collator = self.data_collator.for_evaluation()
         model = self.accelerator.unwrap_model(self.model)
         pad = self._tokenizer.pad_token_id
-        for row, _ in zip(self.eval_dataset, range(self.n_sample_answers)):
+        for row in islice(self.eval_dataset, self.n_sample_answers):
             question, expected, inputs = collator.question(row)
             inputs = self._prepare_inputs(inputs)
             generated = model.generate(**inputs, max_new_tokens=64, do_sample=False, pad_token_id=pad)
@@ -80,34 +94,49 @@ class SDLlavaTrainer(SFTTrainer):
             if self.is_world_process_zero():
                 print(f"{question}\n  expected: {expected}\n  answered: {answer.strip()}")
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Save the model, and record LoRA in its UNet."""
         super()._save(output_dir, state_dict)
         if self.args.should_save and unet_adapter(self.model) is not None:
             write_unet_adapter(self.model, output_dir or self.args.output_dir)
 
-    def save_merged_model(self, folder: str) -> None:
-        """Save the model in its own dtype, with LoRA of the UNet merged; sharded runs leave that to `sdllava merge`."""
+    def save_final_model(self) -> None:
+        """Write the trained model and its processor to the output folder, each file whole or not at all.
+
+        The model is saved in its own dtype, with LoRA of the UNet merged. Sharded models (FSDP, DeepSpeed) are saved
+        as they are; `sdllava merge` merges them.
+        """
         model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if isinstance(model, PreTrainedModel) and not self._is_sharded():
             if unet_adapter(model) is not None:
                 merge_unet_lora(model)
             dtype = getattr(torch, str(model.config.dtype).removeprefix("torch."))
             for parameter in model.parameters():
-                if parameter.requires_grad:  # held in float32 while it trained
+                if parameter.requires_grad:  # float32 during training
                     parameter.data = parameter.data.to(dtype)
-        self.save_model(folder)
+        unfinished = self._empty_folder(self.args.output_dir)
+        self.save_model(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for path in sorted(unfinished.iterdir()):
+                move_into_place(path, Path(self.args.output_dir, path.name))
+            unfinished.rmdir()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card from what the run recorded, once there is a model to describe."""
+        """Write the model card from the run's records, once the output folder holds a model."""
         folder = Path(self.args.output_dir)
         if self.is_world_process_zero() and any((folder / n).is_file() for n in ("config.json", "adapter_config.json")):
             write_card(folder, self.hub_model_id)
 
     def push_to_hub(self, commit_message: str = "End of training", token: str | None = None, **options: Any) -> Any:
-        """Save, and push model, processor, code, recipe and card, but no optimizer state, pickle or path of this machine.
+        """Save the model and push it with its processor, code, recipe and card.
+
+        Optimizer states, pickles and local paths are not pushed.
 
         Args:
-            options: of [`~sdllava.hub.push.push_folder`]; default what the training arguments say.
+            commit_message: The message of the commit.
+            token: The access token. Default: the training arguments'.
+            options: Of [`~sdllava.hub.push.push_folder`]. Default: the training arguments'.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -118,34 +147,26 @@ class SDLlavaTrainer(SFTTrainer):
         token = token or self.args.hub_token
         return push_folder(self.args.output_dir, repo_id, commit_message=commit_message, token=token, **options)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._aside or super()._get_output_dir(trial)
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint to a temporary folder and rename it, so that a folder `checkpoint-N` is always complete.
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._aside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write the checkpoint aside and rename it, so that a folder named checkpoint-N is always whole."""
+        Trainer writes the whole checkpoint, with an [`UnfinishedCheckpoint`] as its `trial`. What Trainer does in the
+        run's folder happens after the rename: naming the best checkpoint, deleting old ones, and pushing.
+        """
         run_folder = self._get_output_dir(trial)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside = os.path.join(run_folder, ASIDE)
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._aside = aside
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._aside = None
+        checkpoint = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        unfinished = self._empty_folder(run_folder)
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        super()._save_checkpoint(model, trial=UnfinishedCheckpoint(str(unfinished)))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if self.state.best_global_step:
                 best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = os.path.join(run_folder, best)
-                self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
-            move_into_place(Path(aside, name), Path(run_folder, name))
-            shutil.rmtree(aside, ignore_errors=True)
+                self.state.save_to_json(str(unfinished / checkpoint.name / TRAINER_STATE_NAME))
+            move_into_place(unfinished / checkpoint.name, checkpoint)
+            shutil.rmtree(unfinished, ignore_errors=True)
             rotate_checkpoints(
                 output_dir=run_folder,
                 save_total_limit=self.args.save_total_limit,
@@ -154,29 +175,21 @@ class SDLlavaTrainer(SFTTrainer):
             )
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run_folder, name))
+            self._push_from_checkpoint(str(checkpoint))
 
+    def _empty_folder(self, run_folder: str) -> Path:
+        """The unfinished folder of a run, without what an interrupted save left. Returns on all processes together."""
+        unfinished = Path(run_folder, UNFINISHED)
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return unfinished
 
-def move_files_into_place(written: Path, place: Path) -> None:
-    """Flush a folder's files to the disk and move each into another folder, replacing its namesakes."""
-    _flush(written)
-    for path in sorted(written.iterdir()):
-        os.replace(path, place / path.name) if path.is_file() else move_into_place(path, place / path.name)
-    written.rmdir()
+    def _get_output_dir(self, trial: Any) -> str:
+        """The run folder of a trial, or the folder of an unfinished checkpoint."""
+        return trial.folder if isinstance(trial, UnfinishedCheckpoint) else super()._get_output_dir(trial)
 
-
-def move_into_place(written: Path, place: Path) -> None:
-    """Flush what was written to the disk, then rename it, replacing what was there, which is never there in part."""
-    _flush(written)
-    old = written.with_name(f"{written.name}.old")
-    if place.exists():
-        os.replace(place, old)
-    os.replace(written, place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a complete checkpoint; an unfinished one is pushed after its rename."""
+        if Path(checkpoint_folder).parent.name != UNFINISHED:
+            super()._push_from_checkpoint(checkpoint_folder)

@@ -1,8 +1,12 @@
-"""The papers' benchmarks, one small file each."""
+"""The papers' benchmarks, one file each."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from .base import Benchmark, Sample
+
+if TYPE_CHECKING:
+    from .matching_base import MatchingBenchmark
 
 # name on the command line -> (module, class)
 BENCHMARKS = {
@@ -22,29 +26,34 @@ MATCHING_BENCHMARKS = {
 }
 
 
-def _load(table: dict[str, tuple[str, str]], name: str):
-    if name not in table:
-        raise ValueError(f"There is no benchmark {name!r}; there are {', '.join(table)}.")
-    module, attribute = table[name]
-    return getattr(importlib.import_module(f".{module}", __name__), attribute)
+def get_benchmark(name: str, protocol: str = "default", **options: Any) -> Benchmark:
+    """The question benchmark with that name.
 
-
-def get_benchmark(name: str, protocol: str = "default", **options) -> Benchmark:
-    """The question benchmark of that name.
+    Args:
+        name: A key of `BENCHMARKS`.
+        protocol: A key of the benchmark's `protocols`.
+        options: Further arguments of the benchmark's class.
 
     Raises:
-        ValueError: no benchmark, or no protocol, has that name.
+        ValueError: The benchmark or the protocol does not exist.
     """
     return _load(BENCHMARKS, name)(protocol, **options)
 
 
-def get_matching_benchmark(name: str):
-    """The image-text matching benchmark of that name.
+def get_matching_benchmark(name: str) -> "MatchingBenchmark":
+    """The image-text matching benchmark with that name.
 
     Raises:
-        ValueError: no matching benchmark has that name.
+        ValueError: The benchmark does not exist.
     """
     return _load(MATCHING_BENCHMARKS, name)()
+
+
+def _load(table: dict[str, tuple[str, str]], name: str) -> Any:
+    if name not in table:
+        raise ValueError(f"Unknown benchmark {name!r}. Choose one of {', '.join(table)}.")
+    module, attribute = table[name]
+    return getattr(importlib.import_module(f".{module}", __name__), attribute)
 
 
 __all__ = ["BENCHMARKS", "MATCHING_BENCHMARKS", "Benchmark", "Sample", "get_benchmark", "get_matching_benchmark"]

@@ -4,12 +4,26 @@ The published total is the unweighted mean of the 14 task accuracies ("macro"). 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .base import Benchmark, Sample, dataset_image, open_image, read_parquet, require_columns, require_option
+from .base import (
+    Benchmark,
+    ImageSource,
+    Sample,
+    dataset_image,
+    open_image,
+    read_parquet,
+    require_columns,
+    require_option,
+)
+from .groups import group_means, in_groups
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TASKS = (
     "Art_Style",
@@ -39,9 +53,12 @@ DISCLAIMER = (
 
 
 def parse_option(reply: str, num_choices: int) -> str | None:
-    """The option as "(A)", read as the authors' `analyze_answer` does before it asks GPT; None where it would ask.
+    """The option in a reply, by the rules of the authors' `analyze_answer` that come before its call of GPT.
 
-    A bare or parenthesised letter; else the one option token in the last paragraph, or in the whole reply.
+    Accepts a bare or parenthesised letter, else a single option token in the last paragraph or in the whole reply.
+
+    Returns:
+        `str`: For example "(A)", or None if the authors' script would call GPT.
     """
     reply = reply.strip()
     if reply in [letter.strip("()") for letter in LETTERS]:
@@ -60,32 +77,35 @@ def task_of(idx: str) -> str:
     """The task in an idx such as `val_Multi-view_Reasoning_12`.
 
     Raises:
-        ValueError: the idx does not have that form.
+        ValueError: The idx has another form.
     """
     match = re.fullmatch(r"(?:val|test)_(.+)_\d+", idx)
     if not match:
-        raise ValueError(f"BLINK: the idx {idx!r} does not read like val_Counting_1.")
+        raise ValueError(f"BLINK: the idx {idx!r} does not have the form 'val_Counting_1'. Use the published ids.")
     return match.group(1)
 
 
-def score(predictions: Mapping[str, str], answers: Mapping[str, str]) -> dict:
+def score(predictions: Mapping[str, str], answers: Mapping[str, str]) -> dict[str, Any]:
     """The published scores.
 
     Args:
-        predictions: idx -> option, such as "(A)"; an idx without a prediction counts as wrong.
-        answers: idx -> right option.
+        predictions: idx -> option, such as "(A)". An idx without a prediction counts as wrong.
+        answers: idx -> correct option.
 
     Returns:
-        `{"macro", "micro", "tasks"}` in percent: the unweighted mean of the task accuracies, the share of right
-        answers, and the accuracy of each task.
+        `dict`: `macro` (the unweighted mean of the task accuracies), `micro` (the share of correct answers) and
+        `tasks` (the accuracy of each task), all in percent.
 
     Raises:
-        ValueError: no answers, or a prediction for an idx that has none.
+        ValueError: `answers` is empty, or has no entry for a prediction.
     """
     if not answers:
-        raise ValueError("BLINK: there are no answers to score against.")
+        raise ValueError("BLINK: `answers` is empty. Give the correct option for each idx.")
     if unknown := sorted(set(predictions) - set(answers)):
-        raise ValueError(f"BLINK: there is no answer to {unknown[0]!r} ({len(unknown)} predictions without one).")
+        raise ValueError(
+            f"BLINK: `answers` has no entry for {unknown[0]!r} ({len(unknown)} predictions without an answer). Remove "
+            "these predictions, or give their answers."
+        )
     verdicts: dict[str, list[bool]] = {}
     for idx, answer in answers.items():
         verdicts.setdefault(task_of(idx), []).append(predictions.get(idx) == answer)
@@ -98,8 +118,11 @@ def score(predictions: Mapping[str, str], answers: Mapping[str, str]) -> dict:
 
 
 def join_images(images: list[Image.Image], gap: int = 10) -> Image.Image:
-    """One strip, left to right with a black gap in pixels, shorter images centred: the authors' helper for models
-    that take a single image.
+    """Join images into one strip, like the authors' helper for models with a single image.
+
+    Args:
+        images: From left to right. Shorter ones are centred vertically.
+        gap: Width of the black gap, in pixels.
     """
     strip = Image.new("RGB", (sum(i.width for i in images) + gap * (len(images) - 1), max(i.height for i in images)))
     left = 0
@@ -110,6 +133,8 @@ def join_images(images: list[Image.Image], gap: int = 10) -> Image.Image:
 
 
 class BLINK(Benchmark):
+    """BLINK's validation split from the published parquet files. Scores by task, their mean, and the overall share."""
+
     name = "blink"
     hub_id = "BLINK-Benchmark/BLINK"
     split = "val"
@@ -117,20 +142,22 @@ class BLINK(Benchmark):
     max_new_tokens = 128
     files = ("*/val-*.parquet",)
     protocols = {
-        "default": "greedy, the data set's prompt, each image on its own, the authors' parser; what it would ask GPT "
-        "counts as wrong",
+        "default": "greedy, the data set's prompt, separate images, the authors' parser; replies that it cannot parse "
+        "count as wrong",
         "official": "greedy, the authors' disclaimer before three tasks, the images joined into one strip by their "
-        "helper for single-image models, their parser; what it would ask GPT is asked of the judge, if there is one, "
+        "helper for single-image models, their parser; replies that it cannot parse go to the judge, if there is one, "
         "with their instruction but without its four worked examples",
     }
 
     def read(self, folder: Path) -> list[Sample]:
-        """BLINK's folders, one a task, as parquet; up to four images a question."""
+        """The parquet files of each task's folder, with one to four images per question."""
         samples = []
         for task in TASKS:
             dataset = read_parquet(folder / task, "*.parquet", self.split) if (folder / task).is_dir() else None
             if dataset is None:
-                raise FileNotFoundError(f"{folder} has no {task}/{self.split}-*.parquet, as BLINK is published.")
+                raise FileNotFoundError(
+                    f"{str(folder)!r} has no {task}/{self.split}-*.parquet. Arrange it as BLINK is published."
+                )
             require_columns(self.name, dataset.column_names, COLUMNS)
             columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
             rows = dataset.remove_columns(columns)
@@ -140,9 +167,9 @@ class BLINK(Benchmark):
                 samples.append(self._sample(task, dataset, number, row, named))
         return samples
 
-    def _sample(self, task: str, dataset, number: int, row: dict, columns: list[str]) -> Sample:
+    def _sample(self, task: str, dataset: "Dataset", number: int, row: dict, columns: list[str]) -> Sample:
         options = LETTERS[: len(row["choices"])]
-        images = tuple(dataset_image(dataset, number, column) for column in columns)
+        images: tuple[ImageSource, ...] = tuple(dataset_image(dataset, number, column) for column in columns)
         ids = tuple(f"{row['idx']}_{column[-1]}" for column in columns)
         prompt = row["prompt"]
         if self.protocol == "official":
@@ -163,29 +190,31 @@ class BLINK(Benchmark):
         )
 
     def parse(self, sample: Sample, reply: str) -> str | None:
+        """The option in the reply, see `parse_option`."""
         return parse_option(reply, len(sample.info["choices"]))
 
-    def units(self, records):
+    def units(self, records: Sequence[dict]) -> dict[str, dict[str, float]]:
+        """The verdict on each question, by task."""
         return {
-            record["id"]: {f"right {record['task']}": float(record["correct"]), f"count {record['task']}": 1.0}
+            record["id"]: {
+                "correct": float(record["correct"]),
+                **in_groups([record["task"]], correct=float(record["correct"])),
+            }
             for record in records
         }
 
-    def scores(self, means):
-        tasks = {
-            key.removeprefix("count "): 100.0 * means.get(key.replace("count ", "right "), 0.0) / count
-            for key, count in means.items()
-            if key.startswith("count ") and count > 0
-        }
-        right = sum(value for key, value in means.items() if key.startswith("right "))
-        return {"macro": sum(tasks.values()) / len(tasks), "micro": 100.0 * right, **dict(sorted(tasks.items()))}
+    def scores(self, means: dict[str, float]) -> dict[str, float]:
+        """Mean of the task accuracies, share of correct answers, and the accuracy of each task."""
+        tasks = {task: 100.0 * mean for task, mean in sorted(group_means(means, "correct").items())}
+        return {"macro": sum(tasks.values()) / len(tasks), "micro": 100.0 * means["correct"], **tasks}
 
-    def chance(self, records):
+    def chance(self, records: Sequence[dict]) -> dict[str, float]:
+        """Uniform guessing among the options of each question."""
         guesses = [{**record, "correct": 1.0 / len(record["choices"])} for record in records]
         return self.score(guesses)
 
-    def judge_prompt(self, record):
-        """What the judge is asked of a reply that the parser could not read; None where nothing is."""
+    def judge_prompt(self, record: dict) -> tuple[str, str] | None:
+        """The judge's messages for a reply that the parser could not read, under the official protocol."""
         if self.protocol != "official" or record["parsed"] is not None:
             return None
         options = "\n".join(f"{a} {b}" for a, b in zip(LETTERS, record["choices"], strict=False))
@@ -199,7 +228,8 @@ class BLINK(Benchmark):
             f"{options}\n(Z) Failed\nAnswer: {record['reply']}\nYour output: "
         )
 
-    def apply_judgment(self, record, judgment):
+    def apply_judgment(self, record: dict, judgment: str) -> None:
+        """Use the judge's option as the parsed answer."""
         options = LETTERS[: len(record["choices"])]
         record["parsed"] = judgment.strip() if judgment.strip() in options else None
         record["correct"] = record["parsed"] == record["target"]

@@ -1,11 +1,13 @@
 """COCO captions, Karpathy's test split: 5,000 images with at least five captions each.
 
-The published annotations hold no pixels: the images are COCO's val2014 folder. Scores are times 100, as in the papers
+The published annotations contain no images: these are in COCO's val2014 folder. Scores are times 100, as in the papers
 (S3 Table 5, S4 Table 4).
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..caption_metrics import caption_units, scores_from_means
 from ..tokenization import ptb_missing, spice, tokenize
@@ -15,6 +17,8 @@ INSTRUCTION = "Describe the image briefly."
 
 
 class CocoCaptions(Benchmark):
+    """Captioning from Karpathy's JSON, parquet or JSON Lines. Scored on PTB tokens if Java is installed."""
+
     name = "captions"
     hub_id = "yerevann/coco-karpathy"
     split = "test"
@@ -23,7 +27,7 @@ class CocoCaptions(Benchmark):
     files = ("*test*", "*/*test*")
     protocols = {
         "default": "greedy, lmms-eval's instruction, 64 tokens",
-        "plain": "greedy, no instruction: the image tokens alone, LLaVA's template of the first stage (S3 4.3)",
+        "plain": "greedy, no instruction: only the image tokens, LLaVA's template of the first stage (S3 4.3)",
     }
 
     def __init__(self, protocol: str = "default"):
@@ -34,9 +38,10 @@ class CocoCaptions(Benchmark):
             self.metric = "CIDEr (simple tokens)"
 
     def read(self, folder: Path) -> list[Sample]:
+        """The images of the split with all of their captions."""
         rows = self._rows(folder)
         if not rows:
-            raise ValueError(f"{folder} holds no caption of the split {self.split!r}.")
+            raise ValueError(f"{str(folder)!r} has no captions of the split {self.split!r}. Complete the folder.")
         return [self._sample(folder, row) for row in rows]
 
     def _rows(self, folder: Path) -> list[dict]:
@@ -57,8 +62,8 @@ class CocoCaptions(Benchmark):
             rows = dataset.to_list()
         else:
             raise FileNotFoundError(
-                f"{folder} has none of dataset_coco.json, *{self.split}*.parquet (filename, sentences) and *.jsonl "
-                "(image, captions)."
+                f"{str(folder)!r} has neither dataset_coco.json nor *{self.split}*.parquet (filename, sentences) nor "
+                "*.jsonl (image, captions). Add one of them."
             )
         for row in rows:
             require_columns(self.name, [key for key, value in row.items() if value], ("filename", "sentences"))
@@ -69,28 +74,34 @@ class CocoCaptions(Benchmark):
         return self.sample(row["filename"], [caption.strip() for caption in row["sentences"]], image)
 
     def sample(self, name: str, captions: list[str], image: ImageSource) -> Sample:
+        """One image with its reference captions."""
         prompt = "" if self.template == "plain" else INSTRUCTION
         return Sample(name, prompt, (image,), target=captions, question=prompt, image_ids=(name,))
 
-    def _image(self, folder: Path, name: str, subfolder: str | None):
+    def _image(self, folder: Path, name: str, subfolder: str | None) -> Path:
         root = self.image_folder or folder
         candidates = [f"{subfolder}/{name}"] if subfolder else []
         for candidate in (*candidates, name, f"images/{name}"):
             if (root / candidate).is_file():
                 return inside(root, candidate)
         raise FileNotFoundError(
-            f"The image {name!r} is missing from {root}; COCO's annotations hold no pixels: name the folder that has "
-            "them (val2014) with --images."
+            f"The image {name!r} is missing from {str(root)!r}. COCO's annotations contain no images: give the folder "
+            "of images (val2014) with --images."
         )
 
     def parse(self, sample: Sample, reply: str) -> str | None:
+        """The reply itself, or None if it is empty."""
         return reply.strip() or None
 
-    def is_correct(self, sample: Sample, parsed) -> None:
-        return None
+    def is_correct(self, sample: Sample, parsed: Any) -> None:
+        """None, because captions are scored over the whole corpus."""
 
-    def units(self, records):
-        """What the caption scores are summed from, by image; idf comes from the evaluated references."""
+    def units(self, records: Sequence[dict]) -> dict[str, dict[str, float]]:
+        """The numbers of each image that the caption scores are summed from.
+
+        Inverse document frequencies come from the evaluated references. Notes on the tokenizer and on SPICE are added
+        to `notes`.
+        """
         captions = [caption for record in records for caption in (record["reply"], *record["target"])]
         tokens = iter(tokenize(captions, self.tokenizer)[0])
         candidates, references = {}, {}
@@ -103,11 +114,12 @@ class CocoCaptions(Benchmark):
         if absent:
             self.notes["SPICE"] = f"absent: {absent}"
         if self.tokenizer == "simple":
-            self.notes["PTB tokens"] = f"absent: {ptb_missing()}; scores on simple tokens carry that name"
+            self.notes["PTB tokens"] = f"absent: {ptb_missing()}; scores on simple tokens have that in their names"
         for image, value in by_image.items():
             units[image]["spice"] = value
         return units
 
-    def scores(self, means):
+    def scores(self, means: dict[str, float]) -> dict[str, float]:
+        """All caption scores, times 100, with the tokenizer in their names unless it is PTB."""
         suffix = "" if self.tokenizer == "ptb" else " (simple tokens)"
         return {f"{name}{suffix}": value for name, value in scores_from_means(means).items()}

@@ -1,11 +1,12 @@
 """LLaVA-Bench-in-the-Wild: 60 questions on 24 images, rated by a judge against GPT-4's answers (arXiv 2304.08485).
 
 Score = 100 x mean rating of the candidate / mean rating of the reference. The paper's judge is gpt-4-0314 at
-temperature 0.2; there is no score without a judge, and scores of different judges do not compare.
+temperature 0.2. Without a judge there are no scores. Scores of different judges are not comparable.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .base import (
     Benchmark,
@@ -18,6 +19,7 @@ from .base import (
     require_columns,
     require_option,
 )
+from .groups import group_means, in_groups
 
 CATEGORIES = ("conv", "detail", "complex")
 JUDGE_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
@@ -34,9 +36,12 @@ RULE = (
 
 
 def parse_ratings(review: str) -> tuple[float, float]:
-    """(reference, candidate) ratings from the first line of a review; (-1, -1) where it is not two numbers.
+    """The two ratings in the first line of a review, by the rules of LLaVA's script.
 
-    As in LLaVA's script: commas become spaces, then exactly two fields. Failures stay in the means.
+    Commas become spaces, and the line must then have exactly two fields. Failures count in the means.
+
+    Returns:
+        `tuple[float, float]`: Ratings of the reference and of the candidate, or (-1, -1) if the line cannot be read.
     """
     fields = review.split("\n")[0].replace(",", " ").split(" ")
     try:
@@ -47,18 +52,22 @@ def parse_ratings(review: str) -> tuple[float, float]:
 
 
 def score(ratings: Sequence[tuple[float, float]]) -> float:
-    """The relative score of (reference, candidate) ratings, rounded as LLaVA's script rounds."""
+    """The relative score, in percent, of (reference, candidate) ratings, rounded as in LLaVA's script."""
     means = [round(sum(column) / len(ratings), 3) for column in zip(*ratings, strict=True)]
     return round(100 * means[1] / means[0], 1)
 
 
 class LLaVABench(Benchmark):
+    """LLaVA-Bench-in-the-Wild, rated by a judge. Scores overall and by category."""
+
     name = "llava_bench"
     hub_id = "liuhaotian/llava-bench-in-the-wild"
     split = "train"
     metric = "all"
     max_new_tokens = 1024
-    protocols = {"default": "greedy, the bare question; rated by the judge named in the results with LLaVA's rule"}
+    protocols = {
+        "default": "greedy, only the question; rated with LLaVA's instruction by the judge named in the results"
+    }
 
     def read(self, folder: Path) -> list[Sample]:
         """`questions.jsonl` and `context.jsonl` as published, or the mirror's parquet."""
@@ -79,7 +88,10 @@ class LLaVABench(Benchmark):
                 for number, row in enumerate(dataset.remove_columns("image"))
             ]
         else:
-            raise FileNotFoundError(f"{folder} has neither questions.jsonl nor parquet files, as LLaVA-Bench has.")
+            raise FileNotFoundError(
+                f"{str(folder)!r} has neither questions.jsonl nor parquet files. Arrange it as LLaVA-Bench is "
+                "published."
+            )
         return [self._sample(row) for row in rows]
 
     def _read_original(self, folder: Path) -> list[dict]:
@@ -90,7 +102,10 @@ class LLaVABench(Benchmark):
         images = find_folder(folder, "images")
         for row in questions:
             if row["image"] not in contexts or row["question_id"] not in answers:
-                raise ValueError(f"LLaVA-Bench: question {row['question_id']} has no context or no reference answer.")
+                raise ValueError(
+                    f"LLaVA-Bench: question {row['question_id']!r} has no context or no reference answer. Complete "
+                    "context.jsonl and answers_gpt4.jsonl."
+                )
             row["source"] = inside(images, row["image"])
             row["context"], row["reference"] = contexts[row["image"]], answers[row["question_id"]]
         return questions
@@ -116,41 +131,42 @@ class LLaVABench(Benchmark):
         )
 
     def parse(self, sample: Sample, reply: str) -> str | None:
+        """The reply itself, or None if it is empty."""
         return reply.strip() or None
 
-    def is_correct(self, sample: Sample, parsed) -> None:
-        return None
+    def is_correct(self, sample: Sample, parsed: Any) -> None:
+        """None, because a judge rates the replies."""
 
-    def judge_prompt(self, record):
+    def judge_prompt(self, record: dict) -> tuple[str, str]:
+        """LLaVA's messages with context, question, reference answer and reply."""
         return JUDGE_SYSTEM, (
             f"[Context]\n{record['context']}\n\n[Question]\n{record['prompt']}\n\n"
             f"[Assistant 1]\n{record['target']}\n\n[End of Assistant 1]\n\n"
             f"[Assistant 2]\n{record['reply']}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
         )
 
-    def apply_judgment(self, record, judgment):
+    def apply_judgment(self, record: dict, judgment: str) -> None:
+        """Store the two ratings."""
         record["ratings"] = parse_ratings(judgment)
 
-    def units(self, records):
-        """The judge's two ratings of each question, -1 where its review could not be read; none without a judge."""
+    def units(self, records: Sequence[dict]) -> dict[str, dict[str, float]]:
+        """The two ratings of each judged question, -1 if the review could not be read. Empty without a judge."""
         units, unread = {}, 0
         for record in records:
             if "ratings" in record:
                 reference, candidate = record["ratings"]
                 unread += (reference, candidate) == (-1.0, -1.0)
-                units[record["id"]] = {
-                    f"{kind} {group}": value
-                    for group in ("all", record["category"])
-                    for kind, value in (("reference", reference), ("candidate", candidate), ("count", 1.0))
-                }
+                groups = ("all", record["category"])
+                units[record["id"]] = in_groups(groups, reference=reference, candidate=candidate)
         if unread:
             self.notes["reviews"] = f"{unread} do not begin with two ratings; each counts as -1 and -1, as published"
         return units
 
-    def scores(self, means):
-        scores = {}
-        for group in ("all", *CATEGORIES):
-            if count := means.get(f"count {group}", 0.0):
-                pair = means[f"reference {group}"] / count, means[f"candidate {group}"] / count
-                scores[group] = score([pair])
-        return scores
+    def scores(self, means: dict[str, float]) -> dict[str, float]:
+        """The relative score over all questions and in each category."""
+        references, candidates = group_means(means, "reference"), group_means(means, "candidate")
+        return {
+            group: score([(references[group], candidates[group])])
+            for group in ("all", *CATEGORIES)
+            if group in references
+        }

@@ -1,4 +1,4 @@
-"""What a matching benchmark is: items of two images and two texts, and the verdicts on their 2x2 scores.
+"""The interface of a matching benchmark: items of two images and two texts, and the verdicts on their 2x2 scores.
 
 Every score matrix s here has s[t][i] = score of text t with image i; text k belongs to image k.
 """
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .base import ImageSource, unit_means
+from .groups import group_means, in_groups
 
 Matrix = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class MatchingItem:
-    """Two images and two texts; text k describes image k. `info` may name a visual `pattern`."""
+    """Two images and two texts, where text k describes image k. `info` may contain a visual `pattern`."""
 
     id: str
     images: tuple[ImageSource, ImageSource]
@@ -24,9 +25,9 @@ class MatchingItem:
 
 
 def picks_both_images(s: Matrix) -> bool:
-    """MMVP-VLM's verdict: for each text the softmax over the two images is above one half on the right one.
+    """MMVP-VLM's verdict: whether each text has the higher probability, over the two images, on its own image.
 
-    Image 1 is chosen when its probability is above 0.5, otherwise image 2, so a tie goes to image 2.
+    Image 1 is chosen if its probability is above 0.5, otherwise image 2. A tie goes to image 2.
     """
     return bool(s[0][0] > s[0][1]) and not s[1][0] > s[1][1]
 
@@ -39,16 +40,16 @@ def winoground_verdicts(s: Matrix) -> dict[str, bool]:
 
 
 class MatchingBenchmark:
-    """Reads items and turns their 2x2 scores into percentages; a unit of averages and bootstraps is an item.
+    """Reads items and computes percentages from their 2x2 scores. The unit of averages and bootstraps is an item.
 
-    By default an item counts when both texts pick their image, scores are given by `info["pattern"]`, and "average" is
-    the unweighted mean of the patterns.
+    By default an item counts if both texts pick their image, there is a score for each `info["pattern"]`, and "average"
+    is the unweighted mean of the patterns.
     """
 
     name: str
     hub_id: str
     metric: str = "average"
-    prefix: str = ""  # put before every text
+    prefix: str = ""  # prepended to every text
     files: tuple[str, ...] = ("*",)
 
     def read(self, folder: Path) -> list[MatchingItem]:
@@ -56,30 +57,26 @@ class MatchingBenchmark:
         raise NotImplementedError
 
     def verdicts(self, matrix: Matrix) -> dict[str, float]:
+        """Named verdicts (0 or 1) on the scores of one item."""
         return {"pair": float(picks_both_images(matrix))}
 
     def units(self, records: Sequence[dict]) -> dict[str, dict[str, float]]:
         """Item id -> named numbers, from records that hold `id`, `pattern` and `verdicts`."""
-        return {
-            record["id"]: {f"right {record['pattern']}": record["verdicts"]["pair"], f"count {record['pattern']}": 1.0}
-            for record in records
-        }
+        return {record["id"]: in_groups([record["pattern"]], pair=record["verdicts"]["pair"]) for record in records}
 
     def scores(self, means: dict[str, float]) -> dict[str, float]:
-        patterns = [
-            key.removeprefix("count ") for key, count in means.items() if key.startswith("count ") and count > 0
-        ]
-        scores = {pattern: 100.0 * means[f"right {pattern}"] / means[f"count {pattern}"] for pattern in patterns}
+        """The unweighted mean of the patterns, and the score of each pattern."""
+        scores = {pattern: 100.0 * mean for pattern, mean in group_means(means, "pair").items()}
         return {"average": sum(scores.values()) / len(scores), **scores}
 
     def score(self, items: Sequence[MatchingItem], matrices: Sequence[Matrix]) -> dict[str, float]:
         """Percentages from one 2x2 matrix per item.
 
         Raises:
-            ValueError: there is no item.
+            ValueError: `items` is empty.
         """
         if not items:
-            raise ValueError(f"{self.name}: there is nothing to score.")
+            raise ValueError(f"{self.name}: there are no items to score. Check the data folder.")
         records = [
             {"id": item.id, **item.info, "verdicts": self.verdicts(matrix)}
             for item, matrix in zip(items, matrices, strict=True)
@@ -87,4 +84,5 @@ class MatchingBenchmark:
         return self.scores(unit_means(self.units(records)))
 
     def chance(self) -> dict[str, float]:
+        """The scores of random guessing, in percent."""
         return {self.metric: 25.0}

@@ -1,4 +1,7 @@
-"""The benchmarks' scores as modules of the `evaluate` library: `evaluate.load(str(metric_path("mmvp")))`."""
+"""The benchmarks' scores as modules of the `evaluate` library: `evaluate.load(str(metric_path("mmvp")))`.
+
+`evaluate` copies a module's file to its own cache before importing it, so these files use absolute imports.
+"""
 
 from pathlib import Path
 
@@ -6,11 +9,11 @@ METRICS = ("mmvp", "naturalbench", "winoground", "captions")
 
 
 def metric_path(name: str) -> Path:
-    """The folder that `evaluate.load` takes.
+    """The folder to pass to `evaluate.load`.
 
     Raises:
-        ValueError: there is no metric of that name.
+        ValueError: The metric does not exist.
     """
     if name not in METRICS:
-        raise ValueError(f"There is no metric {name!r}; there are {', '.join(METRICS)}.")
+        raise ValueError(f"Unknown metric {name!r}. Choose one of {', '.join(METRICS)}.")
     return Path(__file__).parent / name

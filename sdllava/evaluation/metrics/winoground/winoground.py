@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from ...benchmarks.winoground import score
+from sdllava.evaluation.benchmarks.winoground import score
 
 DESCRIPTION = "Winoground's text, image and group scores with strict inequalities, in percent (arXiv 2204.03162)."
 CITATION = "Thrush et al., Winoground: Probing Vision and Language Models for Visio-Linguistic Compositionality, 2022."
@@ -12,7 +12,7 @@ CITATION = "Thrush et al., Winoground: Probing Vision and Language Models for Vi
 class WinogroundMetric(evaluate.Metric):
     """Predictions are 2x2 score matrices, rows texts, columns images; text k belongs to image k. No references."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         matrix = datasets.Sequence(datasets.Sequence(datasets.Value("float64")))
         return evaluate.MetricInfo(
             description=DESCRIPTION,
@@ -21,5 +21,5 @@ class WinogroundMetric(evaluate.Metric):
             features=datasets.Features({"predictions": matrix}),
         )
 
-    def _compute(self, predictions):
+    def _compute(self, predictions: list[list[list[float]]]) -> dict[str, float]:
         return score(predictions)

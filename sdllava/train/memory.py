@@ -1,12 +1,12 @@
-"""What a stage trains, counted, and the memory that a run will need."""
+"""The parameters that a run trains, by part of the model, and the memory that it needs."""
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
 
 PARTS = {
     "vision_tower": "vision encoder",
@@ -22,15 +22,15 @@ BYTES_PER_GIB = 1024**3
 
 @dataclass(frozen=True)
 class PartCount:
-    """Parameters of one part of the model."""
+    """The number of parameters of one part of the model."""
 
     name: str
     trained: int
     frozen: int
 
 
-def count_parameters(model: "nn.Module") -> list[PartCount]:
-    """Trained and frozen parameters by part, adapters counted with the part that they sit in."""
+def count_parameters(model: nn.Module) -> list[PartCount]:
+    """Trained and frozen parameters by part. Adapters are counted with the part that they adapt."""
     trained: Counter[str] = Counter()
     frozen: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
@@ -51,20 +51,22 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """All parts together, in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def estimate_memory(model: "PreTrainedModel", batch_size: int, length: int, checkpointing: bool) -> MemoryEstimate:
-    """Memory of one process that holds the whole model, before any sharding (FSDP, ZeRO).
+def estimate_memory(model: PreTrainedModel, batch_size: int, length: int, checkpointing: bool) -> MemoryEstimate:
+    """The memory of one process that holds the whole model, before sharding (FSDP, ZeRO).
 
     Activations are those of the language model in half precision with a fused attention, after Korthikanti et al.
-    (arXiv 2205.05198, section 4): 34 bytes a token, channel and layer, or with checkpointing 2 bytes and one whole
-    layer.
+    (arXiv 2205.05198, section 4): 34 bytes per token, channel and layer, or with checkpointing 2 bytes plus one whole
+    layer. The logits and the activations of the diffusion model are not included.
 
     Args:
-        batch_size: sequences in one forward pass.
-        length: tokens of a sequence, image tokens included.
-        checkpointing: whether activations are recomputed in the backward pass.
+        model: The model, with the trained parameters marked by `requires_grad`.
+        batch_size: Sequences in one forward pass.
+        length: Tokens of a sequence, including image tokens.
+        checkpointing: Whether activations are recomputed in the backward pass.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -75,11 +77,8 @@ def estimate_memory(model: "PreTrainedModel", batch_size: int, length: int, chec
     return MemoryEstimate(weights, trained, 2 * trained, activations)
 
 
-def print_plan(model: "PreTrainedModel", batch_size: int, length: int, checkpointing: bool) -> None:
-    """Print the trained and frozen parameters by part, and the memory that the run expects to need."""
-    from rich.console import Console
-    from rich.table import Table
-
+def print_memory(model: PreTrainedModel, batch_size: int, length: int, checkpointing: bool) -> None:
+    """Print the trained and frozen parameters by part, and the memory estimate. See [`estimate_memory`]."""
     table = Table("part", "trained", "frozen", title="Parameters")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -93,9 +92,9 @@ def print_plan(model: "PreTrainedModel", batch_size: int, length: int, checkpoin
     sizes = ", ".join(f"{piece} {getattr(memory, piece) / BYTES_PER_GIB:.2f}" for piece in pieces)
     console = Console()
     console.print(table)
-    console.print(f"Memory expected on each process, unsharded: {memory.total / BYTES_PER_GIB:.2f} GiB ({sizes}).")
+    console.print(f"Estimated memory per process, unsharded: {memory.total / BYTES_PER_GIB:.2f} GiB ({sizes}).")
 
 
-def _numel(parameter: "nn.Parameter") -> int:
-    quantised = getattr(parameter, "quant_state", None)  # bitsandbytes packs two 4-bit weights into a byte
+def _numel(parameter: nn.Parameter) -> int:
+    quantised = getattr(parameter, "quant_state", None)  # bitsandbytes packs two 4-bit weights into one byte
     return quantised.shape.numel() if quantised is not None else parameter.numel()

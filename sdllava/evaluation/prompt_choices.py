@@ -1,13 +1,13 @@
-"""What the diffusion model is asked in an evaluation: its own choice, whatever the model was trained with.
+"""The diffusion model's prompts in an evaluation, independent of those it was trained with.
 
-| choice | text |
+| choice | prompt |
 |---|---|
 | `question` | the sample's question, without options and answer instruction |
-| `prompt` | the whole text that the language model gets |
+| `prompt` | the whole text that the language model reads |
 | `caption` | the image's caption: from a file of pseudo-captions, else the benchmark's first reference caption |
 | `question+caption` | both, in this order (the rows marked with a dagger in S4's Table 7) |
 | `none` | the empty prompt |
-| `other` | another sample's text (a seeded derangement): its caption where there are captions, else its question |
+| `other` | the text of another sample, by a seeded derangement: its caption if captions exist, else its question |
 """
 
 import random
@@ -19,13 +19,13 @@ CHOICES = ("question", "prompt", "caption", "question+caption", "none", "other")
 
 
 def derangement(count: int, seed: int) -> list[int]:
-    """A uniformly drawn permutation of 0..count-1 that leaves nothing in its place.
+    """Draw a permutation of `0..count-1` without fixed points, uniformly over all of them.
 
     Raises:
-        ValueError: fewer than two things.
+        ValueError: `count` is less than 2.
     """
     if count < 2:
-        raise ValueError(f"Swapping texts between samples needs at least two samples, not {count}.")
+        raise ValueError(f"Swapping texts between samples needs at least two samples, not {count}. Raise --limit.")
     generator = random.Random(seed)
     while True:
         order = list(range(count))
@@ -34,21 +34,25 @@ def derangement(count: int, seed: int) -> list[int]:
             return order
 
 
-def diffusion_prompts(
+def prompts_for_samples(
     samples: Sequence[Sample], choice: str, captions: Mapping[str, str] | None = None, seed: int = 0
 ) -> dict[str, list[str]]:
-    """Sample id -> one text per image.
+    """The diffusion model's prompts for an evaluation, one per image of each sample.
 
     Args:
-        choice: one of `CHOICES`, see the table above.
-        captions: image name -> caption, as `--write-pseudo-captions` writes them.
-        seed: of the derangement that `other` draws.
+        samples: The samples of the evaluation.
+        choice: One of `CHOICES`, see the table above.
+        captions: Image name -> caption, in the format of `--write-pseudo-captions`.
+        seed: Seed of the derangement that `other` draws.
+
+    Returns:
+        `dict[str, list[str]]`: Sample id -> one prompt per image.
 
     Raises:
-        ValueError: an unknown choice, or an image without a caption.
+        ValueError: `choice` is unknown, or an image has no caption.
     """
     if choice not in CHOICES:
-        raise ValueError(f"The diffusion model can be asked {', '.join(CHOICES)}, not {choice!r}.")
+        raise ValueError(f"Unknown --diffusion-prompt {choice!r}. Choose one of {', '.join(CHOICES)}.")
     if choice == "other":
         donors = derangement(len(samples), seed)
         known = bool(captions) or _references(samples[0]) is not None
@@ -74,18 +78,23 @@ def _text(sample: Sample, image: int, choice: str, captions: Mapping[str, str] |
 
 
 def caption_of(sample: Sample, image: int, captions: Mapping[str, str] | None) -> str:
-    """The caption of one image: the file's, else the first reference of a captioning benchmark."""
+    """The caption of one image: from the file, else the first reference of a captioning benchmark.
+
+    Raises:
+        ValueError: The image has no caption.
+    """
     if captions is None:
         references = _references(sample)
         if references is None:
             raise ValueError(
-                "This benchmark has no captions of its own; give a file with --captions "
-                "(`sdllava evaluate --write-pseudo-captions FILE` makes one)."
+                "This benchmark has no captions of its own. Give a file with --captions "
+                "(`sdllava evaluate --write-pseudo-captions FILE` writes one)."
             )
         return references[0]
-    if sample.image_ids[image] not in captions:
-        raise ValueError(f"The caption file has no caption for the image {sample.image_ids[image]!r}.")
-    return captions[sample.image_ids[image]]
+    name = sample.image_ids[image]
+    if name not in captions:
+        raise ValueError(f"The caption file has no caption for the image {name!r}. Write captions for this benchmark.")
+    return captions[name]
 
 
 def _references(sample: Sample) -> list[str] | None:
