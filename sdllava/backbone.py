@@ -45,16 +45,18 @@ class DiffusionBackbone(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def read_published(cls, source: str, **fields: Any) -> PublishedDiffusion:
-        """Read and check configurations and tokenizers of a published repository or folder, without weights.
+    def read_part_configs(cls, source: str) -> tuple[dict[str, Any], list[PreTrainedTokenizerBase]]:
+        """Read and check the parts of a published repository or folder, without weights.
 
         Args:
             source: Repository id, `id@revision` or local folder.
-            fields: Of `SDLlavaDiffusionConfig`.
+
+        Returns:
+            The fields of `SDLlavaDiffusionConfig` that describe the parts, and the tokenizers.
 
         Raises:
             OSError: A part cannot be read.
-            ValueError: The parts do not fit together, or a field does not fit them.
+            ValueError: The parts do not fit together.
         """
 
     @abstractmethod
@@ -62,7 +64,7 @@ class DiffusionBackbone(nn.Module, ABC):
         """Replace the modules by those with the published weights, safetensors only.
 
         Args:
-            source: As for `read_published`.
+            source: As for `read_part_configs`.
             dtype: Of the weights; the image encoder's stay in float32 where the configuration says so.
 
         Raises:

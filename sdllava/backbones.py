@@ -7,6 +7,7 @@ from torch import nn
 
 from .backbone import DiffusionBackbone, PublishedDiffusion
 from .configuration import SDLlavaDiffusionConfig
+from .families import find_family
 from .repositories import find_file, split_revision
 from .stable_diffusion import StableDiffusionBackbone, StableDiffusionXLBackbone
 
@@ -33,6 +34,29 @@ def read_published(diffusion: str, **fields: Any) -> PublishedDiffusion:
         OSError: A part cannot be read.
         ValueError: Its family is not supported, its parts do not fit together, or a field does not fit them.
     """
+    parts, tokenizers = _published_family(diffusion).read_part_configs(diffusion)
+    return PublishedDiffusion(diffusion, SDLlavaDiffusionConfig(**parts, **fields), tokenizers)
+
+
+def read_whole(diffusion: str, image_size: int | None = None, max_image_size: int | None = None) -> PublishedDiffusion:
+    """As `read_published`, for a tower that is not cut and is read at its last cross-attention.
+
+    Args:
+        diffusion: As for `read_published`.
+        image_size: Height and width of images, in pixels. Default: those that the model was trained on.
+        max_image_size: The largest default.
+    """
+    parts, tokenizers = _published_family(diffusion).read_part_configs(diffusion)
+    family = find_family(parts)
+    native = family.native_image_size(parts)
+    size = image_size or min(native, max_image_size or native)
+    taps = [tap.name for tap in family.list_taps(parts, size // family.latent_scale(parts))]
+    last = [tap for tap in taps if tap.endswith("Cross-Q")][-1:] or taps[-1:]
+    config = SDLlavaDiffusionConfig(**parts, truncate=False, taps=last, image_size=size)
+    return PublishedDiffusion(diffusion, config, tokenizers)
+
+
+def _published_family(diffusion: str) -> type[DiffusionBackbone]:
     where = split_revision(diffusion)
     options = {"revision": where.get("revision")}
     if find_file(where["pretrained_model_name_or_path"], "transformer/config.json", options) is not None:
@@ -40,7 +64,7 @@ def read_published(diffusion: str, **fields: Any) -> PublishedDiffusion:
             f"{str(diffusion)!r} is a diffusion transformer, which is not supported. Supported families: "
             f"{', '.join(BACKBONES)}."
         )
-    return StableDiffusionBackbone.read_published(diffusion, **fields)
+    return StableDiffusionBackbone
 
 
 def load_backbone(diffusion: str, config: SDLlavaDiffusionConfig, dtype: torch.dtype) -> DiffusionBackbone:

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .attention_maps import AttentionCapture, AttentionMaps, attention_layers, choose_layers
-from .backbone import Prompts, without_autocast
+from .backbone import Prompts, PublishedDiffusion, without_autocast
 from .backbones import build_backbone, freeze, read_published
 from .checkpoints import CheckpointMixin
 from .configuration import SDLlavaDiffusionConfig
@@ -94,10 +94,25 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
             OSError: A part cannot be read.
             ValueError: The parts do not fit together, a field does not fit them, or the weights are pickles.
         """
-        published = read_published(diffusion, truncate=truncate, **config)
+        return cls.from_published(read_published(diffusion, truncate=truncate, **config), dtype)
+
+    @classmethod
+    def from_published(
+        cls, published: PublishedDiffusion, dtype: torch.dtype | str = torch.float32
+    ) -> "SDLlavaDiffusionModel":
+        """Load a published diffusion model whose configuration has been read.
+
+        Args:
+            published: From `read_published` or `read_whole`.
+            dtype (`torch.dtype` or `str`): Of the weights; the VAE stays in float32 where the configuration says so.
+
+        Raises:
+            OSError: A part cannot be read.
+            ValueError: The weights are pickles.
+        """
         with torch.device("meta"):
             tower = cls(published.config)
-        return tower.load_published(diffusion, as_dtype(dtype))
+        return tower.load_published(published.source, as_dtype(dtype))
 
     def load_published(self, diffusion: str, dtype: torch.dtype) -> "SDLlavaDiffusionModel":
         """Fill a tower that was built on the meta device with the weights of the repository that it describes.

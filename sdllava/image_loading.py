@@ -16,7 +16,7 @@ ImageLike = Any
 """PIL image, path, URL, base64 string, or array `(h, w)`, `(h, w, 3)`, `(3, h, w)`: uint8, or float in [0, 1]."""
 
 MAX_DOWNLOAD = 64 << 20
-"""Largest image behind a URL, in bytes."""
+"""Largest image that is downloaded, in bytes."""
 
 
 def load_rgb(image: ImageLike) -> Image.Image:

@@ -106,7 +106,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         Args:
             image: A PIL image, path, URL, base64 string, a list or dataset of them; or `{"image": ..., "question":
                 ...}`, or a list, generator or dataset of such dictionaries.
-            question (`str` or `list[str]`): Each is asked about each image.
+            question (`str` or `list[str]`): Every question is answered for every image.
             kwargs: `top_k` (`int`): return that many answers, the beams of a beam search, best score first;
                 `guidance_scales` (`list[float]`): the diffusion model's, instead of the configured ones;
                 `batch_size` (`int`): questions answered at once; any argument of `generate` (default: greedy, 128 new

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .backbone import DiffusionBackbone, Prompts, PublishedDiffusion, dtype_of, without_autocast
+from .backbone import DiffusionBackbone, Prompts, dtype_of, without_autocast
 from .configuration import SDLlavaDiffusionConfig
 from .families import is_tiny_vae
 from .noise import ddpm_rates
@@ -44,13 +44,8 @@ class StableDiffusionBackbone(DiffusionBackbone):
         self._rates = ddpm_rates(_as_dict(config.scheduler_config))
 
     @classmethod
-    def read_published(cls, source: str, **fields: Any) -> PublishedDiffusion:
-        """Read and check `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`; for SDXL also the second pair.
-
-        Raises:
-            OSError: A part cannot be read.
-            ValueError: The parts do not fit together, or a field does not fit them.
-        """
+    def read_part_configs(cls, source: str) -> tuple[dict[str, Any], list[PreTrainedTokenizerBase]]:
+        """Read `unet/`, `vae/`, `scheduler/`, `text_encoder/`, `tokenizer/`; for SDXL also `_2` of the last two."""
         where = split_revision(source)
         try:
             unet = UNet2DConditionModel.load_config(subfolder="unet", **where)
@@ -64,17 +59,16 @@ class StableDiffusionBackbone(DiffusionBackbone):
             raise missing(source, "diffusion model", error) from error
         _check_parts(unet, vae, encoders, tokenizers)
         empty = [t("", padding="max_length", max_length=77, truncation=True)["input_ids"] for t in tokenizers]
-        config = SDLlavaDiffusionConfig(
-            unet_config=_published(unet),
-            vae_config=_published(vae),
-            scheduler_config=_published(scheduler),
-            text_encoder_config=encoders[0].to_diff_dict(),
-            text_encoder_2_config=encoders[1].to_diff_dict() if is_xl else None,
-            null_input_ids=empty[0],
-            null_input_ids_2=empty[1] if is_xl else None,
-            **fields,
-        )
-        return PublishedDiffusion(source, config, tokenizers)
+        parts = {
+            "unet_config": _published(unet),
+            "vae_config": _published(vae),
+            "scheduler_config": _published(scheduler),
+            "text_encoder_config": encoders[0].to_diff_dict(),
+            "text_encoder_2_config": encoders[1].to_diff_dict() if is_xl else None,
+            "null_input_ids": empty[0],
+            "null_input_ids_2": empty[1] if is_xl else None,
+        }
+        return parts, tokenizers
 
     def load_published(self, source: str, dtype: torch.dtype) -> None:
         """Replace the modules by those with the published weights; the VAE stays in float32 where configured.

@@ -101,14 +101,14 @@ def test_guidance_can_be_chosen(vqa):
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        ({"question": ""}, ValueError, "the question '' is empty"),
-        ({"question": "  "}, ValueError, "the question '  ' is empty"),
-        ({"question": 5}, TypeError, "a question must be text, not 5"),
-        ({"question": "What?", "top_k": 0}, ValueError, "top_k is the number of answers, at least 1, not 0"),
-        ({}, ValueError, "give image= and question="),
+        ({"question": ""}, ValueError, "Question '' is empty"),
+        ({"question": "  "}, ValueError, "Question '  ' is empty"),
+        ({"question": 5}, TypeError, "Question 5 is not a string"),
+        ({"question": "What?", "top_k": 0}, ValueError, "top_k=0 is not a number of answers. Use at least 1"),
+        ({}, ValueError, "Give image= and question="),
     ],
 )
-def test_bad_input_gets_one_sentence(vqa, inputs, error, message):
+def test_bad_input_raises(vqa, inputs, error, message):
     with pytest.raises(error, match=message):
         vqa(image=picture(), **inputs)
 

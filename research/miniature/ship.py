@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdllava.hub.card import write_card
 from sdllava.hub.records import AUTHOR_FILE, TRAINING_FILE
-from sdllava.remote_code import CODE_FILES
+from sdllava.remote_code import travelling_files
 
 _LIMITS = [
     "It knows rendered scenes only: about anything else, a photograph above all, its answers mean nothing.",
@@ -48,7 +48,7 @@ def write_checkpoint(folder: str | os.PathLike) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     SDLlavaForConditionalGeneration.from_pretrained(source).half().save_pretrained(aside)
     SDLlavaProcessor.from_pretrained(source).save_pretrained(aside)
-    for name in CODE_FILES:
+    for name in (path.name for path in travelling_files()):
         (aside / name).unlink(missing_ok=True)
     config = (aside / "config.json").read_text(encoding="utf-8").replace('"dtype": "float16"', '"dtype": "float32"')
     (aside / "config.json").write_text(config, encoding="utf-8")

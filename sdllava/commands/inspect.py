@@ -68,7 +68,9 @@ def attention(
         choices = [(f"t = {t}", {"timesteps": [t], "resolution": resolution}) for t in maps.timesteps]
     tokenizer = subject.processor.diffusion_tokenizer
     rows = [(label, attention_by_word(maps, tokenizer, [picture], **chosen)[0]) for label, chosen in choices]
-    place = f"t = {', '.join(map(str, maps.timesteps))}" if layers is not None else rows[0][1].description.split(", t =")[0]
+    place = (
+        f"t = {', '.join(map(str, maps.timesteps))}" if layers is not None else rows[0][1].description.split(", t =")[0]
+    )
 
     def draw():
         from ..analysis.plots import attention_figure

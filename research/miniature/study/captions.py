@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdllava.analysis.loading import load_subject
 from sdllava.commands.evaluate import progress_bar
-from sdllava.diffusion import guide
+from sdllava.guidance import guide
 from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.evaluation.benchmarks.base import unit_means
 from sdllava.evaluation.bootstrap import Units, intervals

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sdllava.analysis.loading import Subject, load_subject
 from sdllava.analysis.reading import read_features
-from sdllava.diffusion import guide
+from sdllava.guidance import guide
 from sdllava.evaluation.benchmarks.base import unit_means
 from sdllava.evaluation.bootstrap import Units, intervals
 from sdllava.scenes.dataset import Question, render, sample_question

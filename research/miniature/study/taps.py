@@ -10,7 +10,7 @@ from tqdm import tqdm
 from sdllava.analysis.loading import Subject, load_subject
 from sdllava.analysis.reading import read_features
 from sdllava.analysis.similarity import StaticEncoder
-from sdllava.diffusion import resize_grid
+from sdllava.grids import resize_grid
 from sdllava.evaluation.benchmarks.base import unit_means
 from sdllava.evaluation.bootstrap import Units, intervals
 from sdllava.scenes.dataset import Scene, render, sample_scene
