@@ -27,6 +27,7 @@ from measure import (
     Size,
     batches,
     difference,
+    tokens_on_grid,
 )
 
 from sdllava import SDLlavaDiffusionModel
@@ -151,7 +152,7 @@ class Subject:
 
     def errors(self) -> dict[str, str]:
         """Differences of guided features from those in float64: of the whole stock UNet, and of ours."""
-        null = self.ours._null_prompts(self.latents)
+        null = self.ours.encode_prompts(*self.null_ids)
         both = {name: torch.cat([null[name], x]) for name, x in prompts_of(self, halves=1).items()}
         read = {
             "float64": self.hooked_unet(self.latents, both, self._stock_unet(self.stock, torch.float64)),
@@ -160,7 +161,7 @@ class Subject:
         }
         guided = {}
         for name, features in read.items():
-            unconditional, conditional = self.ours._to_grid(features).double().chunk(2)
+            unconditional, conditional = tokens_on_grid(features, self.ours.config.grid_size).double().chunk(2)
             guided[name] = unconditional + 4.0 * (conditional - unconditional)
         expected = guided.pop("float64")
         return {name: difference(found, expected) for name, found in guided.items()}
@@ -287,7 +288,7 @@ def main(
             if Part.question in parts:
                 first, ours, cached, follow_up = bench.time(question_calls(subject), per_call=n).values()
                 follow_up.note = f"{cached.median / follow_up.median:.2f}x of (b)"
-                expected = subject.ours._to_grid(bench.results[first.name])
+                expected = tokens_on_grid(bench.results[first.name], subject.ours.config.grid_size)
                 ours.note = difference(bench.results[ours.name], expected)
     bench.report()
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sdllava.atomic_files import write_json
+from sdllava.grids import as_map, resize_grid
 
 Size = Annotated[Literal["full", "mini"], typer.Option(help="Published sizes with random weights, or small ones.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
@@ -163,7 +164,7 @@ class Bench:
 
     def matrix_peak(self) -> float:
         """GFLOP/s of the fastest of five square matrix products in this dtype, by the clock of the rows."""
-        side = 8192 if self.device.type == "cuda" else 2048
+        side = 8192 if self.device.type == "cuda" else 2048 if self.settings["size"] == "full" else 1024
         a = torch.randn(side, side, device=self.device, dtype=self.dtype)
         a @ a
         best = float("inf")
@@ -223,6 +224,11 @@ def count_gflop(call: Call) -> tuple[float, Any]:
     with torch.compiler.set_stance("force_eager"), counter:
         result = call()
     return counter.get_total_flops() / 1e9, result
+
+
+def tokens_on_grid(features: torch.Tensor, size: int) -> torch.Tensor:
+    """The output of a tap, tokens or maps, as tokens of shape `(n, size ** 2, channels)`."""
+    return resize_grid(as_map(features) if features.ndim == 3 else features, size)
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> str:

@@ -6,14 +6,15 @@ of an answer. Of one training sample, with the share of a GPU's peak that the ta
     python perf/operations.py                     # full size; a minute, without weights in memory
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 import typer
 from answering import QUESTION_TOKENS
 from features import Subject, unet_calls
 from measure import Size, count_gflop
-from models import model_config
+from models import DIFFUSION_MODELS, model_config
 from rich.console import Console
 from rich.table import Table
 from training import PAPER_RATES, Stage, text_lengths
@@ -109,10 +110,10 @@ def training_sample(model: Any, stage: Stage, recompute: bool) -> float:
     return count_gflop(call)[0]
 
 
-def unet_table(size: str) -> Table:
-    """One prompt, and both halves of the guidance: the stock UNet and ours."""
+def unet_table(size: str, names: Sequence[str]) -> Table:
+    """One prompt, and both halves of the guidance: the stock UNet and ours, for each diffusion model."""
     table = Table("GFLOP", "whole UNet", "to the tap", "ratio", "both halves, whole", "ours", "ratio", box=None)
-    for name in ("sd15", "sd21", "sdxl"):
+    for name in names:
         subject = Subject(name, size, META, torch.float32, batch=1)
         cells = []
         with torch.inference_mode():
@@ -144,15 +145,18 @@ def training_table(model: Any) -> Table:
     return table
 
 
-def main(size: Size = "full") -> None:
+def main(
+    size: Size = "full",
+    model: Annotated[list[str] | None, typer.Option(help="sd15, sd21, sdxl, for the first table; default all.")] = None,
+) -> None:
     """Prints three tables: the UNet, the first token, training."""
     console = Console()
-    console.print(unet_table(size))
+    console.print(unet_table(size, model or list(DIFFUSION_MODELS)))
     with META:
-        model = SDLlavaForConditionalGeneration(model_config(size)).eval()
+        ours = SDLlavaForConditionalGeneration(model_config(size)).eval()
         clip_only = SDLlavaForConditionalGeneration(model_config(size, diffusion_config=None)).eval()
-    console.print(first_token_table(model, clip_only))
-    console.print(training_table(model))
+    console.print(first_token_table(ours, clip_only))
+    console.print(training_table(ours))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Research code around the package. Not in the wheel."""

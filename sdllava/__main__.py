@@ -1,4 +1,4 @@
-"""`python -m sdllava`."""
+"""Runs the `sdllava` command as `python -m sdllava`."""
 
 from .commands.main import main
 

@@ -13,6 +13,8 @@ import tiny
 import torch
 from filelock import FileLock
 
+pytest_plugins = ["train_fixtures", "fixtures_evaluation"]
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

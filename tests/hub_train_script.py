@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 import train_fixtures
+from sdllava.train.record import TrainingRecord
 from trl import SFTConfig
 
 from sdllava.train import run
 from sdllava.train.arguments import AdapterArguments, DataArguments, ModelArguments
 from sdllava.train.recipes import parse_arguments
-from sdllava.train.record import TrainingRecord
 
 work = Path(sys.argv[1])
 train_fixtures.write_parts(work)

@@ -1,4 +1,4 @@
-"""`sdllava inspect`: pictures that show what the numbers say, numbers that a notebook can read."""
+"""`sdllava inspect`: pictures that agree with the numbers, and numbers for notebooks."""
 
 import json
 
@@ -8,7 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdllava.analysis.attention import HeatMap, map_onto_image, question_attention
-from sdllava.analysis.loading import load_subject
+from sdllava.analysis.loading import load_analysis_model
 from sdllava.analysis.numbers import save_numbers
 from sdllava.analysis.plots import draw_heatmap
 from sdllava.commands.inspect import app
@@ -43,28 +43,28 @@ def test_attention_writes_a_picture_and_its_numbers(composed, images, tmp_path):
     picture_size(tmp_path / "a.png")
     numbers = np.load(tmp_path / "a.npz")
     meta = json.loads(str(numbers["meta"]))
-    subject = load_subject(str(composed))
-    expected = question_attention(subject.tower, subject.processor, images / "0.png", "Is it red?", timesteps=[500])
+    model = load_analysis_model(str(composed))
+    expected = question_attention(model.tower, model.processor, images / "0.png", "Is it red?", timesteps=[500])
     np.testing.assert_allclose(numbers["t = 500"], expected.maps, atol=1e-6)
     assert [word["text"] for word in meta["words"]][:5] == ["<begin>", "is", "it", "red", "?"]
     np.testing.assert_allclose(json.loads((tmp_path / "a.json").read_text())["t = 500"], expected.maps, atol=1e-6)
 
 
-def test_attention_by_layer(composed, images, tmp_path):
+def test_attention_by_layer(published, images, tmp_path):
     layers = ("--layers", "U-L1-R0-B0,U-L1-R1-B0")
     output = ("-o", tmp_path / "a.svg", "-o", tmp_path / "a.npz")
-    run("attention", images / "0.png", "red", "--model", composed, *layers, *output)
+    run("attention", images / "0.png", "red", "--model", published["sd2"], *layers, *output)
     assert set(np.load(tmp_path / "a.npz")) == {"meta", "U-L1-R0-B0", "U-L1-R1-B0"}
     assert "<svg" in (tmp_path / "a.svg").read_text()[:600]
     first = (tmp_path / "a.svg").read_bytes()
-    run("attention", images / "0.png", "red", "--model", composed, *layers, *output)
+    run("attention", images / "0.png", "red", "--model", published["sd2"], *layers, *output)
     assert (tmp_path / "a.svg").read_bytes() == first
 
 
 def test_features_delta_similarity_and_cka(published, images, tmp_path):
     model = ("--model", published["sd2"], "--taps", "D-L0-R0-B0-Out,U-L2-R1-B0-Cross-Q")
     result = run("features", images, *model, "--question", "red", "-o", tmp_path / "f.png", "-o", tmp_path / "f.npz")
-    assert "registers an image" in result.stdout
+    assert "registers per image" in result.stdout
     numbers = np.load(tmp_path / "f.npz")
     assert numbers["features|U-L2-R1-B0-Cross-Q|50|4"].shape == (4, 4, 4, 64)
     assert numbers["colours|D-L0-R0-B0-Out|50|0"].shape == (4, 8, 8, 3)
@@ -95,13 +95,28 @@ def test_features_delta_similarity_and_cka(published, images, tmp_path):
         picture_size(tmp_path / f"{name}.png")
 
 
-def test_a_process_of_several_sweeps_its_own_images(published, images, tmp_path, monkeypatch):
+def test_a_process_of_several_computes_its_own_batches(published, images, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    run("sweep", images, "--model", published["sd2"], "--taps", "D-L0-R0-Res-Out", "-o", tmp_path)
+    run("sweep", images, "--model", published["sd2"], "--taps", "D-L0-R0-Res-Out", "--batch-size", "2", "-o", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "000001.safetensors", "000003.safetensors", "sweep.json"
+        "000002.safetensors", "000003.safetensors", "sweep.json"
     ]  # fmt: skip
+
+
+def test_pairs_of_a_folder_are_in_natural_order(published, tmp_path):
+    """Images 1 and 2 are equal, as are 10 and 11. In the order of the text, 1 and 10 would form a pair."""
+    (tmp_path / "pairs").mkdir()
+    generator = np.random.default_rng(0)
+    for names in (("1.png", "2.png"), ("10.png", "11.png")):
+        pixels = generator.integers(255, size=(32, 32, 3), dtype=np.uint8)
+        for name in names:
+            Image.fromarray(pixels).save(tmp_path / "pairs" / name)
+    model = ("--model", published["sd2"], "--taps", "D-L0-R0-Res-Out")
+    run("similarity", tmp_path / "pairs", *model, "-o", tmp_path / "s.json")
+    grid = json.loads((tmp_path / "s.json").read_text())
+    assert grid["num_pairs"] == 2
+    np.testing.assert_allclose(grid["positions"], [[[1]]], atol=1e-6)
 
 
 def test_a_drawn_map_is_bright_where_its_numbers_are(tmp_path):
@@ -125,22 +140,25 @@ def test_a_drawn_map_is_bright_where_its_numbers_are(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attention", "0.png", "red", "-o", "x.bmp"], "pictures are .png or .svg"),
-        (["attention", "no.png", "red", "-o", "x.png"], "no existing file"),
-        (["attention", "0.png", " ", "-o", "x.png"], "is empty: ask something"),
+        (
+            ["attention", "0.png", "red", "-o", "x.bmp"],
+            "'x.bmp' has an unknown suffix. Use one of .png, .svg, .npz, .json",
+        ),
+        (["attention", "no.png", "red", "-o", "x.png"], "'no.png'"),
+        (["attention", "0.png", " ", "-o", "x.png"], "question ' ' is empty"),
         (["attention", "0.png", "red", "-o", "x.png", "--layers", ","], "separated by commas or 'all'"),
-        (["features", "0.png", "-o", "x.png", "--taps", "U-L3-R0-B0-Out"], "behind the cut of this model"),
+        (["features", "0.png", "-o", "x.png", "--taps", "U-L9-R0-B0-Out"], "no tap 'U-L9-R0-B0-Out'"),
         (["features", "0.png", "-o", "x.png", "--timesteps", "5o"], "numbers separated by commas"),
         (["features", "0.png", "-o", "x.png", "--fit-per", "head"], "takes tap, timestep and guidance_scale"),
-        (["similarity", "-o", "x.png"], "give images, or --sweep"),
-        (["similarity", "0.png", "-o", "x.png"], "even number of images"),
+        (["similarity", "-o", "x.png"], "Give images, or --sweep"),
+        (["similarity", "0.png", "-o", "x.png"], "Give an even number of images"),
         (["cka", "0.png", "-o", "x.png"], "at least 4 images"),
         (["cka", "0.png", "-o", "x.png", "--prompt", "poem"], "question, caption or none"),
     ],
 )
-def test_bad_input_gets_one_sentence(composed, images, tmp_path, arguments, message, monkeypatch):
+def test_bad_input_raises_an_error_with_a_message(published, images, arguments, message, monkeypatch):
     monkeypatch.chdir(images)
-    result = run(*arguments, "--model", composed, fails=True)
+    result = run(*arguments, "--model", published["sd2"], fails=True)
     assert isinstance(result.exception, ValueError | OSError)
     assert message in str(result.exception)
     assert not (images / "x.png").exists()
@@ -149,5 +167,5 @@ def test_bad_input_gets_one_sentence(composed, images, tmp_path, arguments, mess
 def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
     save_numbers(tmp_path / "n.json", {"x": np.array([[1.0, np.nan]])}, {"model": "m"})
     assert json.loads((tmp_path / "n.json").read_text()) == {"model": "m", "x": [[1.0, None]]}
-    with pytest.raises(ValueError, match=r"\.npz or \.json"):
+    with pytest.raises(ValueError, match=r"Numbers cannot be written to 'n\.txt'\. Use a \.npz or \.json file\."):
         save_numbers(tmp_path / "n.txt", {}, {})

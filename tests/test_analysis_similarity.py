@@ -1,28 +1,29 @@
-"""Cosine similarity and CKA against direct formulas and known cases."""
+"""Cosine similarity and CKA equal direct formulas and known cases."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sdllava.analysis.similarity import MinibatchCKA, StaticEncoder, pair_similarity, unbiased_hsic
+from sdllava.analysis.similarity import MinibatchCKA, pair_similarity, unbiased_hsic
+from sdllava.analysis.vision_encoder import VisionEncoder
 
 
-def direct_hsic(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
+def direct_hsic(a: np.ndarray, b: np.ndarray) -> float:
     """The unbiased estimate by its definition: means over tuples of different examples (Song et al., 2012, eq. 4)."""
-    n = len(k)
+    n = len(a)
     pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
     triples = [(i, j, q) for i, j in pairs for q in range(n) if q not in (i, j)]
     quadruples = [(i, j, q, r) for i, j, q in triples for r in range(n) if r not in (i, j, q)]
-    first = np.mean([k[i, j] * l[i, j] for i, j in pairs])
-    second = np.mean([k[i, j] * l[q, r] for i, j, q, r in quadruples])
-    third = np.mean([k[i, j] * l[i, q] for i, j, q in triples])
+    first = np.mean([a[i, j] * b[i, j] for i, j in pairs])
+    second = np.mean([a[i, j] * b[q, r] for i, j, q, r in quadruples])
+    third = np.mean([a[i, j] * b[i, q] for i, j, q in triples])
     return first + second - 2 * third
 
 
 def direct_cka(x: np.ndarray, y: np.ndarray) -> float:
-    k, l = x @ x.T, y @ y.T  # noqa: E741
-    return direct_hsic(k, l) / np.sqrt(direct_hsic(k, k) * direct_hsic(l, l))
+    a, b = x @ x.T, y @ y.T
+    return direct_hsic(a, b) / np.sqrt(direct_hsic(a, a) * direct_hsic(b, b))
 
 
 def cka(batches: list[dict[str, torch.Tensor]]) -> np.ndarray:
@@ -40,8 +41,8 @@ def test_cka_equals_the_direct_formula():
     found = cka([{"x": torch.tensor(x), "y": torch.tensor(y)}])
     assert found[0, 1] == pytest.approx(expected, rel=1e-9)
     assert found[1, 0] == found[0, 1]
-    k, l = x @ x.T, y @ y.T  # noqa: E741
-    assert float(unbiased_hsic(torch.tensor(k), torch.tensor(l))) == pytest.approx(direct_hsic(k, l), rel=1e-9)
+    a, b = x @ x.T, y @ y.T
+    assert float(unbiased_hsic(torch.tensor(a), torch.tensor(b))) == pytest.approx(direct_hsic(a, b), rel=1e-9)
 
 
 def test_minibatch_cka_averages_the_estimates_of_batches():
@@ -49,16 +50,13 @@ def test_minibatch_cka_averages_the_estimates_of_batches():
     x, y = generator.normal(size=(12, 4)), generator.normal(size=(12, 6))
     y[:, :4] += 2 * x
     grams = [(a @ a.T, b @ b.T) for a, b in ((x[:5], y[:5]), (x[5:], y[5:]))]
-    kl, kk, ll = (np.mean([direct_hsic(*p(k, l)) for k, l in grams]) for p in _pairings())  # noqa: E741
+    between = np.mean([direct_hsic(a, b) for a, b in grams])
+    within_x, within_y = (np.mean([direct_hsic(pair[i], pair[i]) for pair in grams]) for i in (0, 1))
     found = cka([{"x": torch.tensor(a), "y": torch.tensor(b)} for a, b in ((x[:5], y[:5]), (x[5:], y[5:]))])
-    assert found[0, 1] == pytest.approx(kl / np.sqrt(kk * ll), rel=1e-9)
+    assert found[0, 1] == pytest.approx(between / np.sqrt(within_x * within_y), rel=1e-9)
 
 
-def _pairings():
-    return [lambda k, l: (k, l), lambda k, l: (k, k), lambda k, l: (l, l)]  # noqa: E741
-
-
-def test_known_cases_equal_rotated_scaled_independent():
+def test_cka_of_equal_rotated_scaled_and_independent_features():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(800, 16, generator=generator, dtype=torch.float64) + 1
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))[0]
@@ -77,13 +75,13 @@ def test_known_cases_equal_rotated_scaled_independent():
         assert abs(matrix[0, 4]) < 0.02  # a biased estimate would be near 16 / (16 + 40) in the small batches
 
 
-def test_cka_of_something_constant_is_nan_and_small_batches_are_refused():
+def test_cka_of_constant_features_is_nan_and_small_batches_raise_errors():
     found = cka([{"x": torch.randn(8, 3), "y": torch.ones(8, 3)}])
     assert np.isnan(found[0, 1])
     assert found[0, 0] == pytest.approx(1)
-    with pytest.raises(ValueError, match="at least 4 examples at once, not 3"):
+    with pytest.raises(ValueError, match=r"at least 4 examples per batch, not 3\. Use a larger batch"):
         MinibatchCKA(["x"]).update({"x": torch.randn(3, 3)})
-    with pytest.raises(ValueError, match="no batch was given"):
+    with pytest.raises(ValueError, match="CKA of 0 batches is undefined"):
         MinibatchCKA(["x"]).matrix()
 
 
@@ -98,8 +96,8 @@ def test_pair_similarity_by_position_and_pooled():
 
 
 @pytest.mark.parametrize(("kind", "name"), [("clip", "CLIP"), ("dinov2", "DINOv2"), ("siglip", "siglip_vision_model")])
-def test_static_encoders_compare_too(published, kind, name):
-    encoder = StaticEncoder(str(published[kind]))
+def test_vision_encoders_compare_images(published, kind, name):
+    encoder = VisionEncoder(str(published[kind]))
     images = [Image.effect_noise((30, 40), 90), Image.effect_noise((64, 32), 90)]
     patches, pooled = encoder(images)
     assert encoder.name == name

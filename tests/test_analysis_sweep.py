@@ -1,31 +1,33 @@
-"""Sweeps: equal to single readings, resumable, shared by processes; what is computed from them."""
+"""Sweeps equal single readings, resume byte by byte, and are shared by processes; similarity and CKA over them."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from sdllava.analysis.images import open_images
-from sdllava.analysis.loading import Subject, load_subject
+from sdllava.analysis.loading import AnalysisModel, load_analysis_model
 from sdllava.analysis.reading import read_features
-from sdllava.analysis.similarity import MinibatchCKA, pair_similarity
+from sdllava.analysis.similarity import MinibatchCKA, cka, pair_similarity, similarity_grid
 from sdllava.analysis.sweep import (
-    LiveFeatures,
-    Places,
+    ComputedFeatures,
+    FeatureSelection,
     Sweep,
-    choose_places,
-    cka,
     gather,
     image_path,
-    similarity_grid,
+    select_features,
     write_sweep,
 )
+from sdllava.fingerprints import weights_hash
 
 TAPS = ["D-L2-R0-B0-Cross-Q", "U-L1-R1-B0-Out", "U-L1-R1-Res-Out"]
 
@@ -42,86 +44,159 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def subject(published) -> Subject:
-    return load_subject(str(published["sd2"]))
+def model(published) -> AnalysisModel:
+    return load_analysis_model(str(published["sd2"]))
 
 
 @pytest.fixture(scope="module")
-def places(subject) -> Places:
-    return choose_places(subject, True, TAPS, [10, 500], [0, 4])
+def selection(model) -> FeatureSelection:
+    return select_features(model, True, TAPS, [10, 500], [0, 4])
 
 
-def test_every_tap_of_a_sweep_equals_the_tap_taken_alone(subject, folder, places, tmp_path):
+def sweep_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def written(model, folder, selection, tmp_path_factory) -> Path:
+    """An uninterrupted sweep over 9 images in batches of 4."""
+    path = tmp_path_factory.mktemp("written")
+    assert write_sweep(model, open_images([str(folder)], question="a dog"), selection, path, batch_size=4) == 9
+    return path
+
+
+def test_every_tap_of_a_sweep_equals_a_single_reading(model, folder, selection, tmp_path):
     images = open_images([str(folder)], question="a dog")
-    assert write_sweep(subject, images, places, tmp_path / "sweep", batch_size=1) == 9
+    assert write_sweep(model, images, selection, tmp_path / "sweep", batch_size=1) == 9
     sweep = Sweep(tmp_path / "sweep")
     joint = {feature.key: feature.values for feature in sweep.batch([3, 5])}
-    assert list(joint) == places.keys
+    assert list(joint) == selection.keys
     for row, index in enumerate((3, 5)):
-        latents = subject.latents([images[index].image])
-        for tap, timestep, scale in places.keys:
-            arguments = (latents, subject.prompts(["a dog"]), [tap], [timestep], [0, 4])
-            alone = {f.guidance_scale: f.values for f in read_features(subject.tower, *arguments)}
-            assert torch.equal(joint[tap, timestep, scale][row], alone[scale][0])
+        latents = model.latents([images[index].image])
+        for tap, timestep, scale in selection.keys:
+            arguments = (latents, model.prompts(["a dog"]), [tap], [timestep], [0, 4])
+            single = {f.guidance_scale: f.values for f in read_features(model.tower, *arguments)}
+            assert torch.equal(joint[tap, timestep, scale][row], single[scale][0])
 
 
-def test_an_interrupted_sweep_goes_on_and_another_one_is_refused(subject, folder, places, tmp_path):
+def test_the_settings_and_the_images_of_a_sweep_are_recorded(model, written):
+    settings = Sweep(written).settings
+    assert settings["weights"] == weights_hash(model.tower.backbone)
+    assert (settings["taps"], settings["num_images"], settings["batch_size"]) == (TAPS, 9, 4)
+    with safe_open(image_path(written, 7), framework="pt") as file:
+        assert file.metadata() == {"image": '{"name": "7.png", "question": "a dog"}'}  # entries have a random order
+
+
+@pytest.mark.parametrize("lost", [[8], [1, 2], [0, 1, 2, 3, 5, 7]])
+def test_a_resumed_sweep_equals_an_uninterrupted_one_byte_by_byte(model, folder, selection, written, lost, tmp_path):
+    """Resuming computes the batches of the first run, since results depend on a batch's size by rounding errors."""
+    resumed = shutil.copytree(written, tmp_path / "resumed")
+    for index in lost:
+        image_path(resumed, index).unlink()
+    with pytest.raises(ValueError, match=f"lacks {len(lost)} of 9 images"):
+        Sweep(resumed)
+    kept = image_path(resumed, 4).stat().st_mtime_ns
+    done = []
     images = open_images([str(folder)], question="a dog")
+    assert write_sweep(model, images, selection, resumed, 4, progress=lambda *n: done.append(n)) == len(lost)
+    assert done[-1] == (len(lost), len(lost))
+    assert image_path(resumed, 4).stat().st_mtime_ns == kept
+    assert sweep_files(resumed) == sweep_files(written)
 
-    def stop(done, todo):
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_sweep(subject, images, places, tmp_path, batch_size=4, progress=stop)
-    with pytest.raises(ValueError, match="lacks 5 of 9 images"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timesteps": [10]}, r"timesteps is \[10, 500\] there and \[10\] here"),
+        ({"question": "a cat"}, "source is '"),
+        ({"batch_size": 8}, "batch_size is 4 there and 8 here"),
+        ({"weights": 1.5}, "weights is '"),
+    ],
+)
+def test_a_folder_with_another_sweep_raises_an_error(model, folder, selection, written, changes, message):
+    images = open_images([str(folder)], question=changes.get("question", "a dog"))
+    timesteps = changes.get("timesteps", selection.timesteps)
+    selection = FeatureSelection(selection.taps, timesteps, selection.guidance_scales)
+    weight = list(model.tower.backbone.vae.parameters())[-1]  # one value of a large part
+    before, files = weight.data.clone(), sweep_files(written)
+    weight.data.flatten()[-1] += changes.get("weights", 0)
+    try:
+        with pytest.raises(ValueError, match=f"was written with other settings: {message}"):
+            write_sweep(model, images, selection, written, changes.get("batch_size", 4))
+    finally:
+        weight.data.copy_(before)
+    assert sweep_files(written) == files
+
+
+def test_processes_share_a_sweep(model, folder, selection, written, tmp_path):
+    images = open_images([str(folder)], question="a dog")
+    counts = [write_sweep(model, images, selection, tmp_path, 4, process, 2) for process in (1, 0)]
+    assert counts == [4, 5]
+    assert sweep_files(tmp_path) == sweep_files(written)
+    with pytest.raises(ValueError, match=r"Process 2 of 2 does not exist. Use an index in 0\.\.1\."):
+        write_sweep(model, images, selection, tmp_path, 4, 2, 2)
+
+
+SCRIPT = """
+import sys
+from sdllava.analysis.images import open_images
+from sdllava.analysis.loading import load_analysis_model
+from sdllava.analysis.sweep import FeatureSelection, write_sweep
+model, folder, output, taps = sys.argv[1:]
+selection = FeatureSelection(taps.split(","), [10, 500], [0.0, 4.0])
+write_sweep(load_analysis_model(model), open_images([folder], question="a dog"), selection, output, 4)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_sweep_that_resumes_byte_by_byte(
+    published, model, folder, selection, written, tmp_path
+):
+    arguments = [str(published["sd2"]), str(folder), str(tmp_path), ",".join(TAPS)]
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], cwd=Path(__file__).parents[1])
+    while not image_path(tmp_path, 1).exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert write_sweep(model, open_images([str(folder)], question="a dog"), selection, tmp_path, 4) > 0
+    assert sweep_files(tmp_path) == sweep_files(written)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not hold a sweep"),
+        ("{", "is damaged"),
+        ('{"taps": ["a"], "timesteps": [1]}', "is damaged"),
+    ],
+)
+def test_a_folder_without_a_sweep_raises_an_error(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
         Sweep(tmp_path)
-    first = image_path(tmp_path, 0).stat().st_mtime_ns
-    assert write_sweep(subject, images, places, tmp_path, batch_size=4) == 5
-    assert image_path(tmp_path, 0).stat().st_mtime_ns == first
-    assert not list(tmp_path.glob("*.tmp"))
-    assert write_sweep(subject, images, places, tmp_path) == 0
-    other = Places(TAPS, [10], [0.0, 4.0])
-    with pytest.raises(ValueError, match=r"another timesteps \(\[10, 500\] instead of \[10\]\)"):
-        write_sweep(subject, images, other, tmp_path)
-    with pytest.raises(ValueError, match="another source"):
-        write_sweep(subject, open_images([str(folder)], question="a cat"), places, tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no sweep"):
-        Sweep(folder)
 
 
-def test_processes_share_a_sweep(published, subject, folder, places, tmp_path):
-    script = (
-        "import sys; from sdllava.analysis.sweep import *; from sdllava.analysis.loading import load_subject\n"
-        "from sdllava.analysis.images import open_images\n"
-        "s = load_subject(sys.argv[1]); images = open_images([sys.argv[2]], question='a dog')\n"
-        "places = choose_places(s, True, sys.argv[5].split(','), [10, 500], [0, 4])\n"
-        "print(write_sweep(s, images, places, sys.argv[3], 4, int(sys.argv[4]), 2))\n"
-    )
-    arguments = [str(published["sd2"]), str(folder), str(tmp_path / "two")]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *arguments, str(process), ",".join(TAPS)],
-            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-        )
-        for process in range(2)
-    ]  # fmt: skip
-    assert [int(process.communicate()[0].split()[-1]) for process in running] == [5, 4]
-    write_sweep(subject, open_images([str(folder)], question="a dog"), places, tmp_path / "one", batch_size=4)
-    for i in range(9):
-        one, two = (load_file(image_path(tmp_path / name, i)) for name in ("one", "two"))
-        assert one.keys() == two.keys()
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
+def test_a_sweep_of_an_earlier_version_can_be_read(written, tmp_path):
+    """Its record had a short hash of the weights and no batch size."""
+    old = shutil.copytree(written, tmp_path / "old")
+    settings = json.loads((old / "sweep.json").read_text())
+    settings["weights"] = settings["weights"][:16]
+    del settings["batch_size"]
+    (old / "sweep.json").write_text(json.dumps(settings))
+    for first, second in zip(Sweep(old).batch([0, 8]), Sweep(written).batch([0, 8]), strict=True):
+        assert first.key == second.key
+        assert torch.equal(first.values, second.values)
 
 
-def test_similarity_and_cka_from_disk_equal_those_computed_at_once(subject, folder, places, tmp_path):
+def test_similarity_and_cka_from_disk_equal_those_of_computed_features(model, folder, selection, tmp_path):
     images = open_images([str(folder / f"{i}.png") for i in range(8)], question="a dog")
-    write_sweep(subject, images, places, tmp_path, batch_size=8)
-    sources = (LiveFeatures(subject, images, places), Sweep(tmp_path))
+    write_sweep(model, images, selection, tmp_path, batch_size=8)
+    sources = (ComputedFeatures(model, images, selection), Sweep(tmp_path))
     whole = gather(sources[0], batch_size=3)
-    assert [feature.key for feature in whole] == places.keys
+    assert [feature.key for feature in whole] == selection.keys
     assert len(whole[0].values) == 8
-    for feature, stored in zip(whole, gather(sources[1], batch_size=8)):
+    for feature, stored in zip(whole, gather(sources[1], batch_size=8), strict=True):
         torch.testing.assert_close(feature.values, stored.values, rtol=1e-4, atol=1e-4)
     grids = [similarity_grid(source, batch_size=5) for source in sources]
     np.testing.assert_allclose(grids[0].positions, grids[1].positions, atol=1e-5)
@@ -149,12 +224,12 @@ def test_similarity_and_cka_from_disk_equal_those_computed_at_once(subject, fold
     assert line[0] == pytest.approx(1)
 
 
-def test_odd_images_and_too_few_are_refused(subject, folder, places):
-    source = LiveFeatures(subject, open_images([str(folder)]), places)
-    with pytest.raises(ValueError, match="even number of images"):
+def test_an_odd_number_of_images_and_too_few_raise_errors(model, folder, selection):
+    source = ComputedFeatures(model, open_images([str(folder)]), selection)
+    with pytest.raises(ValueError, match=r"9 images do not form pairs\. Give an even number of images"):
         similarity_grid(source)
     with pytest.raises(ValueError, match="at least 4 images, not 1"):
-        cka(LiveFeatures(subject, open_images([str(folder / "0.png")]), places))
+        cka(ComputedFeatures(model, open_images([str(folder / "0.png")]), selection))
 
 
 @pytest.fixture
@@ -165,24 +240,56 @@ def data(tmp_path):
     return path
 
 
-def test_a_datasets_sweep_with_another_prompt_is_refused(subject, folder, places, data, tmp_path):
+def test_a_sweep_over_a_dataset_with_another_prompt_raises_an_error(model, folder, selection, data, tmp_path):
     def opened(prompt):
         return open_images([str(data)], prompt=prompt, image_folder=str(folder))
 
-    assert write_sweep(subject, opened("question"), places, tmp_path / "sweep") == 1
-    assert write_sweep(subject, opened("question"), places, tmp_path / "sweep") == 0
-    with pytest.raises(ValueError, match="another source"):
-        write_sweep(subject, opened("caption"), places, tmp_path / "sweep")
+    assert write_sweep(model, opened("question"), selection, tmp_path / "sweep") == 1
+    assert write_sweep(model, opened("question"), selection, tmp_path / "sweep") == 0
+    with pytest.raises(ValueError, match="other settings: source is"):
+        write_sweep(model, opened("caption"), selection, tmp_path / "sweep")
 
 
-def test_images_of_a_dataset_bring_their_own_question(folder, data, tmp_path):
+def test_images_of_a_dataset_have_their_own_question(folder, data, tmp_path):
     for prompt, expected in (("question", "What is this?"), ("caption", "Noise."), ("none", None)):
         images = open_images([str(data)], prompt=prompt, image_folder=str(folder))
         assert len(images) == 1
         assert images[0].question == expected
         assert images[0].image.size == (30, 29)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no images"):
+    with pytest.raises(FileNotFoundError, match=r"has neither images .* nor a dataset"):
         open_images([str(tmp_path / "empty")])
-    with pytest.raises(FileNotFoundError, match="there is no image"):
+    with pytest.raises(FileNotFoundError, match=r"The image '.*missing\.png' does not exist"):
         open_images([str(folder / "missing.png")])
+    with pytest.raises(FileNotFoundError, match=r"is neither an image file .* nor a folder of image files"):
+        open_images([str(folder), str(data)])
+
+
+def test_a_folder_is_read_with_its_subfolders_in_natural_order(tmp_path):
+    names = ["1.png", "2.png", "10.png", "11.png", "01.png", "pair 2/b.png", "pair 10/a.PNG", "pair 10/deeper/c.png"]
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4 + i, 4)).save(tmp_path / name)
+    images = open_images([str(tmp_path)])
+    expected = ["01.png", "1.png", "2.png", "10.png", "11.png", "pair 2/b.png", "pair 10/a.PNG", "pair 10/deeper/c.png"]
+    assert [image.name for image in images] == expected
+    assert [image.image.width - 4 for image in images] == [names.index(name) for name in expected]
+    nested = open_images([str(tmp_path / "pair 10"), str(tmp_path / "2.png")], question="red")
+    assert [(image.name, image.question) for image in nested] == [
+        ("a.PNG", "red"), ("deeper/c.png", "red"), ("2.png", "red")
+    ]  # fmt: skip
+
+
+def test_a_folder_with_data_files_and_images_only_in_subfolders_is_a_dataset(folder, data, tmp_path):
+    root = tmp_path / "dataset"
+    shutil.copytree(folder, root / "images")
+    shutil.copy(data, root / "data.json")
+    with pytest.raises(FileNotFoundError, match="is neither an image file"):
+        open_images([str(root), str(folder)])
+    assert len(open_images([str(root / "images")])) == 9
+
+
+def test_a_transparent_image_is_composited_on_white(tmp_path):
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.save(tmp_path / "a.png")
+    assert np.asarray(open_images([str(tmp_path)])[0].image).min() == 255

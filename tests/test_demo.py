@@ -1,4 +1,4 @@
-"""The page: its engine by value, and the page itself in headless Chromium."""
+"""The demo page: its engine by value, and the page itself in headless Chromium."""
 
 import base64
 import re
@@ -13,13 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("gradio", reason="the page needs gradio")
+pytest.importorskip("gradio", reason="the demo page needs gradio")
 
-from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
 from sdllava.analysis.attention import question_heatmap
 from sdllava.demo.drawing import heat_html
-from sdllava.demo.engine import MAX_BYTES, Engine, check_text, open_upload
-from sdllava.demo.guard import names_an_address
+from sdllava.demo.engine import MAX_BYTES, Engine, check_length, open_upload
+from sdllava.demo.guard import contains_url_file
 from sdllava.demo.space import write_space
 
 
@@ -41,53 +40,57 @@ def engine(composed) -> Engine:
         yield Engine.from_pretrained(str(composed), "cpu")
 
 
-def answer_of(folder, image, question, **options) -> str:
-    """The same by the model's own `generate`, from pixels."""
-    model, processor = SDLlavaForConditionalGeneration.from_pretrained(folder), SDLlavaProcessor.from_pretrained(folder)
+def generated_answer(engine, image, question, **options) -> str:
+    """The answer of the model's `generate`, from pixels."""
+    model, processor = engine.model, engine.processor
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     )  # fmt: skip
-    if options.pop("without_diffusion", False):
-        torch.nn.init.zeros_(model.model.fusion.out_proj.weight)
-        torch.nn.init.zeros_(model.model.fusion.out_proj.bias)
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_answers_grow_to_what_the_model_says_fused_guided_and_alone(engine, composed):
+def test_streamed_answers_equal_those_of_generate(engine):
     image = noise()
-    look = engine.look(image)
-    pieces = list(engine.answer(look, "Is it red?"))
+    encoded = engine.encode(image)
+    pieces = list(engine.answer(encoded, "Is it red?"))
     assert len(pieces) > 1
-    assert pieces[-1] == answer_of(composed, image, "Is it red?")
-    guided = answer_of(composed, image, "Is it red?", diffusion_guidance_scales=[0.0])
-    assert list(engine.answer(look, "Is it red?", 0.0))[-1] == guided
-    alone = answer_of(composed, image, "Is it red?", without_diffusion=True)
-    assert list(engine.answer_without_diffusion(look, "Is it red?"))[-1] == alone
+    assert pieces[-1] == generated_answer(engine, image, "Is it red?")
+    guided = generated_answer(engine, image, "Is it red?", diffusion_guidance_scales=[0.0])
+    assert list(engine.answer(encoded, "Is it red?", 0.0))[-1] == guided
     assert engine.guidance_scale == 4.0
-    assert engine.has_static_encoder
 
 
-def test_a_reader_who_leaves_keeps_nobody_waiting_and_a_failure_is_told(engine, monkeypatch):
-    look = engine.look(noise())
-    left = engine.answer(look, "Is it red?")
-    next(left)
-    whole = list(engine.answer(look, "Is it blue?"))[-1]
+def test_the_answer_without_diffusion_is_that_of_a_fusion_that_adds_nothing(engine, monkeypatch):
+    image = noise()
+    answer = list(engine.answer_without_diffusion(engine.encode(image), "Is it red?"))[-1]
+    assert engine.has_vision_encoder
+    projection = engine.model.model.fusion.out_proj
+    for parameter in projection.parameters():
+        monkeypatch.setattr(parameter, "data", torch.zeros_like(parameter))
+    assert answer == generated_answer(engine, image, "Is it red?")
+
+
+def test_a_client_that_disconnects_does_not_block_others_and_a_failure_is_raised(engine, monkeypatch):
+    encoded = engine.encode(noise())
+    abandoned = engine.answer(encoded, "Is it red?")
+    next(abandoned)
+    whole = list(engine.answer(encoded, "Is it blue?"))[-1]
     monkeypatch.setattr(engine.model.model.multi_modal_projector, "forward", lambda features: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(engine.answer(look, "Is it blue?"))
+        list(engine.answer(encoded, "Is it blue?"))
     monkeypatch.undo()
-    assert list(engine.answer(look, "Is it blue?"))[-1] == whole
+    assert list(engine.answer(encoded, "Is it blue?"))[-1] == whole
 
 
-def test_attention_and_delta_are_the_analysis_own(engine):
+def test_attention_and_delta_equal_those_of_the_analysis(engine):
     image = noise()
-    look = engine.look(image)
+    encoded = engine.encode(image)
     heat = question_heatmap(engine.model, engine.processor, image, "Is it red?")
-    np.testing.assert_allclose(engine.attention(look, "Is it red?").question().grid, heat.grid, atol=2e-6)
-    delta = engine.delta(look, "Is it red?")
+    np.testing.assert_allclose(engine.attention(encoded, "Is it red?").question().grid, heat.grid, atol=2e-6)
+    delta = engine.delta(encoded, "Is it red?")
     pixels = engine.processor(images=image, question="Is it red?", return_tensors="pt")
     with torch.no_grad():
         output = engine.model.model.diffusion_tower(pixels["diffusion_pixel_values"], pixels["diffusion_input_ids"])
@@ -100,38 +103,44 @@ def test_attention_and_delta_are_the_analysis_own(engine):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"not an image", "no image that can be read"),
+        (b"not an image", "image that Pillow can read"),
         (png(noise())[:200], "truncated or unreadable"),
-        (b"\0" * (MAX_BYTES + 1), "images may have up to 10 MB"),
-        (png(Image.new("1", (9000, 9000))), "9000 x 9000 pixels: up to 50 million are taken"),
+        (b"\0" * (MAX_BYTES + 1), r"The file has 10\.0 MiB\. Upload an image of at most 10 MiB\."),
+        (png(Image.new("1", (9000, 9000))), r"9000 x 9000 pixels\. Upload an image of at most 50 million pixels\."),
     ],
 )
-def test_bad_uploads_get_a_sentence(data, message):
+def test_bad_uploads_raise_errors(data, message):
     with pytest.raises(ValueError, match=message):
         open_upload(data)
 
 
-def test_uploads_are_bounded_and_upright():
+def test_uploads_are_reduced_in_size_and_decoded_as_everywhere():
     assert open_upload(png(Image.new("RGB", (3000, 1500)))).size == (1024, 512)
+    transparent = open_upload(png(Image.new("RGBA", (8, 8), (255, 0, 0, 0))))
+    assert np.asarray(transparent).min() == 255  # composited on white
+
+
+def test_questions_are_limited_in_length():
+    assert check_length(" Is it red? ") == "Is it red?"
     with pytest.raises(ValueError, match="is empty"):
-        check_text("  ")
-    with pytest.raises(ValueError, match="2000 characters"):
-        check_text("x" * 2000)
+        check_length("  ")
+    with pytest.raises(ValueError, match=r"The question has 2000 characters\. Use at most 1000\."):
+        check_length("x" * 2000)
 
 
 @pytest.mark.parametrize(
-    ("value", "refused"),
+    ("value", "expected"),
     [
         ({"data": [{"path": "http://example.com/a.png"}]}, True),
         ({"data": [{"path": "FILE://etc/passwd", "meta": {"_type": "gradio.FileData"}}]}, True),
         ({"data": [{"path": "/tmp/a.png", "url": "http://127.0.0.1/a.png"}, "see http://example.com"]}, False),
     ],
 )
-def test_files_named_by_an_address_are_known(value, refused):
-    assert names_an_address(value) is refused
+def test_files_named_by_a_url_are_found(value, expected):
+    assert contains_url_file(value) is expected
 
 
-def test_a_map_on_the_page_is_bright_where_its_numbers_are():
+def test_a_map_on_the_page_is_bright_where_its_numbers_are_large():
     grid = np.zeros((8, 8), np.float32)
     grid[3, 6] = 1  # of the padded square: y 10..20 and x 60..70 of an image of 80 x 40
     html = heat_html(Image.new("RGB", (80, 40)), grid, 0.0, 1.0, "<b>word</b>", "share")
@@ -143,18 +152,56 @@ def test_a_map_on_the_page_is_bright_where_its_numbers_are():
     assert (row / pixels.shape[0], column / pixels.shape[1]) == pytest.approx((15 / 40, 65 / 80), abs=0.02)
 
 
-def test_the_space_folder_runs_the_same_page(tmp_path, composed):
+def test_the_space_folder_runs_the_same_page(tmp_path, composed, monkeypatch):
     write_space(tmp_path / "space", "someone/model")
     files = {path.name: path.read_text() for path in (tmp_path / "space").iterdir()}
     assert set(files) == {"app.py", "README.md", "requirements.txt"}
-    compile(files["app.py"], "app.py", "exec")
     assert 'demo(model="someone/model", host="0.0.0.0", port=7860)' in files["app.py"]
+    started = []
+    monkeypatch.setattr("sdllava.commands.demo.demo", lambda **options: started.append(options))
+    exec(files["app.py"], {"__name__": "__main__"})
+    assert started == [{"model": "someone/model", "host": "0.0.0.0", "port": 7860}]
     assert files["README.md"].startswith("---\ntitle: model\n")
     assert "sdk: gradio" in files["README.md"]
     assert files["requirements.txt"].startswith("sdllava[demo]==")
     with pytest.raises(ValueError, match="owner/name"):
         write_space(tmp_path / "other", str(composed))
     assert not (tmp_path / "other").exists()
+
+
+def test_the_events_of_a_session(engine, tmp_path):
+    import gradio as gr
+
+    from sdllava.demo.page import Page
+
+    page = Page(engine)
+    with pytest.raises(gr.Error, match=r"There is not yet an image\. Choose an example or upload one\."):
+        page.ask(None, "Is it red?", 4.0)
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(gr.Error, match="image that Pillow can read"):
+        page.upload(str(tmp_path / "bad.png"))
+    (tmp_path / "mine.png").write_bytes(png(noise(64, 40)))
+    _, _, encoded, current, picture, *_ = page.upload(str(tmp_path / "mine.png"))
+    assert list(tmp_path.iterdir()) == []  # uploads are read and deleted
+    assert current is None
+    assert "your image, 64 x 40" in picture
+
+    current, choices, heat, delta = page.ask(encoded, "Is it red?", 4.0)
+    assert [label for label, _ in choices["choices"]] == ["all words", "is", "it", "red", "?"]
+    assert "the question&#x27;s words" in heat
+    assert "“red”" in page.choose_word(current, dict(choices["choices"])["red"])
+    assert "s = 4:" in delta
+    moved = page.move_slider(encoded, current, 4.5)
+    assert "s = 4.5:" in moved
+    assert moved != delta
+    *_, (fused, vision_only, history) = page.answers(encoded, current, 4.0, [["earlier"]])
+    assert fused == list(engine.answer(encoded, "Is it red?", 4.0))[-1]
+    assert vision_only == list(engine.answer_without_diffusion(encoded, "Is it red?"))[-1]
+    assert history == [["Is it red?", "4", fused, vision_only], ["earlier"]]
+
+    example = page.choose_example(gr.SelectData(None, {"index": 1, "value": None}))
+    assert example[1] == page.examples[1][1]
+    assert example[2].image == page.examples[1][0]
 
 
 # the page in a browser
@@ -238,14 +285,14 @@ def test_upload_ask_click_a_word_and_move_the_slider(open_browser, engine, tmp_p
     (tmp_path / "mine.png").write_bytes(png(noise(64, 40)))
     driver = open_browser()
     find(driver, "#upload input[type=file]")[0].send_keys(str(tmp_path / "mine.png"))
-    wait(driver, lambda: "your image, 64 x 40" in find(driver, "#shown")[0].text)
+    wait(driver, lambda: "your image, 64 x 40" in find(driver, "#picture")[0].text)
     kept = list(Path(tempfile.gettempdir()).glob("sdllava-demo-*/*/mine.png"))
     assert kept == []  # the upload was read and deleted
 
     ask(driver, "Is it red?")
     wait(driver, lambda: len(rows(driver)) == 1)
     fused = find(driver, "#fused textarea")[0].get_attribute("value")
-    assert fused == list(engine.answer(engine.look(noise(64, 40)), "Is it red?", 4.0))[-1]
+    assert fused == list(engine.answer(engine.encode(noise(64, 40)), "Is it red?", 4.0))[-1]
     labels = [label.text for label in find(driver, "#words label")]
     assert labels == ["all words", "is", "it", "red", "?"]
 
@@ -264,23 +311,23 @@ def test_upload_ask_click_a_word_and_move_the_slider(open_browser, engine, tmp_p
 
 
 @pytest.mark.slow
-def test_a_bad_file_and_a_missing_image_show_as_sentences(open_browser, tmp_path):
+def test_a_bad_file_and_a_missing_image_give_messages(open_browser, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"this is no picture")
     driver = open_browser()
     ask(driver, "Is it red?")
-    wait(driver, lambda: "choose an example or upload an image first" in driver.page_source)
+    wait(driver, lambda: "There is not yet an image. Choose an example or upload one." in driver.page_source)
     find(driver, "#upload input[type=file]")[0].send_keys(str(tmp_path / "bad.png"))
-    wait(driver, lambda: "the file is no image that can be read" in driver.page_source)
+    wait(driver, lambda: "image that Pillow can read" in driver.page_source)
     assert "Traceback" not in driver.page_source
 
 
 @pytest.mark.slow
-def test_two_users_at_once_see_their_own(open_browser):
+def test_two_users_have_separate_sessions(open_browser):
     first, second = open_browser(), open_browser()
     for driver, number in ((first, 0), (second, 1)):
         find(driver, "#examples .thumbnail-item")[number].click()
-        wait(driver, lambda driver=driver: picture(driver, "shown"))
-    assert picture(first, "shown") != picture(second, "shown")
+        wait(driver, lambda driver=driver: picture(driver, "picture"))
+    assert picture(first, "picture") != picture(second, "picture")
     ask(first, "Is it red?")
     ask(second, "Is it blue?")
     for driver, word in ((first, "red"), (second, "blue")):
@@ -290,13 +337,13 @@ def test_two_users_at_once_see_their_own(open_browser):
     assert picture(first, "heat") != picture(second, "heat")
 
 
-def test_a_request_that_names_a_file_by_its_address_is_refused(address):
+def test_a_request_that_names_a_file_by_its_url_is_rejected(address):
     import httpx
 
     data = {"data": [{"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}], "fn_index": 0}
     response = httpx.post(f"{address}gradio_api/queue/join", json={**data, "session_hash": "x"})
     assert response.status_code == 400
-    assert "addresses are not fetched" in response.text
+    assert "Files are not fetched from URLs. Upload the file." in response.text
     assert httpx.post(f"{address}gradio_api/queue/join", content=b"x" * 2**21).status_code == 413
     too_large = {"files": ("a.png", b"\0" * (MAX_BYTES + 1000))}
     assert httpx.post(f"{address}gradio_api/upload", files=too_large).status_code == 413

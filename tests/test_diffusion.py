@@ -173,7 +173,7 @@ def test_an_autoencoder_of_other_latents_raises(tmp_path):
     ],
 )
 def test_what_no_prompt_has_reached_is_computed_once(kind, only_cross_attention, through):
-    """Prompts that share latents against each of them in a pass of its own, at every tap, and the same with gradients recorded."""
+    """Prompts that share latents against each in a pass of its own, at every tap; the same with gradients recorded."""
     unet = tiny.diffusion_config(kind).unet_config | {"only_cross_attention": only_cross_attention}
     model = tower(kind, truncate=False, unet_config=unet)
     taps = list_taps(model.config.unet_config, 8)
@@ -187,7 +187,7 @@ def test_what_no_prompt_has_reached_is_computed_once(kind, only_cross_attention,
     with torch.no_grad():
         shared = model.backbone.read(latents, 50, prompts, taps)
         blocks = [{name: x[i : i + 2] for name, x in prompts.items()} for i in (0, 2, 4)]
-        separate = zip(*(model.backbone.read(latents, 50, block, taps) for block in blocks))
+        separate = zip(*(model.backbone.read(latents, 50, block, taps) for block in blocks), strict=True)
     for tap, one, expected in zip(taps, shared, separate, strict=True):
         torch.testing.assert_close(one, torch.cat(expected), rtol=0, atol=1e-5, msg=tap.name)
     model.backbone.read(latents, 50, prompts, taps)
@@ -238,7 +238,7 @@ def test_a_compiled_tower_still_trains_and_shows_its_attention():
     with torch.no_grad():
         found, expected = (model.backbone.read(latents, 50, prompts, other) for model in (compiled, plain))
     assert len(found) == 2
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     compiled.unet.requires_grad_(True)
     inputs = tiny.image_inputs(1)
     compiled(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"]).last_hidden_state.sum().backward()
@@ -257,9 +257,9 @@ def test_a_tap_that_was_compiled_raises():
 def test_blocks_that_a_user_compiled_are_not_captured_in_silence():
     model = tower()
     model.unet.compile_repeated_blocks(backend="eager")
+    capture = model.capture_attention(["U-L1-R0-B0"])
     with pytest.raises(RuntimeError, match="'U-L1-R0-B0' cannot be captured, because compiled code calls no hooks"):
-        with model.capture_attention(["U-L1-R0-B0"]):
-            pass
+        capture.__enter__()
 
 
 @pytest.mark.parametrize("conditioning", ["none", "question"])

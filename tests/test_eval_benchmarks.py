@@ -1,16 +1,19 @@
-"""Reading every benchmark from its published layout, and what happens to data that is not as published."""
+"""Reading every benchmark from its published layout, errors for other data, and the choice of diffusion prompts."""
 
 import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
-from evaluation_fixtures import make_image, write_blink, write_captions, write_mmvp, write_naturalbench, write_parquet
+from fixtures_evaluation import make_image, write_captions, write_mmvp, write_naturalbench, write_parquet
+from PIL import Image
 
-from sdllava.evaluation.benchmarks import BENCHMARKS, get_benchmark, get_matching_benchmark
+from sdllava.evaluation.benchmarks import BENCHMARKS, get_benchmark, get_matching_benchmark, mini
 from sdllava.evaluation.benchmarks.base import inside, locate, open_image
 from sdllava.evaluation.benchmarks.blink import DISCLAIMER
-from sdllava.evaluation.diffusion_prompts import derangement, diffusion_prompts
+from sdllava.evaluation.benchmarks.groups import group_means, in_groups
+from sdllava.evaluation.prompt_choices import derangement, prompts_for_samples
 from sdllava.evaluation.runner import take
 
 
@@ -61,13 +64,12 @@ def test_naturalbench_order_and_suffix(tmp_path):
     assert open_image(samples[1].images[0]).tobytes() == make_image(1).tobytes()
 
 
-def test_blink_images_and_official_strip(tmp_path):
-    folder = write_blink(tmp_path)
-    samples = get_benchmark("blink").read(folder)
+def test_blink_images_and_official_strip(blink_folder):
+    samples = get_benchmark("blink").read(blink_folder)
     assert len(samples) == 28
     assert [len(s.images) for s in samples[:2]] == [1, 2]
     assert samples[1].prompt.startswith("Which one of Art_Style?\nSelect")
-    official = get_benchmark("blink", "official").read(folder)
+    official = get_benchmark("blink", "official").read(blink_folder)
     assert official[1].prompt == DISCLAIMER + samples[1].prompt
     assert official[2].prompt == samples[2].prompt
     strip = open_image(official[1].images[0])
@@ -78,7 +80,7 @@ def test_blink_images_and_official_strip(tmp_path):
 
 
 def test_gqa_both_layouts(tmp_path):
-    questions = [{"id": "201", "question": "Who?", "answer": "boy", "imageId": "n1", "fullAnswer": "x"}]
+    questions = [{"id": "1001", "question": "Who?", "answer": "boy", "imageId": "n1", "fullAnswer": "x"}]
     write_parquet(tmp_path / "p" / "testdev_balanced_instructions" / "testdev-0.parquet", questions, ())
     images = [{"id": "n0", "image": make_image(0)}, {"id": "n1", "image": make_image(1)}]
     write_parquet(tmp_path / "p" / "testdev_balanced_images" / "testdev-0.parquet", images, ("image",))
@@ -86,10 +88,11 @@ def test_gqa_both_layouts(tmp_path):
     (original / "images").mkdir(parents=True)
     make_image(1).save(original / "images" / "n1.jpg")
     row = {key: questions[0][key] for key in ("question", "answer", "imageId")}
-    (original / "testdev_balanced_questions.json").write_text(json.dumps({"201": row}))
+    (original / "testdev_balanced_questions.json").write_text(json.dumps({"1001": row, "201": row}))
     benchmark = get_benchmark("gqa")
+    assert [sample.id for sample in benchmark.read(original)] == ["201", "1001"]  # ordered as numbers, not as text
     for folder in (tmp_path / "p", original):
-        (sample,) = benchmark.read(folder)
+        *_, sample = benchmark.read(folder)
         assert sample.prompt == "Who?\nAnswer the question using a single word or phrase."
         assert open_image(sample.images[0]).size == (40, 30)
         assert benchmark.is_correct(sample, benchmark.parse(sample, "Boy."))
@@ -139,14 +142,23 @@ def test_captions_layouts(tmp_path):
     assert benchmark.read(hub)[0].target == ["A dog.", "Dog"]
 
 
-def test_mini_and_its_pairs():
-    pytest.importorskip("sdllava.scenes.language")
-    from sdllava.scenes.language import PATTERNS
+@pytest.mark.slow
+def test_mini_has_its_published_size():
+    samples = get_benchmark("mini").read(None)
+    parts = [sample.info["part"] for sample in samples]
+    assert {part: parts.count(part) for part in mini.PARTS} == {"questions": 1800, "compositions": 900, "pairs": 900}
+    assert len({sample.id for sample in samples}) == 3600
+    assert len(get_benchmark("mini_captions").read(None)) == 500
+    assert len(get_matching_benchmark("mini_pairs").read(None)) == 450
 
-    samples = take(get_benchmark("mini").read(None), 400)
+
+def test_mini_and_its_pairs(monkeypatch):
+    for name, count in (("QUESTIONS", 150), ("COMPOSITIONS", 20), ("PAIRS_PER_PATTERN", 2), ("CAPTIONS", 5)):
+        monkeypatch.setattr(mini, name, count)
+    samples = get_benchmark("mini").read(None)
     parts = {sample.info["part"] for sample in samples}
     assert parts == {"questions", "compositions", "pairs"}
-    assert {s.info["pattern"] for s in samples if s.info["part"] == "pairs"} == set(PATTERNS)
+    assert {s.info["pattern"] for s in samples if s.info["part"] == "pairs"} == set(mini.PATTERNS)
     benchmark = get_benchmark("mini")
     records = [{"id": s.id, "target": s.target, "correct": True, **s.info} for s in samples]
     assert benchmark.score(records)["questions"] == benchmark.score(records)["pairs"] == 100
@@ -154,7 +166,7 @@ def test_mini_and_its_pairs():
     assert benchmark.score(wrong_once)["pairs"] == 0
     assert 10 < benchmark.chance(records)["questions"] < 60
     captions = get_benchmark("mini_captions").read(None)
-    assert len(captions) == 500
+    assert len(captions) == 5
     assert len(captions[3].target) == 1
     assert open_image(captions[3].images[0]).tobytes() != open_image(captions[4].images[0]).tobytes()
     item = get_matching_benchmark("mini_pairs").read(None)[0]
@@ -210,6 +222,44 @@ def test_unreadable_image(tmp_path):
     sample = get_benchmark("mmvp").read(folder)[0]
     with pytest.raises(ValueError, match=r"'1\.jpg' cannot be read"):
         open_image(sample.images[0], sample.image_ids[0])
+    for missing_pixels in (None, 3):  # a null in parquet, a wrong type
+        with pytest.raises(ValueError, match=r"'2\.jpg' cannot be read"):
+            open_image(lambda value=missing_pixels: value, "2.jpg")
+
+
+def transparent_image():
+    """Opaque red on the left, transparent black on the right."""
+    pixels = np.zeros((8, 8, 4), dtype=np.uint8)
+    pixels[:, :4] = (255, 0, 0, 255)
+    return Image.fromarray(pixels, "RGBA")
+
+
+def on_white(image):
+    return [image.getpixel((x, 4)) for x in (0, 7)] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_transparent_images_are_laid_on_white(tmp_path):
+    transparent = transparent_image()
+    transparent.save(tmp_path / "image.png")
+    transparent.quantize().save(tmp_path / "palette.png")
+    for source in (tmp_path / "image.png", tmp_path / "palette.png", transparent, lambda: transparent):
+        assert on_white(open_image(source))
+
+
+def test_transparent_images_of_data_sets_are_laid_on_white(tmp_path):
+    row = {"id": 0, "caption_0": "a b", "caption_1": "b a", "image_0": transparent_image(), "image_1": make_image(1)}
+    write_parquet(tmp_path / "p" / "test-0.parquet", [row], ("image_0", "image_1"))
+    archive = tmp_path / "z" / "images"
+    archive.mkdir(parents=True)
+    for name in ("ex_0", "ex_1"):
+        transparent_image().save(archive / f"{name}.png")
+    names = {"image_0": "ex_0", "image_1": "ex_1"}
+    (tmp_path / "z" / "examples.jsonl").write_text(json.dumps({**row, **names}))
+    shutil.make_archive(archive, "zip", archive)
+    shutil.rmtree(archive)
+    for folder in (tmp_path / "p", tmp_path / "z"):
+        (item,) = get_matching_benchmark("winoground").read(folder)
+        assert on_white(open_image(item.images[0]))
 
 
 def test_renamed_column(tmp_path):
@@ -243,7 +293,7 @@ def test_renamed_field_of_a_later_or_nested_row(tmp_path, name, files, sentence)
 def test_mmvp_vlm_id_that_is_no_number(tmp_path):
     (tmp_path / "MLLM_VLM Images").mkdir()
     (tmp_path / "Questions.csv").write_text("id,type,statement\none,a,b\n2,a,c\n")
-    with pytest.raises(ValueError, match="an odd id and an even id, not one and 2"):
+    with pytest.raises(ValueError, match=r"the ids 'one' and '2' of Questions\.csv are not an odd and an even number"):
         get_matching_benchmark("mmvp_vlm").read(tmp_path)
 
 
@@ -301,7 +351,7 @@ def test_no_such_data_set_offline(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"'no-one/nothing' .revision v1. could not be had.*--data"):
+    with pytest.raises(FileNotFoundError, match=r"'no-one/nothing' \(revision v1\) could not be downloaded.*--data"):
         locate("no-one/nothing", "MMVP/MMVP", "v1")
 
 
@@ -312,42 +362,45 @@ def test_empty_folder(name, tmp_path):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="no benchmark 'mmpv'; there are mmvp"):
+    with pytest.raises(ValueError, match=r"Unknown benchmark 'mmpv'\. Choose one of mmvp, "):
         get_benchmark("mmpv")
-    with pytest.raises(ValueError, match="gqa has no protocol 'official'; it has default"):
+    with pytest.raises(ValueError, match=r"gqa has no protocol 'official'\. Choose one of default with --protocol"):
         get_benchmark("gqa", "official")
 
 
 # ---------------------------------------------------------------------------------------------- diffusion prompts
 
 
-def test_what_the_diffusion_model_is_asked(tmp_path):
-    samples = get_benchmark("blink").read(write_blink(tmp_path / "b"))
-    asked = diffusion_prompts(samples, "question")
-    assert asked["val_Counting_2"] == ["Which one of Counting?"] * 2
-    assert set(map(tuple, diffusion_prompts(samples, "none").values())) == {("",), ("", "")}
+def test_choices_of_the_diffusion_prompt(blink_folder):
+    samples = get_benchmark("blink").read(blink_folder)
+    questions = prompts_for_samples(samples, "question")
+    assert questions["val_Counting_2"] == ["Which one of Counting?"] * 2
+    assert prompts_for_samples(samples, "prompt")["val_Counting_1"] == [
+        "Which one of Counting?\nSelect from the following choices.\n(A) no\n(B) A\n"
+    ]
+    assert set(map(tuple, prompts_for_samples(samples, "none").values())) == {("",), ("", "")}
     captions = {name: f"caption of {name}" for sample in samples for name in sample.image_ids}
-    both = diffusion_prompts(samples, "question+caption", captions)
+    both = prompts_for_samples(samples, "question+caption", captions)
     assert both["val_Counting_2"][1] == "Which one of Counting? caption of val_Counting_2_2"
-    other = diffusion_prompts(samples, "other", seed=3)
+    other = prompts_for_samples(samples, "other", seed=3)
     assert all(
         other[s.id][0] != s.question or s.question in [t.question for t in samples if t is not s] for s in samples
     )
-    assert other == diffusion_prompts(samples, "other", seed=3) != diffusion_prompts(samples, "other", seed=4)
-    with pytest.raises(ValueError, match="no captions of its own; give a file with --captions"):
-        diffusion_prompts(samples, "caption")
+    assert other == prompts_for_samples(samples, "other", seed=3) != prompts_for_samples(samples, "other", seed=4)
+    with pytest.raises(ValueError, match=r"no captions of its own\. Give a file with --captions"):
+        prompts_for_samples(samples, "caption")
     with pytest.raises(ValueError, match="no caption for the image 'val_Art_Style_1_1'"):
-        diffusion_prompts(samples, "caption", {"x": "y"})
-    with pytest.raises(ValueError, match="not 'answer'"):
-        diffusion_prompts(samples, "answer")
+        prompts_for_samples(samples, "caption", {"x": "y"})
+    with pytest.raises(ValueError, match=r"Unknown --diffusion-prompt 'answer'\. Choose one of question, prompt, "):
+        prompts_for_samples(samples, "answer")
 
 
 def test_other_captions_are_deranged(tmp_path):
     samples = get_benchmark("captions").read(write_captions(tmp_path, 7))
-    other = diffusion_prompts(samples, "other", seed=1)
+    other = prompts_for_samples(samples, "other", seed=1)
     assert all(other[s.id][0] not in s.target for s in samples)
     assert sorted(o[0] for o in other.values()) == sorted(s.target[0] for s in samples)
-    assert diffusion_prompts(samples, "caption")["3.png"] == ["a red dog number 3"]
+    assert prompts_for_samples(samples, "caption")["3.png"] == ["a red dog number 3"]
 
 
 def test_derangement_is_uniform():
@@ -360,13 +413,21 @@ def test_derangement_is_uniform():
         derangement(1, 0)
 
 
-def test_limit_spreads_and_keeps_pairs(tmp_path):
+def test_numbers_by_group():
+    unit = in_groups(["Jigsaw", "all"], correct=1.0)
+    assert unit == {"correct Jigsaw": 1.0, "count Jigsaw": 1.0, "correct all": 1.0, "count all": 1.0}
+    means = {"correct Jigsaw": 0.2, "count Jigsaw": 0.4, "correct Multi-view": 0.1, "count Multi-view": 0.1}
+    assert group_means(means, "correct") == {"Jigsaw": 0.5, "Multi-view": 1.0}
+    assert group_means({"correct a": 0.0, "count a": 0.0}, "correct") == {}  # a resample without a unit of the group
+
+
+def test_limit_spreads_and_keeps_pairs(tmp_path, blink_folder):
     samples = get_benchmark("mmvp").read(write_mmvp(tmp_path / "m", 20))
     taken = take(samples, 6)
     assert len(taken) == 6
     assert [a.info["pair"] == b.info["pair"] for a, b in zip(taken[::2], taken[1::2], strict=True)] == [True] * 3
     assert taken[-1].info["pair"] > 5
-    blink = get_benchmark("blink").read(write_blink(tmp_path / "b"))
+    blink = get_benchmark("blink").read(blink_folder)
     assert len({sample.info["task"] for sample in take(blink, 14)}) == 14
-    with pytest.raises(ValueError, match="not 0"):
+    with pytest.raises(ValueError, match="--limit 0 is too small"):
         take(samples, 0)

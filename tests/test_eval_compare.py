@@ -1,6 +1,7 @@
 """Intervals, paired differences, and the comparison with the papers' rows."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,8 +46,9 @@ def test_resamples_without_a_unit_of_the_score_are_left_out():
     assert difference(first, second, scores, "x") == {"difference": 2.0, "interval": [2.0, 2.0], "paired": True}
 
 
-def test_intervals_cover_the_truth():
-    """Of 200 samples of a coin with 40%, the 95% intervals hold 40 in about 95%."""
+def test_intervals_cover_the_truth(monkeypatch):
+    """Of 200 samples of a coin with 40%, the 95% intervals contain 40 in about 95%."""
+    monkeypatch.setattr("sdllava.evaluation.bootstrap.REPLICATES", 400)
     generator = np.random.default_rng(1)
     covered = 0
     for seed in range(200):
@@ -98,6 +100,18 @@ def test_compare_with_the_papers(tmp_path):
     assert "- a, b: protocol: default: greedy" in text
 
 
+def test_results_of_an_earlier_version_are_read(tmp_path):
+    (comparison,) = compare([Path(__file__).parent / "data" / "earlier-evaluation"])
+    assert comparison.headline == ["questions", "compositions", "pairs"]
+    text = markdown(comparison)
+    assert "| **mini** | 100.00 [100.00, 100.00] | 0.00 [0.00, 0.00] | 100.00 [100.00, 100.00] |" in text
+    (run,) = comparison.runs
+    scorer = run.scorer()
+    assert scorer.score(run.records) == pytest.approx(run.results["scores"], rel=1e-12)
+    assert scorer.chance(run.records) == pytest.approx(run.results["chance"], rel=1e-12)
+
+
+@pytest.mark.usefixtures("few_resamples")
 def test_labels_tell_runs_apart(tmp_path):
     runs = [tmp_path / name / model / "blink" for name in ("one", "two") for model in ("A", "B")]
     for folder in runs:
@@ -130,13 +144,14 @@ def test_caption_scores_of_other_tokens_are_not_subtracted(tmp_path, monkeypatch
     assert "| **b** | 50.00 |" in markdown(comparison)
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_pictures(tmp_path):
     blink_run(tmp_path / "a", lambda t, k: k < 3, "A")
     (comparison,) = compare([tmp_path / "a"])
     plot_parts(comparison, tmp_path / "p.png")
     plot_parts(comparison, tmp_path / "p.svg")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"not 'p\.gif'"):
+    with pytest.raises(ValueError, match=r"Unknown picture format 'p\.gif'"):
         save(None, tmp_path / "p.gif")
 
 
@@ -148,5 +163,5 @@ def test_no_finished_run(tmp_path):
 @pytest.mark.parametrize("text", ['{"a"', "[]", '{"benchmark": "mmvp"}'])
 def test_damaged_results(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+    with pytest.raises(ValueError, match=r"results\.json' is damaged"):
         compare([tmp_path])

@@ -3,17 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from evaluation_fixtures import tiny_llava, write_captions, write_mmvp  # noqa: F401
+from fixtures_evaluation import write_captions, write_mmvp
 
 from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel
-from sdllava.evaluation.leakage import LeakageSetting, leakage_sweep, text_log_likelihood
+from sdllava.evaluation.leakage import LeakageSetting, leakage_markdown, leakage_sweep, text_log_likelihood
 from sdllava.evaluation.responder import Responder
-
-
-@pytest.fixture(scope="module")
-def ours(composed):
-    return LoadedModel.load(str(composed))
 
 
 def one_by_one(responder, sample, text, question):
@@ -58,7 +53,7 @@ def test_question_and_scale_reach_the_language_model(ours, tmp_path):
     assert value("a red dog", 0.0) == pytest.approx(value("", 4.0), abs=1e-5)
 
 
-def test_likelihood_of_transformers_llava(tiny_llava, tmp_path):  # noqa: F811
+def test_likelihood_of_transformers_llava(tiny_llava, tmp_path):
     samples = get_benchmark("mmvp").read(write_mmvp(tmp_path, 2))
     responder = Responder(*tiny_llava)
     values = text_log_likelihood(responder, samples, ["a red dog", "cat"], [[""], [""]])
@@ -80,7 +75,8 @@ def test_donors_are_deranged_and_targets_literal(tmp_path):
     assert all(len(s.target) == 2 and found.donor[s.id] in s.target for s in every.with_donor_targets())
 
 
-def test_a_parrot_leaks_and_the_sweep_says_from_where(ours, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("simple_tokens", "few_resamples")
+def test_a_parrot_leaks_and_the_sweep_finds_the_smallest_scale(ours, tmp_path, monkeypatch):
     """A model that repeats its diffusion prompt from s = 2 on, and finds it likelier in proportion to s."""
 
     def parrot(self, samples, generation, questions=None, *rest):
@@ -107,6 +103,25 @@ def test_a_parrot_leaks_and_the_sweep_says_from_where(ours, tmp_path, monkeypatc
     assert "- parrot, by captions: the smallest s that leaks is 2" in table
 
 
-def test_plain_llava_has_nothing_to_sweep(tiny_llava, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match="no diffusion tower with one guidance scale"):
+def test_the_papers_rows_are_in_the_table_of_coco_captions():
+    interval = {"difference": 9.0, "interval": [8.0, 10.0]}
+    row = {"model": "M", "scale": 4.0, "excess": interval, "likelihood_gain": {"mean": 0.5, "interval": [0.4, 0.6]}}
+    row |= {name: {"CIDEr": value} for name, value in (("task", 50.0), ("no_text_task", 40.0), ("control", 1.0))}
+    result = {"benchmark": "captions", "metric": "CIDEr", "samples": 5000, "seed": 0}
+    result["rows"] = [{**row, "mismatched": {"CIDEr": 10.0}}]
+    result["smallest_leaking_scale"] = {"M": {"captions": 4.0, "likelihood": None}}
+    table = leakage_markdown(result)
+    assert (
+        "| M | 4 | 50.00 | 40.00 | 10.00 | 1.00 | +9.00 [+8.00, +10.00] | +0.500 [+0.400, +0.600] |\n"
+        "| SDXL; GT captions, no CFG (S4 Table 6) | | | | 7.32 | | | |\n"
+    ) in table
+    assert "| SD 2.1; GT captions, s=4 (S3 4.3) | | | | 12.97 | | | |" in table
+    assert table.endswith(
+        "- M, by captions: the smallest s that leaks is 4\n- M, by likelihood: no leakage at any s of this sweep\n"
+    )
+    assert "12.97" not in leakage_markdown({**result, "benchmark": "mini_captions"})
+
+
+def test_plain_llava_cannot_be_swept(tiny_llava, tmp_path):
+    with pytest.raises(ValueError, match="'llava' has no diffusion tower with a single guidance scale"):
         leakage_sweep([("llava", LoadedModel("llava", None, *tiny_llava))], setting(tmp_path), tmp_path / "out")

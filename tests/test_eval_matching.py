@@ -4,11 +4,13 @@ import csv
 import functools
 import json
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from evaluation_fixtures import make_image, write_winoground
+from fixtures_evaluation import make_image, write_winoground
+from PIL import Image
 
 from sdllava.evaluation.benchmarks.matching_base import MatchingItem
 from sdllava.evaluation.compare import compare
@@ -23,13 +25,14 @@ TEXTS = ["a red dog", "two cats on a mat"]
 def test_timesteps_are_the_papers():
     assert published_timesteps(5) == [189, 389, 589, 789, 989]
     assert published_timesteps(10) == list(range(89, 990, 100))
-    with pytest.raises(ValueError, match="not 0"):
+    with pytest.raises(ValueError, match=r"0 timesteps are outside the released rule. Use a number in 1\.\.100"):
         published_timesteps(0)
 
 
 @functools.cache
 def tower(folder):
-    return load_matcher(str(folder), MatchingOptions()).tower, load_matcher(str(folder), MatchingOptions()).tokenizers
+    loaded = load_matcher(str(folder), MatchingOptions())
+    return loaded.tower, loaded.tokenizers
 
 
 def matcher(published, kind="sd2", batch_size=8, **options):
@@ -129,9 +132,9 @@ def test_layers(published):
     assert len(attention_layers(unet, "all")) == 16
     with pytest.raises(ValueError, match="the nearest are"):
         attention_layers(unet, ("U-L9-R9-B9-Cross-Q",))
-    with pytest.raises(ValueError, match="give Cross-Q taps, not U-L1-R1-B0-Out"):
+    with pytest.raises(ValueError, match=r"'U-L1-R1-B0-Out' is not a query of a cross-attention\. Use Cross-Q taps"):
         attention_layers(unet, ("U-L1-R1-B0-Out",))
-    with pytest.raises(ValueError, match="not 'first'"):
+    with pytest.raises(ValueError, match="Unknown layers 'first'"):
         attention_layers(unet, "first")
 
 
@@ -144,34 +147,36 @@ def test_sdxl_reads_the_last_transformer_block_of_each_attention(published):
 
 @pytest.mark.parametrize("options", [{}, {"tokens": "text", "unconditional": False}, {"bias": True}])
 def test_independent_of_batch_size_and_of_the_other_images_and_texts(published, options):
-    whole = matcher(published, batch_size=32, timesteps=(489,), **options).score(IMAGES, TEXTS)
-    single = matcher(published, batch_size=1, timesteps=(489,), **options)
+    options = {"timesteps": (489,), "trials": 1, **options}
+    together = matcher(published, batch_size=32, **options)
+    whole = together.score(IMAGES, TEXTS)
+    single = matcher(published, batch_size=1, **options)
     np.testing.assert_allclose(single.score(IMAGES, TEXTS), whole, atol=2e-5)
-    alone = single.score([IMAGES[1]], [TEXTS[1]])
-    np.testing.assert_allclose(alone[..., 0, 0], whole[..., 1, 1], atol=2e-5)
-    np.testing.assert_array_equal(single.score(IMAGES, TEXTS), single.score(IMAGES, TEXTS))
+    only_one = single.score([IMAGES[1]], [TEXTS[1]])
+    np.testing.assert_allclose(only_one[..., 0, 0], whole[..., 1, 1], atol=2e-5)
+    np.testing.assert_array_equal(together.score(IMAGES, TEXTS), whole)
 
 
 def test_masks_and_trials_change_the_score(published):
     scores = {
-        mask: matcher(published, tokens=mask, unconditional=False).score(IMAGES, TEXTS)
+        mask: matcher(published, tokens=mask, unconditional=False, timesteps=(489,)).score(IMAGES, TEXTS)
         for mask in ("all", "no_padding", "text")
     }
     # fewer keys, smaller sums
     assert (scores["all"] > scores["no_padding"]).all()
     assert (scores["no_padding"] > scores["text"]).all()
     assert np.abs(scores["all"][0] - scores["all"][1]).max() > 1e-5
-    later = matcher(published, seed=1, trials=1, unconditional=False).score(IMAGES, TEXTS)
+    later = matcher(published, seed=1, trials=1, unconditional=False, timesteps=(489,)).score(IMAGES, TEXTS)
     np.testing.assert_array_equal(later[0], scores["all"][1])  # trial k of seed s is trial 0 of seed s + k
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"tokens": "bos"}, "not 'bos'"),
-        ({"tokens": "text"}, "empty prompt has no text tokens"),
-        ({"timesteps": (1000,)}, "not 1000"),
-        ({"trials": 0}, "at least one trial"),
+        ({"tokens": "bos"}, "Unknown token mask 'bos'. Choose one of all, no_padding, text"),
+        ({"tokens": "text"}, "leaves no tokens of the empty prompt. Add --no-unconditional"),
+        ({"timesteps": (1000,)}, r"Timestep 1000 is outside the training schedule. Use a value in 0\.\.999"),
+        ({"trials": 0}, "Matching with 0 trials and 5 timesteps is empty. Use at least one of each"),
     ],
 )
 def test_bad_options(options, sentence):
@@ -179,14 +184,25 @@ def test_bad_options(options, sentence):
         MatchingOptions(**options)
 
 
-def test_a_truncated_tower_is_refused(published):
-    from sdllava import SDLlavaDiffusionModel
-
-    tower = SDLlavaDiffusionModel.from_component_pretrained(
-        str(published["sd2"]), truncate=True, taps=["U-L1-R1-B0-Cross-Q"], image_size=64
-    )
-    with pytest.raises(ValueError, match="truncate=False"):
+@pytest.mark.parametrize(
+    ("truncate", "tiny", "message"),
+    [(True, False, "truncated, .*truncate=False"), (False, True, "tiny autoencoder, .*Load it with its VAE")],
+)
+def test_towers_that_cannot_match(truncate, tiny, message):
+    tower = SimpleNamespace(config=SimpleNamespace(truncate=truncate, has_tiny_vae=tiny))
+    with pytest.raises(ValueError, match=message):
         DiffusionMatcher(tower, [])
+
+
+def test_transparent_images_are_laid_on_white(published):
+    pixels = np.zeros((16, 16, 4), dtype=np.uint8)
+    pixels[:, :8] = (200, 30, 30, 255)
+    white = np.full((16, 16, 3), 255, dtype=np.uint8)
+    white[:, :8] = (200, 30, 30)
+    ours = matcher(published)
+    with torch.inference_mode():
+        (mean, _), (expected, _) = (ours._posterior([Image.fromarray(p)]) for p in (pixels, white))
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0)
 
 
 def test_v_prediction_distance_is_that_of_the_noise(published, monkeypatch):
@@ -215,9 +231,25 @@ def write_mmvp_vlm(folder, pairs=17):
     return folder
 
 
-def test_match_tabulates_timesteps_ensemble_and_spread(published, tmp_path):
+class RandomMatcher:
+    """Scores drawn from the texts, and a record of the calls."""
+
+    layers = ["some.layer"]
+
+    def __init__(self, options):
+        self.options, self.timesteps, self.calls, self.limit = options, options.timesteps, [], None
+
+    def score(self, images, texts):
+        if self.limit is not None and len(self.calls) >= self.limit:
+            raise KeyboardInterrupt
+        self.calls.append(list(texts))
+        generator = np.random.default_rng(list("".join(texts).encode()))
+        return generator.normal(size=(self.options.trials, len(self.timesteps), len(texts), len(images)))
+
+
+def test_match_tabulates_timesteps_ensemble_and_spread(tmp_path):
     write_winoground(tmp_path / "data")
-    ours = matcher(published)
+    ours = RandomMatcher(MatchingOptions(timesteps=(89, 489), trials=2))
     results = match(ours, "winoground", tmp_path / "out", {"id": "tiny"}, ours.options, str(tmp_path / "data"))
     assert set(results["timesteps"]) == {"t = 89", "t = 489"}
     assert results["trials"] == 2
@@ -249,7 +281,7 @@ def test_spread_is_that_of_the_papers():
     assert table["intervals_95"]["average"][0] < 31.1 < table["intervals_95"]["average"][1]
 
 
-def test_ten_timesteps_have_the_papers_ensemble_beside_their_own():
+def test_ten_timesteps_also_have_the_papers_ensemble():
     from sdllava.evaluation.benchmarks.winoground import Winoground
 
     generator = np.random.default_rng(0)
@@ -267,25 +299,18 @@ def test_ten_timesteps_have_the_papers_ensemble_beside_their_own():
     assert table["timesteps"]["the papers' ensemble"]["mean"] == five["scores"] != table["scores"]
 
 
-def test_match_goes_on_where_it_stopped(published, tmp_path, monkeypatch):
+def test_match_resumes(tmp_path):
     write_mmvp_vlm(tmp_path / "data")
-    ours = matcher(published, trials=1, timesteps=(489,))
+    ours = RandomMatcher(MatchingOptions(timesteps=(489,), trials=1))
     args = ("mmvp_vlm", tmp_path / "out", {"id": "tiny"}, ours.options, str(tmp_path / "data"))
-    score, calls = DiffusionMatcher.score, []
-
-    def dies(self, images, texts):
-        calls.append(texts)
-        if len(calls) > 10:
-            raise KeyboardInterrupt
-        return score(self, images, texts)
-
-    monkeypatch.setattr(DiffusionMatcher, "score", dies)
+    ours.limit = 10
     with pytest.raises(KeyboardInterrupt):
         match(ours, *args)
-    assert calls[0] == ["a photo of dog number 1", "a photo of dog number 2"]
-    monkeypatch.setattr(DiffusionMatcher, "score", lambda self, i, t: calls.append(t) or score(self, i, t))
+    assert ours.calls[0] == ["a photo of dog number 1", "a photo of dog number 2"]
+    ours.limit = None
     results = match(ours, *args)
-    assert len(calls) == 11 + 7
+    assert len(ours.calls) == 17
+    assert len(set(map(tuple, ours.calls))) == 17
     assert set(results["scores"]) == {"average", "Orientation and Direction", "Presence of Specific Features"}
     (comparison,) = compare([tmp_path / "out"])
     assert comparison.headline == ["average"]
@@ -319,6 +344,9 @@ def test_clip_and_siglip_of_transformers(published, tmp_path):
     model = CLIPModel.from_pretrained(tmp_path / "clip")
     inputs = processor(text=[TEXTS[1]], images=[IMAGES[0]], return_tensors="pt")
     assert scores[0, 0, 1, 0] == pytest.approx(model(**inputs).logits_per_image.item(), abs=1e-4)
+    transparent = Image.fromarray(np.zeros((16, 16, 4), dtype=np.uint8))
+    white = Image.new("RGB", (16, 16), "white")
+    np.testing.assert_array_equal(ours.score([transparent], TEXTS), ours.score([white], TEXTS))
     write_winoground(tmp_path / "data")
     results = match(ours, "winoground", tmp_path / "out", {"id": "clip"}, data=str(tmp_path / "data"))
     assert results["timesteps"] == {}
@@ -328,10 +356,19 @@ def test_clip_and_siglip_of_transformers(published, tmp_path):
 
 def test_open_clip(tmp_path):
     pytest.importorskip("open_clip", reason="open_clip is not installed")
-    with pytest.raises(ValueError, match="open_clip:ARCHITECTURE/PRETRAINED"):
+    with pytest.raises(ValueError, match=r"Unknown open_clip model 'open_clip:nothing'\. Use the form open_clip:ARCH"):
         load_matcher("open_clip:nothing", MatchingOptions())
 
 
 def test_no_model(tmp_path):
-    with pytest.raises(OSError, match=r"neither as a diffusers repository .* nor as a CLIP-style model"):
+    with pytest.raises(OSError, match=r"is neither a diffusers repository .* nor a CLIP-style model"):
         load_matcher(str(tmp_path), MatchingOptions())
+
+
+@pytest.mark.parametrize("limit", [0, -2])
+def test_limit_below_one(tmp_path, limit):
+    write_winoground(tmp_path / "data", 2)
+    ours = RandomMatcher(MatchingOptions())
+    with pytest.raises(ValueError, match=f"--limit {limit} is too small. Use at least 1"):
+        match(ours, "winoground", tmp_path / "out", {}, data=str(tmp_path / "data"), limit=limit)
+    assert not (tmp_path / "out").exists()

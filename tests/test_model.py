@@ -257,10 +257,10 @@ def test_the_implicit_captioners_gradient_agrees_with_finite_differences():
     with torch.no_grad():
         for sign in (1, -1, 0):
             shifted = [w.clone() for w in weights]
-            for weight, gradient in zip(weights, gradients):
+            for weight, gradient in zip(weights, gradients, strict=True):
                 weight += sign * step * gradient
             values.append(loss().item())
-            for weight, before in zip(weights, shifted):
+            for weight, before in zip(weights, shifted, strict=True):
                 weight.copy_(before)
     assert norm > 0
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(norm.item() ** 2, rel=0.05)
@@ -279,7 +279,7 @@ def test_a_stage_says_what_trains(stage):
     assert trained == (expected | {"language_model", "lm_head.weight"} if stage == "finetune" else expected)
     inside = [name for name, p in model.model.diffusion_tower.named_parameters() if p.requires_grad]
     assert inside == ["ensemble.weight"]
-    with pytest.raises(ValueError, match="There is no stage 'both'. Use 'align' or 'finetune'"):
+    with pytest.raises(ValueError, match=r"There is no stage 'both'\. Use 'align' or 'finetune'"):
         model.set_stage("both")
 
 

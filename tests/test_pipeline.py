@@ -73,8 +73,8 @@ def test_the_score_is_the_mean_probability_of_the_answers_tokens(vqa):
     output = vqa.model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
         output_logits=True)  # fmt: skip
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
-    probabilities = [step[0].softmax(-1)[token].item() for step, token in zip(output.logits, tokens)]
-    said = [p for p, token in zip(probabilities, tokens) if token not in vqa.tokenizer.all_special_ids]
+    probabilities = [step[0].softmax(-1)[token].item() for step, token in zip(output.logits, tokens, strict=False)]
+    said = [p for p, token in zip(probabilities, tokens, strict=False) if token not in vqa.tokenizer.all_special_ids]
     assert vqa(image=picture(), question="What?")[0]["score"] == pytest.approx(sum(said) / len(said), abs=1e-6)
 
 

@@ -132,7 +132,7 @@ def test_urls_are_fetched_and_bounded(server, monkeypatch):
     with pytest.raises(ValueError, match=r"missing\.png' cannot be fetched: .*404"):
         load_rgb(f"{server}/missing.png")
     monkeypatch.setattr("sdllava.image_loading.MAX_DOWNLOAD", 10)
-    with pytest.raises(ValueError, match="is larger than 0 MiB. Download it yourself"):
+    with pytest.raises(ValueError, match=r"is larger than 0 MiB\. Download it yourself"):
         load_rgb(f"{server}/red.png")
 
 
@@ -268,7 +268,7 @@ def test_placeholders_masks_and_round_trip(processor, tmp_path):
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     inputs = processor.apply_chat_template(conversation, **options)
     ids, mask = inputs["input_ids"][0], inputs["assistant_masks"][0]
-    supervised = processor.tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    supervised = processor.tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
     assert supervised == " A dog.</s> Left.</s>"
     assert ids.count(processor.image_token_id) == processor.num_image_tokens == 16
     processor.save_pretrained(tmp_path)

@@ -1,46 +1,32 @@
-"""Cached features: equal to uncached ones, resumable, shared, and refused where they do not fit."""
+"""Cached features: equal to computed ones, resumable, shared, and rejected where they do not fit."""
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from train_fixtures import command, losses, weights, write_colours, write_parts
+from safetensors.torch import load_file
+from train_fixtures import command, losses, model_arguments, weights
 
 from sdllava.data.sources import DataSource, load_data
-from sdllava.train.arguments import AdapterArguments, ModelArguments
+from sdllava.train.arguments import AdapterArguments
 from sdllava.train.build import build_model, build_processor
-from sdllava.train.cache import RECORD, FeatureCache, begin_cache, differences, image_key, write_shards
-from sdllava.train.cache_writer import write_cache
+from sdllava.train.cache import RECORD, FeatureCache, begin_cache, cache_kind, image_key, write_shards
+from sdllava.train.cache_writer import _earlier_fingerprint, write_cache
 from sdllava.train.collator import SDLlavaCollator
-from sdllava.train.run import cache, train
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("work")
-    write_parts(root)
-    write_colours(root / "data")
-    return root
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
+from sdllava.train.run import build_collator, cache, check_cache, parse_run, train
 
 FIXED = {"fixed_noise": "true"}
 SGD = {"optim": "sgd", "learning_rate": 0.5}  # Adam turns rounding into whole steps where a gradient is nearly zero
 CASES = {
     "latents": ({}, ["latents"]),
-    "static": (FIXED, ["vision_features", "unconditional_features", "latents"]),
-    "static-align": (
+    "vision": (FIXED, ["vision_features", "unconditional_features", "latents"]),
+    "vision-align": (
         {**FIXED, "diffusion_prompt": "none", "stage": "align"},
         ["vision_features", "unconditional_features"],
     ),
@@ -51,16 +37,71 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def model(work):
+    """The model of `command`; tests change it only within themselves."""
+    model = build_model(model_arguments(work), AdapterArguments())
+    torch.nn.init.normal_(model.model.fusion.out_proj.weight)  # so that the diffusion features reach the answer
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def processor(work):
+    return build_processor(model_arguments(work))
+
+
+@pytest.fixture(scope="module")
+def rows(work):
+    return load_data([DataSource(str(work / "data" / "colours.json"))])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def collators(work: Path, processor, folder: Path | None, **flags) -> SDLlavaCollator:
+    """The collator of a run, with a cache or without."""
+    collator = build_collator(parse_run(command(work, "unused", **flags)), copy.deepcopy(processor))
+    collator.cache = folder and FeatureCache(folder)
+    return collator
+
+
+def loss_and_gradients(model, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    trained = ("model.fusion.", "model.multi_modal_projector.", "model.language_model.")
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if name.startswith(trained)}
+    return {"loss": loss.detach(), **found}
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_cached_equals_uncached(work, case):
+def test_cached_features_give_the_computed_loss_and_gradients(work, model, processor, rows, tmp_path, case):
     flags, names = CASES[case]
-    flags = {**flags, **SGD}
-    folder = work / f"cache-{case}"
-    written = cache(command(work, "unused", **flags), str(folder), case.partition("-")[0], "float32", 4)
+    plain = collators(work, processor, None, **flags)
+    written = write_cache(model, plain, rows, tmp_path, case.partition("-")[0], "float32", 4)
     assert written == (20 if case == "conditional" else 10)
-    found = FeatureCache(folder)
-    assert found.record["tensors"] == names
-    assert len(found) == written
+    cached = collators(work, processor, tmp_path, **flags)
+    assert cached.cache.record["tensors"] == names
+    assert len(cached.cache) == written
+    check_cache(cached.cache, cached, model, trains_diffusion=False)
+    batches = [collator([rows[i] for i in range(4)]) for collator in (plain, cached)]
+    assert "image_encodings" in batches[1]
+    assert "diffusion_pixel_values" not in batches[1]
+    expected, found = (loss_and_gradients(model, batch) for batch in batches)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_cached_training_equals_uncached(work, case):
+    flags = {**CASES[case][0], **SGD}
+    folder = work / f"cache-{case}"
+    cache(command(work, "unused", **flags), str(folder), case.partition("-")[0], "float32", 4)
     train(command(work, f"{case}-slow", **flags))
     train(command(work, f"{case}-fast", feature_cache=folder, **flags))
     assert losses(work / f"{case}-fast") == pytest.approx(losses(work / f"{case}-slow"), abs=1e-5)
@@ -69,64 +110,106 @@ def test_cached_equals_uncached(work, case):
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0, msg=name)
 
 
-def test_a_half_precision_cache_is_read(work):
-    folder = work / "cache-half"
-    cache(command(work, "unused", **FIXED), str(folder), "static", "bfloat16", 4)
-    train(command(work, "half", feature_cache=folder, max_steps=1, save_steps=1, **FIXED))
-    assert {tensor.dtype for tensor in tensors(folder).values()} == {torch.bfloat16}
+def test_a_half_precision_cache_is_written_and_used_by_the_commands(work, tmp_path, capsys):
+    assert cache(command(work, "unused", **FIXED), str(tmp_path), "vision", "bfloat16", 4) == 10
+    assert "10 keys of 2.5 KiB, 0.000 GiB in total; 10 left for process 0 of 1" in capsys.readouterr().out
+    train(command(work, "half", feature_cache=tmp_path, max_steps=1, save_strategy="no", **FIXED))
+    assert {tensor.dtype for tensor in tensors(tmp_path).values()} == {torch.bfloat16}
 
 
-def test_a_sample_that_the_cache_left_out_is_bad_in_training(work):
-    """Without a vision tower no image is opened any more, so the cache alone can know."""
-    rows = json.loads((work / "data" / "colours.json").read_text())[:4]
+def test_a_sample_that_the_cache_left_out_is_bad_in_training(work, tmp_path):
+    """Without a vision tower no image is opened in training, so only the cache can tell."""
+    samples = json.loads((work / "data" / "colours.json").read_text())[:4]
     (work / "data" / "images" / "broken.png").write_bytes(b"x")
-    rows[1]["image"] = "images/broken.png"
-    (work / "data" / "broken.json").write_text(json.dumps(rows))
-    flags = {"vision": None, "fusion_num_attention_heads": None, "train_data": work / "data" / "broken.json"}
-    flags |= {"max_steps": 2, "save_steps": 2}
-    assert cache(command(work, "u", bad_samples="skip", **flags), str(work / "left-out"), "latents", "float32", 8) == 3
-    train(command(work, "left-out-slow", bad_samples="skip", **flags))
-    flags["feature_cache"] = work / "left-out"
-    train(command(work, "left-out-fast", bad_samples="skip", **flags))
-    assert losses(work / "left-out-fast", 2) == pytest.approx(losses(work / "left-out-slow", 2), abs=1e-4)
-    with pytest.raises(
-        ValueError, match=r"broken\.json:1 sample 1 has the image 'images/broken\.png', which the feature"
-    ):
-        train(command(work, "left-out-fatal", **flags))
+    samples[1]["image"] = "images/broken.png"
+    data = work / "data" / "broken.json"
+    data.write_text(json.dumps(samples))
+    arguments = model_arguments(work, vision=None, fusion_num_attention_heads=None)
+    model, processor = build_model(arguments, AdapterArguments()), build_processor(arguments)
+    rows = load_data([DataSource(str(data))])
+    plain = SDLlavaCollator(processor, skip_bad_samples=True, fixed_noise=True)
+    assert write_cache(model, plain, rows, tmp_path, "latents", "float32", 8) == 3
+    cached = SDLlavaCollator(processor, skip_bad_samples=True, fixed_noise=True, cache=FeatureCache(tmp_path))
+    batches = [collator([rows[i] for i in range(4)]) for collator in (plain, cached)]
+    assert torch.equal(batches[0]["labels"], batches[1]["labels"])
+    with torch.no_grad():
+        expected, found = (model(**batch).loss for batch in batches)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    cached.skip_bad_samples = False
+    with pytest.raises(ValueError, match=r"broken\.json:1 sample 1 has the image 'images/broken\.png', which the feat"):
+        cached([rows[1]])
+
+
+@pytest.fixture(scope="module")
+def align_cache(work, model, processor, rows, tmp_path_factory) -> Path:
+    """A cache without latents, for stage align."""
+    folder = tmp_path_factory.mktemp("cache")
+    write_cache(
+        model, collators(work, processor, None, **CASES["vision-align"][0]), rows, folder, "vision", "float32", 8
+    )
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("flags", "fields", "trains_diffusion", "reason"),
     [
-        ({"fixed_noise": "false"}, "set fixed_noise"),
-        ({"timesteps": 100}, r"its timesteps is \[50\], the run's is \[100\]"),
-        ({"noise_seed": 3}, "its noise_seed is 0, the run's is 3"),
-        ({"grid_size": 2}, "its grid_size is 4, the run's is 2"),
-        ({"unet_lora_r": 2}, "trains what makes them"),
-        ({"diffusion_prompt": "question"}, "set diffusion_prompt: none"),
+        ({"fixed_noise": "false"}, {}, False, "Set fixed_noise: true"),
+        ({}, {"timesteps": [100]}, False, r"timesteps is \[50\] there and \[100\] here"),
+        ({}, {"noise_seed": 3}, False, "noise_seed is 0 there and 3 here"),
+        ({}, {"grid_size": 2}, False, "grid_size is 4 there and 2 here"),
+        ({}, {}, True, "trains what computes them"),
+        ({"diffusion_prompt": "question"}, {}, False, "Set diffusion_prompt: none"),
     ],
 )
-def test_a_cache_that_does_not_fit_is_refused(work, changes, reason):
-    folder, flags = work / "cache-refused", CASES["static-align"][0]
-    cache(command(work, "unused", **flags), str(folder), "static", "float32", 8)
+def test_a_cache_that_does_not_fit_the_run_raises(
+    work, model, processor, align_cache, monkeypatch, flags, fields, trains_diffusion, reason
+):
+    for name, value in fields.items():
+        monkeypatch.setattr(model.config.diffusion_config, name, value)
+    collator = collators(work, processor, align_cache, **{**CASES["vision-align"][0], **flags})
     with pytest.raises(ValueError, match=reason):
-        train(command(work, "refused", feature_cache=folder, **{**flags, "stage": "finetune", **changes}))
+        check_cache(collator.cache, collator, model, trains_diffusion)
 
 
-def test_other_weights_are_refused(work, tmp_path):
-    cache(command(work, "unused"), str(tmp_path / "cache"), "latents", "float32", 8)
-    other = tmp_path / "parts"
-    other.mkdir()
-    write_parts(other)
-    weights_file = other / "sd2" / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file({name: tensor + 0.1 for name, tensor in load_file(weights_file).items()}, weights_file)
-    with pytest.raises(ValueError, match=r"its weights\.vae is"):
-        train(command(work, "refused", feature_cache=tmp_path / "cache", diffusion=other / "sd2"))
-    with pytest.raises(ValueError, match=r"its weights\.vae is"):
-        cache(command(work, "unused", diffusion=other / "sd2"), str(tmp_path / "cache"), "latents", "float32", 8)
+def test_a_cache_of_other_weights_raises(work, model, processor, rows, align_cache, tmp_path):
+    other = copy.deepcopy(model)
+    for parameter in other.model.diffusion_tower.vae.parameters():
+        parameter.data += 0.1
+    collator = collators(work, processor, align_cache, **CASES["vision-align"][0])
+    with pytest.raises(ValueError, match=r"weights\.vae is"):
+        check_cache(collator.cache, collator, other, False)
+    shutil.copytree(align_cache, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"weights\.vae is"):
+        write_cache(other, collator, rows, tmp_path / "cache", "vision", "float32", 8)
 
 
-def test_an_interrupted_cache_goes_on(tmp_path):
+def test_training_checks_its_cache(work, align_cache):
+    with pytest.raises(ValueError, match="Set fixed_noise: true"):
+        train(command(work, "unfit", feature_cache=align_cache, diffusion_prompt="none", stage="align"))
+
+
+def test_a_cache_of_an_earlier_version_is_read_and_resumed(work, model, processor, rows, align_cache, tmp_path):
+    """Its kind is called static, and its fingerprints have 16 digits."""
+    folder = tmp_path / "cache"
+    shutil.copytree(align_cache, folder)
+    record = json.loads((folder / RECORD).read_text())
+    tower = model.model.diffusion_tower
+    modules = {"vae": tower.vae, "unet": tower.unet, "text_encoder": tower.text_encoder}
+    modules["vision_tower"] = model.model.vision_tower
+    record |= {"kind": "static", "weights": {name: _earlier_fingerprint(module) for name, module in modules.items()}}
+    (folder / RECORD).write_text(json.dumps(record))
+    collator = collators(work, processor, folder, **CASES["vision-align"][0])
+    assert collator.cache.kind == "vision"
+    check_cache(collator.cache, collator, model, False)
+    next(folder.glob("*.safetensors")).unlink()
+    assert write_cache(model, collator, rows, folder, "static", "float32", 8) == 10
+    record["weights"]["vae"] = "0" * 16
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"weights\.vae is '0000000000000000' there"):
+        check_cache(FeatureCache(folder), collator, model, False)
+
+
+def test_an_interrupted_cache_resumes(tmp_path):
     record = {"kind": "latents", "tensors": ["latents"]}
     items = [(image_key(str(i)), {"latents": torch.full((4,), float(i))}) for i in range(6)]
 
@@ -144,37 +227,30 @@ def test_an_interrupted_cache_goes_on(tmp_path):
     assert len(whole) == 6
     for key, expected in items:
         assert torch.equal(whole.read(key)["latents"], expected["latents"])
-    with pytest.raises(ValueError, match="its kind is 'latents', the run's is 'static'"):
-        begin_cache(tmp_path, {**record, "kind": "static"})
-    with pytest.raises(ValueError, match="written from the same data"):
+    with pytest.raises(ValueError, match="kind is 'latents' there and 'vision' here"):
+        begin_cache(tmp_path, {**record, "kind": "vision"})
+    with pytest.raises(ValueError, match="from the run's data"):
         whole.read(image_key("none"))
 
 
-def test_what_is_missing_alone_is_computed(work, tmp_path):
-    folder = tmp_path / "cache"
-    arguments = command(work, "unused")
-    assert cache(arguments, str(folder), "latents", "float32", 3) == 10
-    before = tensors(folder)
-    shard = next(folder.glob("*.safetensors"))
-    shard.unlink()
-    assert cache(arguments, str(folder), "latents", "float32", 3) == 10
-    assert cache(arguments, str(folder), "latents", "float32", 3) == 0
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(folder).items())
+def test_only_missing_keys_are_computed(model, processor, rows, tmp_path):
+    collator = SDLlavaCollator(processor)
+    assert write_cache(model, collator, rows, tmp_path, "latents", "float32", 3) == 10
+    before = tensors(tmp_path)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    assert write_cache(model, collator, rows, tmp_path, "latents", "float32", 3) == 10
+    assert write_cache(model, collator, rows, tmp_path, "latents", "float32", 3) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(tmp_path).items())
 
 
-def test_a_late_process_does_its_own_part(work, tmp_path):
-    """The first process has written its shards before the second looks."""
-    parts = {"diffusion": str(work / "sd2"), "vision": str(work / "clip"), "language_model": str(work / "lm")}
-    sizes = {"image_size": 64, "grid_size": 4, "fusion_num_attention_heads": 4}
-    run = ModelArguments(**parts, **sizes)
-    model, collator = build_model(run, AdapterArguments()), SDLlavaCollator(build_processor(run))
-    rows = load_data([DataSource(str(work / "data" / "colours.json"))])
+def test_a_late_process_computes_its_own_part(model, processor, rows, tmp_path):
+    """The first process has written its shards before the second starts."""
     for process in (0, 1):
         count = write_cache(
-            model, collator, rows, tmp_path / "cache", "latents", "float32", 3, process, num_processes=2
+            model, SDLlavaCollator(processor), rows, tmp_path, "latents", "float32", 3, process, num_processes=2
         )
         assert count == 5
-    assert len(FeatureCache(tmp_path / "cache")) == 10
+    assert len(FeatureCache(tmp_path)) == 10
 
 
 @pytest.mark.slow
@@ -192,26 +268,26 @@ def test_processes_share_the_work(work, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("WROTE 5") == 2
     cache(command(work, "unused"), str(tmp_path / "one"), "latents", "float32", 3)
-    shared, alone = tensors(tmp_path / "cache"), tensors(tmp_path / "one")
-    assert shared.keys() == alone.keys()
+    shared, single = tensors(tmp_path / "cache"), tensors(tmp_path / "one")
+    assert shared.keys() == single.keys()
     for name, tensor in shared.items():
-        torch.testing.assert_close(tensor, alone[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(tensor, single[name], atol=1e-5, rtol=0)
 
 
-def test_the_size_is_said_first(work, tmp_path, capsys):
-    cache(command(work, "unused"), str(tmp_path / "cache"), "latents", "bfloat16", 8)
-    assert "10 keys of 0.5 KiB: 0.000 GiB in all; 10 left for process 0 of 1" in capsys.readouterr().out
+def test_caches_without_a_use_raise(work, model, processor, rows, tmp_path):
+    def write(prompt: str, kind: str = "conditional") -> None:
+        collator = collators(work, processor, None, diffusion_prompt=prompt)
+        write_cache(model, collator, rows, tmp_path / "cache", kind, "float32", 8)
 
-
-def test_caches_that_make_no_sense_are_refused(work, tmp_path):
-    with pytest.raises(ValueError, match="write a static cache"):
-        cache(command(work, "u", diffusion_prompt="none"), str(tmp_path / "a"), "conditional", "float32", 8)
+    with pytest.raises(ValueError, match="Write a cache of kind 'vision'"):
+        write("none")
     with pytest.raises(ValueError, match="noisy captions differ"):
-        cache(command(work, "u", diffusion_prompt="noisy_caption"), str(tmp_path / "b"), "conditional", "float32", 8)
+        write("noisy_caption")
+    with pytest.raises(ValueError, match=r"Unknown kind of cache 'pixels'\. Use one of 'latents', 'vision'"):
+        write("question", "pixels")
     with pytest.raises(FileNotFoundError, match=f"{RECORD} is missing"):
         FeatureCache(tmp_path)
-
-
-def test_differences_are_named():
-    found = {"a": 1, "b": {"c": 2, "d": 3}}
-    assert list(differences(found, {"a": 1, "b": {"c": 2, "d": 4}})) == ["its b.d is 3, the run's is 4"]
+    (tmp_path / RECORD).write_text("{")
+    with pytest.raises(ValueError, match=r"record\.json' is damaged"):
+        FeatureCache(tmp_path)
+    assert cache_kind("static") == "vision"

@@ -1,13 +1,12 @@
-"""The command line: ten samples learnt by heart, checked data, sample answers, the plain Trainer, plain mistakes."""
+"""The commands: ten samples learnt by heart, checked data, sample answers, the plain Trainer, plain mistakes."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import COLOURS, command, write_colours, write_parts
+from train_fixtures import COLOURS, command, model_arguments
 from transformers import Trainer, TrainingArguments
 from typer import Typer
 from typer.testing import CliRunner
@@ -16,17 +15,12 @@ from sdllava.commands import train as cli
 from sdllava.data.sources import DataSource, load_data
 from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
 from sdllava.processors import SDLlavaProcessor
+from sdllava.train.__main__ import main
+from sdllava.train.arguments import AdapterArguments, ModelArguments
+from sdllava.train.build import build_model, build_processor
+from sdllava.train.callbacks import EpochCallback
 from sdllava.train.collator import SDLlavaCollator
 from sdllava.train.run import cache, train
-from sdllava.train.trainer import EpochCallback
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("work")
-    write_parts(root)
-    write_colours(root / "data")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -39,28 +33,23 @@ def app() -> Typer:
 
 
 def test_ten_samples_are_learnt_by_heart(work):
-    flags = {"max_steps": 120, "per_device_train_batch_size": 10, "learning_rate": 1e-2, "save_strategy": "no"}
-    flags |= {"feature_cache": work / "cache", "fixed_noise": "true", "question_choice": "last", "logging_steps": 20}
-    arguments = command(work, "heart", **flags)
-    cache(
-        command(work, "heart", fixed_noise="true", question_choice="last"),
-        str(work / "cache"),
-        "conditional",
-        "float32",
-        10,
-    )
-    subprocess.run([sys.executable, "-m", "sdllava.train", *arguments], check=True, capture_output=True)
+    data = {"fixed_noise": "true", "question_choice": "last"}
+    flags = {"max_steps": 30, "per_device_train_batch_size": 10, "learning_rate": 2e-2, "save_strategy": "no"}
+    cache(command(work, "heart", **data), str(work / "cache"), "conditional", "float32", 10)
+    main(command(work, "heart", feature_cache=work / "cache", logging_steps=20, **flags, **data))
     model = SDLlavaForConditionalGeneration.from_pretrained(work / "heart").eval()
     processor = SDLlavaProcessor.from_pretrained(work / "heart")
-    for i, colour in enumerate(COLOURS):
+    chats = []
+    for i in range(len(COLOURS)):
         question = [{"type": "image", "path": str(work / "data" / "images" / f"{i}.png")}]
         question.append({"type": "text", "text": "what is the colour of the thing ?"})
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        )  # fmt: skip
-        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert processor.tokenizer.decode(ids).strip() == f"{colour} </s>"
+        chats.append([{"role": "user", "content": question}])
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    answers = processor.tokenizer.batch_decode(ids)
+    assert [answer.split()[:2] for answer in answers] == [[colour, "</s>"] for colour in COLOURS]
 
 
 def test_check_data_through_the_command(work, app):
@@ -76,48 +65,41 @@ def test_check_data_through_the_command(work, app):
         train(bad)
     with pytest.raises(ValueError, match=r"bad\.json:1 sample 10 has no `conversations`"):
         train(command(work, "bad", train_data=work / "data" / "bad.json"))
-    train(
-        command(work, "skipped", train_data=work / "data" / "bad.json", bad_samples="skip", max_steps=1, save_steps=1)
-    )
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_evaluation_shows_sample_answers(work, capsys, lora):
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_prints_its_parts_and_sample_answers(work, capsys, lora):
+    """And it skips an unreadable sample."""
+    rows = [*json.loads((work / "data" / "colours.json").read_text()), {"id": "bad"}]
+    (work / "data" / "skipped.json").write_text(json.dumps(rows))
     recipe = work / "eval.yaml"
     recipe.write_text(f"eval_datasets:\n  - path: {work}/data/colours.json\nn_sample_answers: 2\n")
     flags = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "save_strategy": "no"}
-    if lora:
-        train(command(work, "base", max_steps=1, save_strategy="no"))
-        flags |= {"init_from": work / "base", "lora_r": 2}
+    flags |= {"train_data": work / "data" / "skipped.json", "bad_samples": "skip"}
+    flags |= {"init_from": work / "trained", "lora_r": 2} if lora else {}
     train(["--config", str(recipe), *command(work, f"evaluated-{lora}", **flags)])
-    shown = capsys.readouterr().out
-    assert "what is the colour of the thing ?\n  expected: red\n  answered: " in shown
-    assert "expected: green" in shown
-    assert "expected: blue" not in shown
-    assert "'eval_loss'" in shown
+    printed = capsys.readouterr().out
+    assert "what is the colour of the thing ?\n  expected: red\n  answered: " in printed
+    assert "expected: green" in printed
+    assert "expected: blue" not in printed
+    assert "'eval_loss'" in printed
+    assert "language model" in printed
+    assert "projector" in printed
+    assert "Estimated memory per process" in printed
 
 
-def test_the_command_continues_from_a_checkpoint_of_ours(work):
-    """In a process of its own, where nothing has registered the model with transformers yet."""
-    train(command(work, "begun", max_steps=1, save_strategy="no"))
-    arguments = command(work, "continued", init_from=work / "begun", max_steps=1, save_strategy="no")
+@pytest.mark.slow
+def test_the_command_continues_from_a_checkpoint_in_a_new_process(work):
+    """Where nothing has registered the model with transformers yet."""
+    arguments = command(work, "continued", init_from=work / "trained", max_steps=1, save_strategy="no")
     subprocess.run([sys.executable, "-m", "sdllava", "train", *arguments], check=True, capture_output=True)
     assert (work / "continued" / "model.safetensors").is_file()
 
 
-def test_what_the_run_prints_first(work, capsys):
-    train(command(work, "printed", stage="align", max_steps=1, save_strategy="no"))
-    shown = capsys.readouterr().out
-    assert "language model" in shown
-    assert "projector" in shown
-    assert "Memory expected on each process" in shown
-
-
 def test_the_plain_trainer_takes_model_and_collator(work):
-    train(command(work, "first", max_steps=1, save_strategy="no"))
-    model = SDLlavaForConditionalGeneration.from_pretrained(work / "first")
+    model = SDLlavaForConditionalGeneration.from_pretrained(work / "trained")
     model.set_stage("align")
-    collator = SDLlavaCollator(SDLlavaProcessor.from_pretrained(work / "first"))
+    collator = SDLlavaCollator(SDLlavaProcessor.from_pretrained(work / "trained"))
     before = {name: p.clone() for name, p in model.named_parameters()}
     arguments = TrainingArguments(
         work / "plain", max_steps=2, per_device_train_batch_size=4, remove_unused_columns=False, use_cpu=True,
@@ -131,11 +113,31 @@ def test_the_plain_trainer_takes_model_and_collator(work):
     assert all(name.startswith(("model.fusion", "model.multi_modal_projector")) for name in changed)
 
 
-def test_a_llava_is_continued(published, work):
+def test_a_llava_is_a_starting_point(published):
+    fields = {"image_size": 64, "grid_size": 4, "fusion_num_attention_heads": 4, "taps": ["U-L1-R1-B0-Cross-Q"]}
+    arguments = ModelArguments(init_from=str(published["llava"]), diffusion=str(published["sd2"]), **fields)
+    model, processor = build_model(arguments, AdapterArguments()), build_processor(arguments)
+    assert model.config.fusion == "cross_attention"
+    assert processor.num_image_tokens == model.config.num_image_tokens
+    assert "generation" in processor.chat_template
+    assert all(p.requires_grad for p in model.model.language_model.parameters())
+
+
+@pytest.mark.slow
+def test_a_llava_trains(published, work):
     flags = {"init_from": published["llava"], "diffusion": published["sd2"], "image_size": 64, "grid_size": 4}
     flags |= {"fusion_num_attention_heads": 4, "max_length": 1024, "max_steps": 1, "save_strategy": "no"}
     train(command(work, "upgraded", taps="U-L1-R1-B0-Cross-Q", **flags))
     assert SDLlavaForConditionalGeneration.from_pretrained(work / "upgraded").config.fusion == "cross_attention"
+
+
+def test_a_run_sets_fields_of_the_configurations(work):
+    """Those that this package's own recipes leave at their defaults, too."""
+    fields = {"vae_in_fp32": False, "vision_feature_layer": [-3], "projector_hidden_act": "relu"}
+    model = build_model(model_arguments(work, dtype="bfloat16", **fields), AdapterArguments())
+    assert model.model.diffusion_tower.vae.dtype == torch.bfloat16
+    assert model.config.vision_feature_layer == [-3]
+    assert model.config.projector_hidden_act == "relu"
 
 
 def test_merge_and_cache_through_the_command(work, app):
@@ -143,26 +145,32 @@ def test_merge_and_cache_through_the_command(work, app):
     result = CliRunner().invoke(app, [*arguments, *command(work, "unused")])
     assert result.exit_code == 0, result.exception
     assert f"10 keys written to {work / 'latents'}" in result.stdout
-    result = CliRunner().invoke(app, ["merge", str(work / "first"), str(work / "m")])
+    result = CliRunner().invoke(app, ["merge", str(work / "trained"), str(work / "m")])
     assert "holds no adapter" in str(result.exception)
 
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ({"language_model": None}, "there is no model to train"),
-        ({"train_data": None}, "no data is given"),
+        ({"language_model": None}, "No model to train"),
+        ({"train_data": None}, "data"),
         ({"stage": "fine"}, "stage"),
         ({"pseudo_captions": "none.json"}, "none.json"),
+        ({"config": "clap/align"}, "Recipe 'clap/align' does not exist"),
     ],
 )
-def test_plain_mistakes_say_so(work, flags, reason, capsys):
+def test_plain_mistakes_raise(work, flags, reason, capsys):
     with pytest.raises((ValueError, FileNotFoundError, SystemExit)) as error:
         train(command(work, "mistake", **flags))
     assert reason in str(error.value) + capsys.readouterr().err
 
 
-def test_the_commands_load_without_heavy_imports():
-    script = "import sys; sys.argv = ['sdllava']; import sdllava.commands.train; print(*sys.modules)"
+def test_commands_and_recipe_names_need_no_heavy_imports():
+    script = (
+        "import sys\nsys.argv = ['sdllava']\nimport sdllava.commands.train\nfrom sdllava.train.__main__ import main\n"
+        "try:\n    main(['--config', 'clap/align'])\nexcept FileNotFoundError as error:\n    print(error)\n"
+        "print(*sys.modules)\n"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "Recipe 'clap/align' does not exist" in result.stdout
     assert not {"torch", "trl", "transformers", "datasets"} & set(result.stdout.split())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import command, losses, weights, write_colours, write_parts
+from train_fixtures import command, losses, model_arguments, weights, write_colours
 
 from sdllava.data.sources import DataSource, load_data
 from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
@@ -15,26 +15,25 @@ from sdllava.train.adapters import inject_unet_lora
 from sdllava.train.arguments import AdapterArguments, ModelArguments
 from sdllava.train.build import build_model, build_processor
 from sdllava.train.collator import SDLlavaCollator
-from sdllava.train.run import train
-from sdllava.train.stages import count_parameters, estimate_memory
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("work")
-    write_parts(root)
-    write_colours(root / "data", n=8)
-    return root
-
+from sdllava.train.memory import count_parameters, estimate_memory
+from sdllava.train.run import build_collator, build_trainer, load_sources, parse_run, train
 
 SGD = {"optim": "sgd", "learning_rate": 0.5}
 """Adam turns rounding into whole steps where a gradient is nearly zero, so equal weights need a plainer optimizer."""
+BASE = {"train_sampling_strategy": "sequential", "prompt_dropout": 0.3, **SGD}
+UNET = "model.diffusion_tower.backbone.unet."
 
 
 @pytest.fixture(scope="module")
-def base(work) -> Path:
-    """A run of four steps of four samples, which others should equal."""
-    train(command(work, "base", **SGD))
+def data(work) -> Path:
+    """Eight samples: two batches of four are an epoch."""
+    return write_colours(work / "eight", n=8)
+
+
+@pytest.fixture(scope="module")
+def base(work, data) -> Path:
+    """A run of two epochs in the order of the data, which others should equal."""
+    train(command(work, "base", train_data=data, **BASE))
     return work / "base"
 
 
@@ -45,52 +44,54 @@ def assert_same_run(folder: Path, base: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0, msg=name)
 
 
-def model_arguments(work: Path, stage: str = "finetune", **fields) -> ModelArguments:
-    parts = {"diffusion": str(work / "sd2"), "vision": str(work / "clip"), "language_model": str(work / "lm")}
-    sizes = {"image_size": 64, "grid_size": 4, "fusion_num_attention_heads": 4}
-    return ModelArguments(stage=stage, **{**parts, **sizes, **fields})
-
-
-def batch_for(arguments: ModelArguments, work: Path, n: int = 2) -> dict:
-    data = load_data([DataSource(str(work / "data" / "colours.json"))])
-    return SDLlavaCollator(build_processor(arguments))([data[i] for i in range(n)])
+def batch_for(arguments: ModelArguments, data: Path, n: int = 2) -> dict:
+    rows = load_data([DataSource(str(data))])
+    return SDLlavaCollator(build_processor(arguments))([rows[i] for i in range(n)])
 
 
 @pytest.mark.parametrize(
-    "split",
+    ("name", "flags"),
     [
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        {"global_batch_size": 4, "per_device_train_batch_size": 1},
+        ("accumulated", {"global_batch_size": 4, "per_device_train_batch_size": 2}),
+        ("streamed", {"streaming": "true"}),
+        pytest.param(
+            "by-hand",
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("recomputed", {"gradient_checkpointing": "true"}, marks=pytest.mark.slow),
     ],
 )
-def test_batch_equals_accumulation(work, base, split, request):
-    name = f"split-{request.node.name[-6:-1]}"
-    train(command(work, name, **split, **SGD))
+def test_the_run_is_equal_whatever_its_form(work, data, base, name, flags):
+    train(command(work, name, train_data=data, **BASE, **flags))
     assert_same_run(work / name, base)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(work, base):
-    arguments = command(work, "gloo", per_device_train_batch_size=2, **SGD)
+def test_two_processes_equal_one(work, data, base):
+    arguments = command(work, "gloo", train_data=data, per_device_train_batch_size=2, **BASE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
     result = subprocess.run([*launcher, "-m", "sdllava.train", *arguments], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(work / "gloo", base)
 
 
-def test_streamed_equals_not_streamed(work):
-    two_passes = {"prompt_dropout": 0.3, **SGD}
-    train(command(work, "indexed", train_sampling_strategy="sequential", **two_passes))
-    train(command(work, "streamed", streaming="true", **two_passes))
-    assert_same_run(work / "streamed", work / "indexed")
-
-
-def test_checkpointed_equals_not(work):
+def test_checkpointed_gradients_equal_plain_ones(work, data):
     """Also where gradients pass through the UNet and its taps."""
-    flags = {"fusion": "concat", "unet_lora_r": 2, "lora_dropout": 0.0, "guidance_scales": 1, **SGD}
-    train(command(work, "kept", **flags))
-    train(command(work, "recomputed", gradient_checkpointing="true", **flags))
-    assert_same_run(work / "recomputed", work / "kept")
+    arguments = model_arguments(work, fusion="concat", fusion_num_attention_heads=None, guidance_scales=[1.0])
+    model = build_model(arguments, AdapterArguments(unet_lora_r=2, lora_dropout=0.0)).train()
+    batch = batch_for(arguments, data)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(**batch).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert any(".lora_B." in name for name in found[0])
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(gradient, found[0][name], atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_half_precision_holds_what_trains_in_float32_and_saves_it_in_half(work):
@@ -102,44 +103,45 @@ def test_half_precision_holds_what_trains_in_float32_and_saves_it_in_half(work):
     assert losses(work / "half")[-1] < losses(work / "half")[0]
 
 
-def test_batches_by_length_hold_alike_samples(work, monkeypatch):
+def test_batches_by_length_hold_samples_of_similar_length(work):
     samples = json.loads((work / "data" / "colours.json").read_text())[:8] * 8
     for i, sample in enumerate(samples):
         answer = sample["conversations"][1]["value"] + " red" * (i % 3 * 10)
         samples[i] = {**sample, "conversations": [sample["conversations"][0], {"from": "gpt", "value": answer}]}
     (work / "data" / "lengths.json").write_text(json.dumps(samples))
-    batches = []
-    collate = SDLlavaCollator.__call__
-    monkeypatch.setattr(SDLlavaCollator, "__call__", lambda self, rows: batches.append(rows) or collate(self, rows))
-    data = {"train_data": work / "data" / "lengths.json", "train_sampling_strategy": "group_by_length"}
-    train(command(work, "by-length", **data, per_device_train_batch_size=2, max_steps=8))
-    kinds = [{len(row["messages"][-1]["content"].split()) // 10 for row in batch} for batch in batches[:8]]
-    # the sampler sorts 16 samples at a time, so three kinds meet in two of eight batches at most
-    assert set.union(*kinds) == {0, 1, 2}
+    flags = {"train_data": work / "data" / "lengths.json", "train_sampling_strategy": "group_by_length"}
+    run = parse_run(command(work, "by-length", **flags, per_device_train_batch_size=2))
+    rows = load_sources(run, run.data.datasets)
+    trainer = build_trainer(run, build_collator(run, build_processor(run.model)), rows)
+    batches = list(trainer.get_train_dataloader().batch_sampler)[:8]
+    kinds = [{len(rows[i]["messages"][-1]["content"].split()) // 10 for i in batch} for batch in batches]
+    assert {len(batch) for batch in batches} == {2}
+    # the sampler sorts 100 samples at a time, so three kinds meet in two batches at most
     assert sum(len(kind) > 1 for kind in kinds) <= 2
+    assert len(set.union(*kinds)) > 1
 
 
 def test_streams_need_max_steps(work):
-    with pytest.raises(ValueError, match="set max_steps"):
+    with pytest.raises(ValueError, match="Set max_steps"):
         train(command(work, "endless", streaming="true", max_steps=-1))
 
 
 def test_global_batch_must_divide(work):
-    with pytest.raises(ValueError, match="global_batch_size=6 is no multiple of 4"):
+    with pytest.raises(ValueError, match="global_batch_size=6 is not a multiple of 4"):
         train(command(work, "odd", global_batch_size=6))
 
 
 @pytest.mark.parametrize(
     ("stage", "trained"),
     [
-        ("align", ("model.fusion.", "model.multi_modal_projector.")),
+        pytest.param("align", ("model.fusion.", "model.multi_modal_projector."), marks=pytest.mark.slow),
         ("finetune", ("model.fusion.", "model.multi_modal_projector.", "model.language_model.", "lm_head.")),
     ],
 )
 def test_frozen_parts_are_bitwise_unchanged(work, stage, trained):
-    torch.manual_seed(0)
-    before = build_model(model_arguments(work), AdapterArguments()).state_dict()
-    train(command(work, f"frozen-{stage}", stage=stage, diffusion_prompt="none", max_steps=2, save_steps=2))
+    before = weights(work / "trained")
+    flags = {"stage": stage, "init_from": work / "trained", "diffusion_prompt": "none"}
+    train(command(work, f"frozen-{stage}", max_steps=2, save_strategy="no", **flags))
     after = weights(work / f"frozen-{stage}")
     frozen = [name for name in after if not name.startswith(trained)]
     assert len(frozen) > 100
@@ -148,19 +150,15 @@ def test_frozen_parts_are_bitwise_unchanged(work, stage, trained):
         assert any(not torch.equal(after[name], before[name]) for name in after if name.startswith(part)), part
 
 
-def test_frozen_parts_hold_no_gradient(work):
+def test_frozen_parts_hold_no_gradient_and_are_counted(work, data):
     arguments = model_arguments(work, stage="align")
     model = build_model(arguments, AdapterArguments()).train()
-    model(**batch_for(arguments, work)).loss.backward()
+    model(**batch_for(arguments, data)).loss.backward()
     for name, parameter in model.named_parameters():
         is_trained = name.startswith(("model.fusion.", "model.multi_modal_projector."))
         assert parameter.requires_grad == is_trained, name
         assert is_trained or parameter.grad is None, name
     assert all(not module.training for module in model.model.diffusion_tower.backbone.modules())
-
-
-def test_counts_and_memory(work):
-    model = build_model(model_arguments(work, stage="align"), AdapterArguments())
     counts = {count.name: count for count in count_parameters(model)}
     assert counts["language model"].trained == counts["diffusion model"].trained == 0
     projector = model.model.multi_modal_projector
@@ -170,6 +168,7 @@ def test_counts_and_memory(work):
     assert memory.weights == sum(p.numel() * 4 for p in model.parameters())
     assert memory.optimizer == 2 * memory.gradients == 8 * sum(c.trained for c in counts.values())
     assert memory.activations == 34 * 2 * 10 * 32 * 2
+    assert memory.total == memory.weights + 3 * memory.gradients + memory.activations
 
 
 def finite_difference_check(model: SDLlavaForConditionalGeneration, parameter: torch.nn.Parameter, batch: dict) -> None:
@@ -207,41 +206,38 @@ def in_double(batch: dict) -> dict:
     return {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
 
 
-def test_lora_gradient_through_the_unet(work):
-    arguments = model_arguments(work, grid_size=2, guidance_scales=[1.0])
+def test_lora_gradient_through_the_unet(work, data):
+    arguments = model_arguments(work, grid_size=8, guidance_scales=[1.0])
     model = randomised(build_model(arguments, AdapterArguments(unet_lora_r=2, lora_dropout=0.0)))
+    adapted, trained = set(), set()
     for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            adapted.add(name.split(".lora_A")[0])
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    batch = in_double(batch_for(arguments, work))
-    tapped = "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q.lora_A"
-    early = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.lora_B"
-    for place in (tapped, early):
+        if parameter.requires_grad and ".diffusion_tower." in name:
+            trained.add(name)
+    batch = in_double(batch_for(arguments, data))
+    tapped = "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q"
+    early = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    for place in (f"{tapped}.lora_A", f"{early}.lora_B"):
         parameter = next(p for name, p in model.named_parameters() if place in name)
         finite_difference_check(model, parameter, batch)
-
-
-def test_unet_lora_sits_in_cross_attention_alone(work):
-    model = build_model(model_arguments(work), AdapterArguments(unet_lora_r=2))
-    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
-    places = [
-        f"model.diffusion_tower.backbone.unet.{name}"
-        for name, module in build_model(
-            model_arguments(work), AdapterArguments()
-        ).model.diffusion_tower.unet.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".attn2." in name
-    ]
-    assert adapted == set(places)
-    assert len(places) > 20
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".diffusion_tower." in name}
+    # LoRA is in every linear layer of the cross-attention up to the tap, and nowhere else
+    layers = ("to_q", "to_k", "to_v", "to_out.0")
+    blocks = ("down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0")
+    places = {f"{UNET}{block}.transformer_blocks.0.attn2.{layer}" for block in blocks for layer in layers}
+    assert places <= adapted
+    assert UNET + tapped in adapted
+    assert all(".attn2." in name and name.startswith(UNET) for name in adapted)
     assert trained
     assert all(".lora_" in name for name in trained)
 
 
-def test_implicit_captioner_gradient_through_the_unet(work):
-    arguments = model_arguments(work, grid_size=2, guidance_scales=[1.0], fusion="none", implicit_caption_tokens=2)
+def test_implicit_captioner_gradient_through_the_unet(work, data):
+    arguments = model_arguments(work, grid_size=8, guidance_scales=[1.0], fusion="none", implicit_caption_tokens=2)
     model = randomised(build_model(arguments, AdapterArguments()))
-    batch = in_double(batch_for(arguments, work))
+    batch = in_double(batch_for(arguments, data))
     for parameter in (model.model.implicit_captioner.linear_1.weight, model.model.implicit_captioner.linear_2.weight):
         finite_difference_check(model, parameter, batch)
     loss = model(**batch).loss
@@ -249,8 +245,8 @@ def test_implicit_captioner_gradient_through_the_unet(work):
     assert all(p.grad is None for p in model.model.diffusion_tower.parameters())
 
 
-def test_unet_lora_without_a_tower_is_refused(work):
+def test_unet_lora_without_a_tower_raises(work):
     arguments = ModelArguments(vision=str(work / "clip"), language_model=str(work / "lm"))
     model = build_model(arguments, AdapterArguments())
-    with pytest.raises(ValueError, match="no diffusion tower"):
+    with pytest.raises(ValueError, match="needs a diffusion tower"):
         inject_unet_lora(model, 2, 4)

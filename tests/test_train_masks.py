@@ -1,10 +1,9 @@
-"""The loss is on answers alone, token by token; placeholders are never cut; what a batch holds."""
+"""The loss is only on answers, token by token; placeholders are never cut; what a batch holds."""
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from train_fixtures import write_parts
 
 from sdllava.data.prompts import PromptOptions
 from sdllava.data.records import RecordError, to_record
@@ -17,10 +16,10 @@ SIZES = {"image_size": 64, "grid_size": 4, "fusion_grid_size": 2, "fusion_num_at
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory) -> SDLlavaProcessor:
-    parts = write_parts(tmp_path_factory.mktemp("parts"))
+def processor(training_parts) -> SDLlavaProcessor:
+    parts = {"diffusion": "sd2", "vision": "clip", "language_model": "lm"}
     return SDLlavaProcessor.from_component_pretrained(
-        diffusion=parts["sd2"], vision=parts["clip"], language_model=parts["lm"], **SIZES
+        **{part: str(training_parts / name) for part, name in parts.items()}, **SIZES
     )
 
 
@@ -101,14 +100,14 @@ def test_truncation_never_cuts_placeholders_or_all_answers(processor):
     cut = tokenize_record(processor, record, max_length=length - 2)
     assert cut.input_ids == whole.input_ids[:-2]
     assert cut.labels == whole.labels[:-2]
-    with pytest.raises(RecordError, match=f"placeholders up to token {length - 8}, behind max_length={length - 10}"):
+    with pytest.raises(RecordError, match=f"placeholders up to token {length - 8}, beyond max_length={length - 10}"):
         tokenize_record(processor, record, max_length=length - 10)
     text_only = to_record(conversation("what is the thing ?", "red"))
     with pytest.raises(RecordError, match="no supervised token"):
         tokenize_record(processor, text_only, max_length=20)
 
 
-def test_a_template_without_generation_markers_is_refused(processor):
+def test_a_template_without_generation_markers_raises(processor):
     with pytest.raises(ValueError, match="does not mark answers"):
         tokenize_record(processor, to_record(conversation("what", "red")), "{{ messages[0]['content'] }}")
 
@@ -124,9 +123,9 @@ def test_require_supervision_names_the_sample(processor):
         require_supervision(rows[1:], SDLlavaCollator(processor, max_length=60, skip_bad_samples=True))
 
 
-def test_a_template_that_never_stops_is_refused(processor):
+def test_a_template_that_never_stops_raises(processor):
     template = "{% for m in messages %}{% generation %}{{ m['content'] | string }}{% endgeneration %}{% endfor %}"
-    with pytest.raises(ValueError, match="never learn to stop"):
+    with pytest.raises(ValueError, match="would not learn to stop"):
         require_supervision([conversation("what", "red")], SDLlavaCollator(processor, template=template))
 
 
@@ -150,7 +149,7 @@ def test_batch(processor):
         assert batch["labels"][i].tolist() == tokens.labels + [IGNORED] * (batch["input_ids"].shape[1] - n)
 
 
-def test_prompts_reach_the_diffusion_tokenizer_alone(processor):
+def test_prompts_reach_only_the_diffusion_tokenizer(processor):
     rows = [conversation(*TWO_TURNS, n_images=2)]
     plain = SDLlavaCollator(processor, prompts=PromptOptions("none"))(rows)
     assert "diffusion_input_ids" not in plain
@@ -163,7 +162,7 @@ def test_prompts_reach_the_diffusion_tokenizer_alone(processor):
     )
 
 
-def test_random_choices_depend_on_seed_epoch_and_sample_alone(processor):
+def test_random_choices_depend_only_on_seed_epoch_and_sample(processor):
     rows = [conversation(f"<image>\nwhat {i}", "red", "the left ?", "blue", n_images=1) for i in range(6)]
     collator = SDLlavaCollator(processor, seed=5)
     whole = collator(rows)
@@ -207,7 +206,7 @@ def test_bad_samples_are_named_or_contribute_nothing(processor, tmp_path):
 
 
 def test_stage_align_needs_images(processor):
-    with pytest.raises(ValueError, match="sample 0 has no image, without which stage align trains nothing"):
+    with pytest.raises(ValueError, match="sample 0 has no image, which stage align needs"):
         require_supervision([conversation("what", "red")], SDLlavaCollator(processor, require_images=True))
 
 

@@ -1,15 +1,31 @@
-"""Recipes build on one another, name what exists, and every one of them trains on tiny parts."""
+"""Recipes build on one another, name what exists, and configure a model; one per architecture is trained."""
 
+import dataclasses
+import functools
 import shutil
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 from accelerate.commands.config.config_args import ClusterConfig
-from train_fixtures import write_colours, write_parts
+from diffusers import UNet2DConditionModel
+from train_fixtures import command, write_colours, write_language_model
 from trl import SFTConfig
 
-from sdllava.train.arguments import AdapterArguments, DataArguments, ModelArguments
-from sdllava.train.recipes import RECIPE_FOLDER, find_recipe, list_recipes, load_recipe, parse_arguments
+from sdllava.configuration import SDLlavaConfig, SDLlavaDiffusionConfig
+from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
+from sdllava.processors import SDLlavaProcessor
+from sdllava.train.arguments import DIFFUSION_FIELDS, MODEL_FIELDS, AdapterArguments, DataArguments, ModelArguments
+from sdllava.train.build import _with_overrides
+from sdllava.train.recipes import (
+    RECIPE_FOLDER,
+    find_config,
+    find_recipe,
+    list_recipes,
+    load_recipe,
+    parse_arguments,
+)
 from sdllava.train.run import train
 
 KINDS = (ModelArguments, AdapterArguments, DataArguments, SFTConfig)
@@ -20,6 +36,40 @@ REPOSITORIES = {
     "facebook/dinov2-large": "dinov2",
     "lmsys/vicuna-7b-v1.5": "lm",
 }
+DEEP_SDXL = {**tiny.UNET_SDXL, "transformer_layers_per_block": [1, 2, 8]}
+"""Deep enough for the papers' tap of SDXL."""
+
+
+@functools.cache
+def values_of(name: str) -> dict:
+    """The values of a recipe."""
+    return load_recipe(RECIPE_FOLDER / f"{name}.yaml")
+
+
+def base_of(name: str) -> str | None:
+    """The recipe whose checkpoint a recipe continues from."""
+    if name.startswith("own-data"):
+        return "clip-sd21-cross-attention/align"
+    start = values_of(name).get("init_from")
+    return start and start.removeprefix("runs/")
+
+
+def architecture(name: str) -> tuple:
+    """What distinguishes the models of recipes, apart from the values of timesteps and scales."""
+    values = {**(values_of(base_of(name)) if base_of(name) else {}), **values_of(name)}
+    taps = tuple(tap.rpartition("-")[2] for tap in values.get("taps", ["Q"]))
+    fields = ("diffusion", "vision", "fusion", "fusion_grid_size", "implicit_caption_tokens")
+    switches = ("unet_lora_r", "lora_r")
+    scales = values.get("guidance_scales", [0])
+    ensemble = values.get("ensemble") if len(scales) > 1 else None
+    return (*(values.get(field) for field in fields), taps, len(scales), ensemble, *(values.get(s) for s in switches))
+
+
+ARCHITECTURES = {architecture(name): name for name in list_recipes()}
+"""One recipe per architecture, of the last stage that there is."""
+MODELS = {architecture(name)[:-2]: name for name in list_recipes()}
+"""One recipe per architecture without adapters."""
+FAST = ("own-data/full",)
 
 
 def test_a_recipe_builds_on_its_base(tmp_path):
@@ -35,6 +85,27 @@ def test_a_recipe_builds_on_its_base(tmp_path):
     assert training_args.learning_rate == 1e-3
 
 
+def test_every_open_field_of_the_configurations_is_an_argument(tmp_path):
+    """And the fields that the published parts determine are not."""
+    parts = {"text_config", "vision_config", "diffusion_config", "components", "left_out", "image_token_index"}
+    parts |= {f"{part}_config" for part in ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")}
+    parts |= {"null_input_ids", "null_input_ids_2", "tie_word_embeddings"}
+    for config, arguments in ((SDLlavaDiffusionConfig, DIFFUSION_FIELDS), (SDLlavaConfig, MODEL_FIELDS)):
+        fields = {item.name for item in dataclasses.fields(config)} & set(config.__annotations__)
+        assert set(arguments) == fields - parts
+    assert {"vae_in_fp32", "truncate"} <= set(DIFFUSION_FIELDS)
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--vae_in_fp32", "false", "--guidance_scales", "0", "1.5"]
+    arguments += ["--timesteps", "50", "--vision_feature_layer", "-2", "--fusion", "gated"]
+    model_args, *_ = parse_arguments(KINDS, arguments)
+    assert model_args.overrides() == {
+        "timesteps": [50], "guidance_scales": [0.0, 1.5], "vae_in_fp32": False, "fusion": "gated",
+        "vision_feature_layer": [-2],
+    }  # fmt: skip
+    descriptions = {item.name: item.metadata.get("help") for item in dataclasses.fields(ModelArguments)}
+    assert all(descriptions.values())
+    assert "0..999" in descriptions["timesteps"]
+
+
 def test_a_recipe_runs_without_an_accelerator(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     *_, training_args = parse_arguments(KINDS, ["--config", "own-data/lora", "--output_dir", str(tmp_path)])
@@ -45,21 +116,21 @@ def test_a_recipe_runs_without_an_accelerator(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({"a.yaml": "base: b.yaml", "b.yaml": "base: a.yaml"}, "builds on itself: a.yaml -> b.yaml -> a.yaml"),
-        ({"a.yaml": "base: none.yaml"}, r"builds on .*none\.yaml, which does not exist"),
-        ({"a.yaml": "- 1"}, "should be a YAML mapping"),
-        ({"a.yaml": "a: [1"}, "is no YAML"),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "base: a.yaml"}, r"is its own base: a\.yaml -> b\.yaml -> a\.yaml"),
+        ({"a.yaml": "base: none.yaml"}, r"The base .*none\.yaml' of .*a\.yaml' does not exist"),
+        ({"a.yaml": "- 1"}, "is not a YAML mapping"),
+        ({"a.yaml": "a: [1"}, "is not valid YAML"),
         ({"a.yaml": "learning_rat: 1"}, "learning_rat"),
-        ({"a.yaml": "datasets: [{pathh: x}]"}, "no mapping with `path`"),
-        ({"a.yaml": "datasets: {pathh: x}"}, "no mapping with `path`"),
-        ({"a.yaml": "bad_samples: skp"}, "bad_samples is 'skp'; it should be one of skip, fatal"),
-        ({"a.yaml": "question_choice: each"}, "question_choice is 'each'; it should be one of random, last, each_turn"),
-        ({"a.yaml": "dtype: fp8"}, "dtype is 'fp8'; it should be one of float32"),
-        ({"a.yaml": "fusion: cross"}, "fusion is 'cross'; it should be one of cross_attention"),
-        ({"a.yaml": "timesteps: 50"}, r"timesteps is 50; it should be a list, e.g. \[50\]"),
+        ({"a.yaml": "datasets: [{pathh: x}]"}, "a mapping with 'path'"),
+        ({"a.yaml": "datasets: {pathh: x}"}, "a mapping with 'path'"),
+        ({"a.yaml": "bad_samples: skp"}, r"Unknown value 'skp' for bad_samples\. Use one of 'skip', 'fatal'"),
+        ({"a.yaml": "question_choice: each"}, "'each' for question_choice. Use one of 'random', 'last', 'each_turn'"),
+        ({"a.yaml": "dtype: fp8"}, r"'fp8' for dtype\. Use one of 'float32'"),
+        ({"a.yaml": "fusion: cross"}, r"'cross' for fusion\. Use one of 'none', 'cross_attention'"),
+        ({"a.yaml": "timesteps: 50"}, r"50 for timesteps is not a list\. Use a list, for example \[50\]"),
     ],
 )
-def test_bad_recipes_say_why(tmp_path, files, reason):
+def test_bad_recipes_raise(tmp_path, files, reason):
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n")
     with pytest.raises((ValueError, FileNotFoundError), match=reason):
@@ -77,8 +148,12 @@ def test_launch_configurations_are_accelerates(path):
 
 def test_packaged_recipes_are_found_by_name():
     assert find_recipe("clip/align") == RECIPE_FOLDER / "clip" / "align.yaml"
-    with pytest.raises(FileNotFoundError, match=r"no recipe clap/align: .*clip/align"):
-        find_recipe("clap/align")
+    assert find_config(["--config", "clip/align.yaml", "--seed", "1"]) == RECIPE_FOLDER / "clip" / "align.yaml"
+    assert find_config(["--seed", "1"]) is None
+    with pytest.raises(FileNotFoundError, match=r"Recipe 'clap/align' does not exist\. .*clip/align"):
+        find_config(["--config", "clap/align"])
+    with pytest.raises(ValueError, match="--config has no value"):
+        find_config(["--config"])
 
 
 def test_the_documentation_lists_every_recipe():
@@ -89,70 +164,113 @@ def test_the_documentation_lists_every_recipe():
         assert row in text or name.startswith("own-data"), row
 
 
+@pytest.fixture(scope="session")
+def recipe_parts(build_once) -> Path:
+    """Tiny parts for every recipe, with UNets that have all their taps."""
+
+    def fill(folder: Path) -> None:
+        for kind in ("sd2", "sdxl"):
+            tiny.save_diffusion(folder / kind, kind)
+        UNet2DConditionModel.from_config(DEEP_SDXL).save_pretrained(folder / "sdxl" / "unet")
+        for kind in ("clip", "dinov2"):
+            tiny.save_vision(folder / kind, kind)
+        write_language_model(folder / "lm")
+        write_colours(folder / "data", n=4)
+
+    return build_once("recipe-parts", fill)
+
+
+def tiny_config(name: str, arguments: ModelArguments) -> SDLlavaConfig:
+    """The configuration that a recipe gives with tiny parts; a later stage's changes that of the earlier one."""
+    if base := base_of(name):
+        model_args, *_ = parse_arguments(KINDS, ["--config", base, "--bf16", "false", "--use_cpu"])
+        return _with_overrides(tiny_config(base, model_args), arguments)
+    diffusion = vision = None
+    if arguments.diffusion:
+        kind = REPOSITORIES[arguments.diffusion]
+        unet = {"unet_config": DEEP_SDXL} if kind == "sdxl" else {}
+        diffusion = tiny.diffusion_config(kind, **{**unet, **arguments.diffusion_overrides(), "image_size": 64})
+    if arguments.vision:
+        vision = tiny.vision_config(REPOSITORIES[arguments.vision])
+    fields = arguments.model_overrides()
+    if "vision_image_size" in fields:
+        fields["vision_image_size"] = 16
+    return SDLlavaConfig(
+        text_config=tiny.text_config(), vision_config=vision, diffusion_config=diffusion, image_token_index=319,
+        **{"fusion_num_attention_heads": 4, **fields},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", list_recipes())
-def test_every_recipe_parses_and_continues_from_another(name, tmp_path):
-    path = RECIPE_FOLDER / f"{name}.yaml"
-    first = path.read_text().splitlines()[0]
+def test_every_recipe_parses_and_configures_a_model(name):
+    """On the meta device, where its architecture is not another recipe's as well."""
+    first = (RECIPE_FOLDER / f"{name}.yaml").read_text().splitlines()[0]
     assert first.startswith("# ")
     assert first.endswith(".")
-    values = load_recipe(path)
-    assert name.startswith("own-data") or values["output_dir"] == f"runs/{name}"
-    if values["stage"] == "finetune" and not name.startswith("own-data"):
-        assert values["init_from"].removeprefix("runs/") in list_recipes()
-    arguments = ["--config", str(path), "--bf16", "false", "--use_cpu", "--load_in_4bit", "false"]
+    values, is_own = values_of(name), name.startswith("own-data")
+    assert is_own or values["output_dir"] == f"runs/{name}"
+    assert (values["stage"] == "finetune") == (base_of(name) is not None)
+    arguments = ["--config", name, "--bf16", "false", "--use_cpu", "--load_in_4bit", "false"]
     model_args, _, data_args, training_args = parse_arguments(KINDS, arguments)
     assert model_args.stage == values["stage"]
     data_args.prompt_options()
-    if not name.startswith("own-data"):
-        align = model_args.stage == "align"
-        assert model_args.global_batch_size == (256 if align else 128)
-        assert training_args.learning_rate == (2e-3 if align else 2e-5)
+    if not is_own:
+        is_align = model_args.stage == "align"
+        assert model_args.global_batch_size == (256 if is_align else 128)
+        assert training_args.learning_rate == (2e-3 if is_align else 2e-5)
+    config = tiny_config(name, model_args)
+    for field, value in model_args.diffusion_overrides().items():
+        assert getattr(config.diffusion_config, field) == value
+    for field, value in model_args.model_overrides().items():
+        assert getattr(config, field) == value or field == "vision_image_size"
+    assert config.num_image_tokens > 0
+    if MODELS[architecture(name)[:-2]] == name:
+        with torch.device("meta"):
+            model = SDLlavaForConditionalGeneration(config)
+        model.set_stage(model_args.stage)
+        assert model.model.multi_modal_projector.linear_1.in_features == config.fused_hidden_size
+        assert (model.model.diffusion_tower is None) == (config.diffusion_config is None)
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """Tiny parts, data, and the trained align stages, each made once."""
-    root = tmp_path_factory.mktemp("work")
-    write_parts(root)
-    write_colours(root / "data", n=4)
+def recipe_work(recipe_parts, tmp_path_factory) -> Path:
+    """A folder for runs, with links to the parts and the data."""
+    root = tmp_path_factory.mktemp("recipes")
+    for part in recipe_parts.iterdir():
+        (root / part.name).symlink_to(part)
     return root
 
 
 def run_recipe(name: str, work: Path) -> Path:
-    """Two optimizer steps of a recipe on tiny parts; the stage that it continues from first."""
+    """Two optimizer steps of a recipe on tiny parts; first those of the stage that it continues from."""
     output = work / "runs" / name
-    if (output / "model.safetensors").is_file() or (output / "adapter_model.safetensors").is_file():
+    if output.exists():
         return output
-    values = load_recipe(RECIPE_FOLDER / f"{name}.yaml")
-    command = ["--config", name, "--output_dir", str(output), "--train_data", str(work / "data" / "colours.json")]
-    for part in ("diffusion", "vision", "language_model"):
-        if part in values:
-            command += [f"--{part}", str(work / REPOSITORIES[values[part]])]
-    if name.startswith("own-data"):
-        command += ["--init_from", str(run_recipe("clip-sd21-cross-attention/align", work)), "--load_in_4bit", "false"]
-    elif "init_from" in values:
-        command += ["--init_from", str(run_recipe(values["init_from"].removeprefix("runs/"), work))]
+    values = values_of(name)
+    flags = {
+        part: work / REPOSITORIES[values[part]] for part in ("diffusion", "vision", "language_model") if part in values
+    }
+    if base := base_of(name):
+        flags = {"init_from": run_recipe(base, work)}
     else:
-        command += ["--fusion_num_attention_heads", "4"]
-        command += ["--image_size", "64", "--grid_size", "4"] if "diffusion" in values else []
-        command += ["--vision_image_size", "32"] if "vision_image_size" in values else []
-        command += ["--fusion_grid_size", "2"] if "fusion_grid_size" in values else []
-    command += ["--use_cpu", "--bf16", "false", "--dtype", "float32", "--max_steps", "2", "--logging_steps", "1"]
-    command += ["--global_batch_size", "2", "--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"]
-    command += ["--save_strategy", "no", "--gradient_checkpointing", "false", "--disable_tqdm", "true"]
-    train(command)
+        flags |= (
+            {"image_size": 64, "grid_size": 4} if "diffusion" in values else {"image_size": None, "grid_size": None}
+        )
+        flags |= {"vision": flags.get("vision"), "diffusion": flags.get("diffusion"), "language_model": work / "lm"}
+        flags |= {"vision_image_size": 32} if "vision_image_size" in values else {}
+        flags |= {"fusion_grid_size": 2} if "fusion_grid_size" in values else {}
+    flags |= {"dtype": "float32", "max_steps": 2, "global_batch_size": 2, "per_device_train_batch_size": 2}
+    flags |= {"dataloader_num_workers": 0, "save_strategy": "no", "load_in_4bit": "false", "learning_rate": None}
+    train(["--config", name, *command(work, f"runs/{name}", **flags)])
     return output
 
 
-SOME = ("clip-sd21-cross-attention-s4/finetune", "sdxl-llava-c/finetune", "own-data/lora")
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in list_recipes()]
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in sorted(ARCHITECTURES.values())]
 )
-def test_every_recipe_takes_two_steps(name, workplace):
-    output = run_recipe(name, workplace)
-    assert (output / "processor_config.json").is_file()
+def test_one_recipe_per_architecture_trains(name, recipe_work):
+    output = run_recipe(name, recipe_work)
+    assert SDLlavaProcessor.from_pretrained(output).num_image_tokens > 0
+    assert (output / "model.safetensors").is_file() or (output / "adapter_model.safetensors").is_file()
     assert not (output / ".unfinished").exists()
-    if name.endswith("/finetune"):
-        shutil.rmtree(output)
+    shutil.rmtree(output)

@@ -1,4 +1,4 @@
-"""A run that was killed goes on bit by bit as if it had not been, and a kill within a save leaves no checkpoint."""
+"""A stopped run resumes bit by bit as if it had not been stopped, and a kill within a save leaves no checkpoint."""
 
 import json
 import os
@@ -9,27 +9,51 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import command, losses, weights, write_colours, write_parts
+from train_fixtures import command, losses, weights
+from transformers import Trainer
 
+from sdllava.atomic_files import move_into_place
 from sdllava.train.run import train
-from sdllava.train.trainer import ASIDE, move_files_into_place, move_into_place
+from sdllava.train.trainer import UNFINISHED, SDLlavaTrainer
 
 RANDOM = {"prompt_dropout": 0.5, "max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 3}
+LORA = {"lora_r": 4, "unet_lora_r": 2, "lora_dropout": 0.3}
+STREAMING = {"streaming": "true", "shuffle_buffer": 5}
+ADAPTER = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("work")
-    write_parts(root)
-    write_colours(root / "data")
-    return root
+class StoppedError(Exception):
+    pass
 
 
-def killed(arguments: list[str], die: str) -> None:
+@pytest.fixture
+def stop(monkeypatch):
+    """Makes training raise after a number of steps, once."""
+
+    def after(steps: int) -> None:
+        whole_step, done = SDLlavaTrainer.training_step, []
+
+        def step(*args, **kwargs):
+            if len(done) == steps:
+                monkeypatch.undo()
+                raise StoppedError
+            done.append(None)
+            return whole_step(*args, **kwargs)
+
+        monkeypatch.setattr(SDLlavaTrainer, "training_step", step)
+
+    return after
+
+
+def kill(arguments: list[str], die: str) -> None:
     script = Path(__file__).with_name("train_and_die.py")
     environment = {**os.environ, "DIE": die, "PYTHONPATH": str(Path(__file__).parents[1])}
     result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
     assert result.returncode == -9, result.stderr[-3000:]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
 def assert_bitwise_equal(folder: Path, whole: Path, name: str = "model.safetensors") -> None:
@@ -39,68 +63,96 @@ def assert_bitwise_equal(folder: Path, whole: Path, name: str = "model.safetenso
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("die", ["step:3", "save:4", "step:4"])
-def test_killed_and_started_again(work, die):
-    if not (work / "whole").exists():
-        train(command(work, "whole", **RANDOM))
-    name = f"killed-{die.replace(':', '-')}"
-    arguments = command(work, name, **RANDOM)
-    killed(arguments, die)
-    assert [path.name for path in (work / name).glob("checkpoint-*")] == ["checkpoint-2"]
-    assert (work / name / ASIDE).exists() == (die == "save:4")
+def whole_run(work: Path, name: str, **settings) -> Path:
+    folder = work / f"whole-{name}"
+    if not folder.exists():
+        train(command(work, folder.name, **settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "settings", "file"),
+    [
+        ("plain", 3, {}, "model.safetensors"),
+        pytest.param(
+            "unet-lora", 3, {"unet_lora_r": 2, "lora_dropout": 0.3}, "model.safetensors", marks=pytest.mark.slow
+        ),
+        pytest.param("plain", 4, {}, "model.safetensors", marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_resumes(work, stop, name, steps, settings, file):
+    """Three steps are within the second epoch, four right after a checkpoint."""
+    settings = {**RANDOM, **settings}
+    if "unet_lora_r" in settings:
+        settings["init_from"] = work / "trained"
+    whole = whole_run(work, name, **settings)
+    arguments = command(work, f"stopped-{name}-{steps}", **settings)
+    folder = work / f"stopped-{name}-{steps}"
+    stop(steps)
+    with pytest.raises(StoppedError):
+        train(arguments)
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-4"][: steps // 2]
     train(arguments)
-    assert_bitwise_equal(work / name, work / "whole")
-    assert not (work / name / ASIDE).exists()
+    assert_bitwise_equal(folder, whole, file)
+    assert not (folder / UNFINISHED).exists()
 
 
 @pytest.mark.slow
-def test_killed_while_streaming(work):
-    """Over the end of the data, and shuffled."""
-    settings = {**RANDOM, "streaming": "true", "shuffle_buffer": 5}
-    train(command(work, "whole-stream", **settings))
-    arguments = command(work, "killed-stream", **settings)
-    killed(arguments, "step:5")
-    assert [path.name for path in sorted((work / "killed-stream").glob("checkpoint-*"))][-1] == "checkpoint-4"
+@pytest.mark.parametrize(
+    ("name", "die", "settings", "last", "file"),
+    [
+        ("plain", "save:4", {}, "checkpoint-2", "model.safetensors"),
+        ("stream", "step:5", STREAMING, "checkpoint-4", "model.safetensors"),
+        ("lora", "step:3", LORA, "checkpoint-2", ADAPTER),
+    ],
+)
+def test_a_killed_run_resumes(work, name, die, settings, last, file):
+    """Within a save; while streaming, over the end of the data and shuffled; with LoRA on both models."""
+    settings = {**RANDOM, **settings}
+    if name == "lora":
+        settings["init_from"] = work / "trained"
+    whole = whole_run(work, name, **settings)
+    folder = work / f"killed-{name}"
+    arguments = command(work, folder.name, **settings)
+    kill(arguments, die)
+    assert checkpoints(folder)[-1] == last
+    assert (folder / UNFINISHED).exists() == die.startswith("save")
     train(arguments)
-    assert_bitwise_equal(work / "killed-stream", work / "whole-stream")
+    assert_bitwise_equal(folder, whole, file)
+    assert not (folder / UNFINISHED).exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lora", [{"lora_r": 4, "lora_dropout": 0.3}, {"unet_lora_r": 2, "lora_dropout": 0.3}])
-def test_killed_with_lora(work, lora):
-    if not (work / "base" / "model.safetensors").exists():
-        train(command(work, "base", max_steps=1, save_strategy="no"))
-    kind = next(iter(lora))
-    settings = {**RANDOM, **lora, "init_from": work / "base"}
-    train(command(work, f"whole-{kind}", **settings))
-    arguments = command(work, f"killed-{kind}", **settings)
-    killed(arguments, "step:3")
-    train(arguments)
-    file = "adapter_model.safetensors" if kind == "lora_r" else "model.safetensors"
-    assert_bitwise_equal(work / f"killed-{kind}", work / f"whole-{kind}", file)
+def test_a_stop_within_a_save_leaves_no_checkpoint(work, monkeypatch):
+    def stopped(self, output_dir):
+        assert Path(output_dir, "model.safetensors").is_file()
+        raise StoppedError
+
+    monkeypatch.setattr(SDLlavaTrainer, "_save_optimizer_and_scheduler", stopped)
+    with pytest.raises(StoppedError):
+        train(command(work, "stopped-save", max_steps=1, save_steps=1))
+    assert checkpoints(work / "stopped-save") == []
+    assert (work / "stopped-save" / UNFINISHED).exists()
 
 
-def test_other_settings_are_refused(work):
-    train(command(work, "settings", max_steps=1, save_steps=1))
-    with pytest.raises(ValueError, match=r"its learning_rate is 0\.005, the run's is 0\.1"):
-        train(command(work, "settings", max_steps=1, save_steps=1, learning_rate=0.1))
+def test_other_settings_raise(work):
+    folder = work / "settings"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    shutil.copy(work / "trained" / "run.json", folder)
+    with pytest.raises(ValueError, match=r"learning_rate is 0\.01 there and 0\.1 here"):
+        train(command(work, "settings", learning_rate=0.1))
 
 
-def test_folders_are_moved_whole(tmp_path):
-    for name, text in (("new", "new"), ("old", "old")):
-        (tmp_path / name / "sub").mkdir(parents=True)
-        (tmp_path / name / "sub" / "a").write_text(text)
-    (tmp_path / "old" / "kept").write_text("kept")
-    move_files_into_place(tmp_path / "new", tmp_path / "old")
-    assert (tmp_path / "old" / "sub" / "a").read_text() == "new"
-    assert (tmp_path / "old" / "kept").read_text() == "kept"
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "b").write_text("b")
-    move_into_place(tmp_path / "new", tmp_path / "old")
-    assert [path.name for path in (tmp_path / "old").iterdir()] == ["b"]
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+def test_a_folder_without_checkpoints_is_used_again(work):
+    """Its settings and its model are replaced; other files are kept."""
+    folder = work / "begun"
+    folder.mkdir()
+    for name, text in {"run.json": '{"learning_rate": 7}', "model.safetensors": "old", "notes.txt": "old"}.items():
+        (folder / name).write_text(text)
+    train(command(work, "begun", max_steps=1, save_strategy="no"))
+    assert json.loads((folder / "run.json").read_text())["learning_rate"] == 5e-3
+    assert weights(folder)
+    assert (folder / "notes.txt").read_text() == "old"
+    assert not (folder / UNFINISHED).exists()
 
 
 def test_a_replaced_checkpoint_is_never_there_in_part(tmp_path, monkeypatch):
@@ -119,16 +171,25 @@ def test_a_replaced_checkpoint_is_never_there_in_part(tmp_path, monkeypatch):
     assert {path.name: path.read_text() for path in (tmp_path / "checkpoint-2").iterdir()} == {"a": "new", "b": "new"}
 
 
-def test_checkpoints_rotate_and_name_the_best(work):
+def test_checkpoints_rotate_name_the_best_and_are_pushed_when_complete(work, monkeypatch):
+    pushed = []
+
+    def push(self, folder):
+        pushed.append(Path(folder).relative_to(work))
+        assert Path(folder, "trainer_state.json").is_file()
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self: None)
+    monkeypatch.setattr(SDLlavaTrainer, "push_to_hub", lambda self, **options: None)
     flags = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
+    flags |= {"load_best_model_at_end": "true", "push_to_hub": "true", "learning_rate": None}
     recipe = work / "eval.yaml"
-    recipe.write_text(
-        f"eval_datasets: [{{path: {work}/data/colours.json}}]\nn_sample_answers: 2\nlearning_rate: 10.0\n"
-    )
-    train(["--config", str(recipe), *command(work, "best", load_best_model_at_end="true", learning_rate=None, **flags)])
-    checkpoints = sorted((work / "best").glob("checkpoint-*"))
-    state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
+    recipe.write_text(f"eval_datasets: [{{path: {work}/data/colours.json}}]\nlearning_rate: 10.0\n")
+    train(["--config", str(recipe), *command(work, "best", **flags)])
+    found = sorted((work / "best").glob("checkpoint-*"))
+    state = json.loads((found[-1] / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
     assert best.parent == work / "best"
-    assert best in checkpoints
-    assert len(checkpoints) == (1 if best == checkpoints[-1] else 2)
+    assert best in found
+    assert len(found) == (1 if best == found[-1] else 2)
+    assert [str(path) for path in pushed] == [f"best/checkpoint-{step}" for step in (1, 2, 3)]

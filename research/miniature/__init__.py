@@ -1,1 +1,1 @@
-"""Training the miniature from scratch, and its study of the papers' tables. Not in the wheel."""
+"""Training the miniature from scratch, and its study of the papers' tables."""

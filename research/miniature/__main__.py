@@ -1,5 +1,7 @@
 """`python -m research.miniature`: train the miniature from scratch, and run its study."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,59 +12,72 @@ app = typer.Typer(no_args_is_help=True, help="Train the miniature from scratch, 
 
 
 class ScaleName(StrEnum):
+    """The scales of the training."""
+
     smoke = "smoke"
     mini = "mini"
     gpu = "gpu"
 
 
 class StudyScaleName(StrEnum):
+    """The scales of the study."""
+
     smoke = "smoke"
     mini = "mini"
 
 
+@contextmanager
+def _without_traceback() -> Iterator[None]:
+    """End the command with the error's message and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of checkpoints and finished parts; an earlier run goes on there.")],
-    scale: Annotated[ScaleName, typer.Option(help="How large and how long.")] = ScaleName.mini,
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints and finished parts. Resumes an earlier run.")],
+    scale: Annotated[ScaleName, typer.Option(help="Sizes and budgets.")] = ScaleName.mini,
     part: Annotated[
-        list[str] | None, typer.Option(help="Train these parts alone, in this order, and no stage.")
+        list[str] | None, typer.Option(help="Only train these parts, in this order, and not the stages.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides first weights, scenes and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Selects initial weights, scenes and noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train the parts, each checked before the next builds on it, then both stages. Stop and run it again at will."""
-    from .pretrain import CheckFailedError, pretrain
-    from .scales import PARTS
-    from .ship import write_checkpoint
-    from .stages import STAGES, train_stage
+    """Train the parts, each checked before the next one builds on it, then both stages. It can be stopped any time."""
+    with _without_traceback():
+        from .pretrain import pretrain
+        from .scales import PARTS
+        from .ship import write_checkpoint
+        from .stages import STAGES, train_stage
 
-    try:
         checks = pretrain(scale.value, out, tuple(part or PARTS), seed, device)
         for stage in () if part else STAGES:
             train_stage(stage, scale.value, out, seed, device)
-    except (CheckFailedError, ValueError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
-    for name, metrics in checks.items():
-        typer.echo(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in metrics.items()))
-    if not part:
-        typer.echo(f"the model is in {write_checkpoint(out)}")
+        for name, metrics in checks.items():
+            typer.echo(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in metrics.items()))
+        if not part:
+            typer.echo(f"Wrote the model to {write_checkpoint(out)}")
 
 
 @app.command()
 def study(
-    source: Annotated[Path, typer.Option("--from", help="What `mini train` left; numbers are kept in its study/.")],
-    out: Annotated[Path, typer.Option(help="Folder of the page miniature.md and its pictures.")] = Path("docs"),
-    part: Annotated[list[str] | None, typer.Option(help="a to f; several times, or none for all.")] = None,
-    scale: Annotated[StudyScaleName, typer.Option(help="How much is read and trained.")] = StudyScaleName.mini,
+    source: Annotated[
+        Path, typer.Option("--from", help="Folder of a finished training. Results are saved in its study/.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of study.md, study.json and figures/.", show_default="research/miniature")
+    ] = Path(__file__).parent,
+    part: Annotated[list[str] | None, typer.Option(help="a to f, repeatable. Default: all.")] = None,
+    scale: Annotated[StudyScaleName, typer.Option(help="Budgets of the measurements.")] = StudyScaleName.mini,
 ) -> None:
-    """Measure the papers' tables in small, part by part, and write the page. Stop and run it again at will."""
-    from sdllava.commands.evaluate import one_sentence
+    """Measure the papers' tables on the miniature, part by part, and write the page. It can be stopped any time."""
+    with _without_traceback():
+        from .study.run import run_study
 
-    from .study.run import run_study
-
-    with one_sentence():
-        typer.echo(f"wrote {run_study(source, out, scale.value, tuple(part or ()))}")
+        typer.echo(f"Wrote {run_study(source, out, scale.value, tuple(part or ()))}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""The small CLIP: patches of 8 pixels, an 8x8 grid, and captions."""
+"""The small CLIP, trained on scenes and their captions: patches of 8 pixels, an 8x8 grid."""
 
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from sdllava.scenes.dataset import SIZE, caption, sample_scene
+from sdllava.scenes.language import caption
+from sdllava.scenes.render import SIZE
+from sdllava.scenes.world import sample_scene
 
 from .images import to_pixels
 from .loop import mixed_precision, scene_numbers
@@ -16,8 +18,16 @@ from .text import clip_tokenizer, write_clip_tokenizer
 PATCH = 8
 
 
-def clip_config(width: int, layers: int, text_width: int, text_layers: int, tokenizer) -> CLIPConfig:
-    """CLIP for the miniature's scenes: widths in channels, depths in layers."""
+def clip_config(width: int, layers: int, text_width: int, text_layers: int, tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """The configuration of a CLIP for scenes.
+
+    Args:
+        width: Channels of the vision encoder, a multiple of 32.
+        layers: Layers of the vision encoder.
+        text_width: Channels of the text encoder and of the shared space, a multiple of 32.
+        text_layers: Layers of the text encoder.
+        tokenizer: The text encoder's tokenizer.
+    """
     vision = {
         "image_size": SIZE,
         "patch_size": PATCH,
@@ -43,7 +53,7 @@ def clip_config(width: int, layers: int, text_width: int, text_layers: int, toke
 
 
 class ClipPart:
-    """Learns which caption of a batch belongs to which scene."""
+    """Trains CLIP to match the scenes of a batch with their captions."""
 
     name = "clip"
 
@@ -52,7 +62,7 @@ class ClipPart:
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer = clip_tokenizer(folder)
         self.model = CLIPModel(clip_config(width, layers, text_width, text_layers, self.tokenizer))
-        self.model.set_attn_implementation("eager")  # trains twice as fast as the fused kernel on a CPU
+        self.model.set_attn_implementation("eager")  # on a CPU twice as fast in training as the fused kernel
 
     def _batch(self, split: str, numbers: range) -> dict[str, Tensor]:
         scenes = [sample_scene(split, number) for number in numbers]
@@ -60,18 +70,19 @@ class ClipPart:
         return {"pixel_values": to_pixels(scenes).to(self.model.device), **text.to(self.model.device)}
 
     def loss(self, step: int, batch_size: int) -> Tensor:
+        """CLIP's contrastive loss on this step's scenes."""
         batch = self._batch("train", scene_numbers(self.seed, step, batch_size))
         with mixed_precision(self.model.device):
             return self.model(**batch, return_loss=True).loss
 
     @torch.no_grad()
     def check(self, count: int) -> dict[str, float]:
-        """Share of held-out scenes whose own caption is the nearest of `count`."""
+        """The share of held-out scenes whose own caption is the nearest of `count`."""
         logits = self.model(**self._batch("validation", range(count))).logits_per_image
         return {"retrieval": (logits.argmax(dim=1) == torch.arange(count, device=logits.device)).float().mean().item()}
 
     def write(self, folder: str | Path) -> None:
-        """Writes `clip/`: model, image processor and tokenizer, in transformers' layout."""
+        """Write `clip/`: model, image processor and tokenizer, in transformers' layout."""
         folder = Path(folder) / "clip"
         self.model.save_pretrained(folder)
         half = [0.5, 0.5, 0.5]

@@ -5,17 +5,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdllava.scenes.dataset import Scene, render_array
+from sdllava.scenes.render import render_array
+from sdllava.scenes.world import Scene
 
 
 def to_pixels(scenes: list[Scene]) -> Tensor:
-    """Rendered scenes (n, 3, 64, 64), float32 in [-1, 1]."""
+    """Rendered scenes `(n, 3, 64, 64)`, float32 in [-1, 1]."""
     arrays = torch.from_numpy(np.stack([render_array(scene) for scene in scenes]))
     return arrays.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def contact_sheet(pixels: Tensor, columns: int = 8) -> Image.Image:
-    """Images (n, 3, height, width) in [-1, 1], side by side in rows of `columns`."""
+    """Arrange images `(n, 3, height, width)` in [-1, 1] in rows of `columns`."""
     n, channels, height, width = pixels.shape
     rows = -(-n // columns)
     padded = torch.cat([pixels, pixels.new_ones(rows * columns - n, channels, height, width)])

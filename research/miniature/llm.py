@@ -1,9 +1,9 @@
-"""The small Llama, taught on symbolic scenes: in place of image tokens it sees the words of each object, summed.
+"""The small Llama, trained on symbolic scenes: each image token is the sum of the embeddings of an object's words.
 
-A curriculum comes first, as looking an object up by its colour is learnt suddenly and only from enough questions of its
-own kind. At first each token also tells its place; in the end the order of the tokens has to do, as a vision encoder
-need not tell its tokens' places. Questions on one scene are packed behind one image; a mask keeps them from seeing one
-another.
+Training follows a curriculum, because finding an object by its colour is learnt suddenly, and only from enough
+questions of that kind. In its first phases each token also has a position vector. In the last phase it does not,
+because a vision encoder's tokens need not encode their positions. The questions about a scene are packed after one
+image, and a mask separates them.
 """
 
 import random
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sdllava.scenes.dataset import KINDS, PATTERNS, Scene, ask, caption, sample_question, sample_scene
-from sdllava.scenes.world import CELLS
+from sdllava.scenes.language import KINDS, ask, caption, sample_question
+from sdllava.scenes.world import CELLS, PATTERNS, Scene, sample_scene
 
 from .loop import mixed_precision, scene_numbers
 from .text import llm_tokenizer, words_in
@@ -28,9 +28,13 @@ _CAPTION_EVERY = 5
 
 @dataclass(frozen=True)
 class Phase:
-    """Up to which share of the budget, with what patterns (one named twice counts twice) and kinds of question.
+    """A phase of the curriculum.
 
-    `placed` adds a learnt vector to each symbolic token, which tells its place.
+    Args:
+        until: The share of the budget, in (0, 1], at which the phase ends.
+        patterns: The patterns of its questions. A pattern that is named twice is twice as frequent.
+        kinds: The kinds of its questions.
+        placed: Whether a learnt position vector is added to each symbolic token.
     """
 
     until: float
@@ -54,7 +58,11 @@ CURRICULUM = (
 
 
 class SymbolicLlama(nn.Module):
-    """A Llama, and one learnt vector per cell of the grid that at first tells its symbolic tokens where they are."""
+    """A Llama, and one learnt position vector per cell of the grid of symbolic tokens.
+
+    Args:
+        config: The Llama's configuration.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -63,7 +71,13 @@ class SymbolicLlama(nn.Module):
 
 
 def llama_config(hidden_size: int, layers: int, heads: int) -> LlamaConfig:
-    """A Llama over the scenes' words: width in channels, depth in layers."""
+    """The configuration of a Llama with the scenes' vocabulary.
+
+    Args:
+        hidden_size: Channels.
+        layers: Layers.
+        heads: Attention heads.
+    """
     tokenizer = llm_tokenizer()
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -81,24 +95,31 @@ def llama_config(hidden_size: int, layers: int, heads: int) -> LlamaConfig:
 
 
 def scene_words(scene: Scene) -> list[list[str]]:
-    """The words of each of the 4x4 tokens: the viewpoint everywhere, and an object's on the four of its quadrant."""
+    """The words of the 4x4 symbolic tokens: the viewpoint in all, and an object's in the four of its quadrant."""
     words = [[scene.viewpoint] for _ in range(GRID * GRID)]
     for item in scene.objects:
         row, column = divmod(CELLS.index(item.cell), 2)
-        told = [item.colour, item.shape, item.state, item.direction, item.letter, "border" if item.border else ""]
+        attributes = [item.colour, item.shape, item.state, item.direction, item.letter]
+        attributes.append("border" if item.border else "")
         for place in (8 * row + 2 * column + step for step in (0, 1, GRID, GRID + 1)):
-            words[place] += [word for word in told if word]
+            words[place] += [word for word in attributes if word]
     return words
 
 
 class LlamaPart:
-    """Learns to answer questions on, and to caption, symbolic scenes."""
+    """Trains the Llama to caption symbolic scenes and to answer questions about them.
+
+    Args:
+        config: The Llama's configuration.
+        steps: The steps of the budget, to which the curriculum is scaled.
+        seed: Selects scenes and questions.
+    """
 
     name = "llm"
 
     def __init__(self, config: LlamaConfig, steps: int, seed: int = 0):
         self.model, self.steps, self.seed = SymbolicLlama(config), steps, seed
-        self.model.llama.set_attn_implementation("eager")  # trains faster than the fused kernel on a CPU
+        self.model.llama.set_attn_implementation("eager")  # on a CPU faster in training than the fused kernel
         self.tokenizer = llm_tokenizer()
         self.vocabulary = self.tokenizer.get_vocab()
 
@@ -106,7 +127,7 @@ class LlamaPart:
         return [self.vocabulary[word] for word in words_in(text)]
 
     def _image(self, scenes: list[Scene], placed: bool = False) -> Tensor:
-        """Symbolic image tokens (n_scenes, 16, hidden_size)."""
+        """Symbolic image tokens `(n_scenes, 16, hidden_size)`."""
         places = [[self.vocabulary[word] for word in words] for scene in scenes for words in scene_words(scene)]
         device = self.model.places.device
         flat = torch.tensor([word for place in places for word in place], device=device)
@@ -117,19 +138,20 @@ class LlamaPart:
         return tokens + self.model.places if placed else tokens
 
     def phase(self, step: int) -> Phase:
+        """The curriculum's phase at a step."""
         return next(phase for phase in CURRICULUM if step < phase.until * self.steps)
 
     def _turns(self, scene: Scene, step: int, rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-        """What stands before the image, and the (prompt, answer) pairs behind it."""
+        """The text before the image, and the (prompt, answer) pairs after it."""
         if step % _CAPTION_EVERY == 0:
             return "", [("", caption(scene))]
         phase = self.phase(step)
-        asked = (ask(scene, rng, phase.patterns, phase.kinds) for _ in range(QUESTIONS_PER_SCENE))
-        unique = {q.text: q.answer for q in asked if q}
+        questions = (ask(scene, rng, phase.patterns, phase.kinds) for _ in range(QUESTIONS_PER_SCENE))
+        unique = {question.text: question.answer for question in questions if question}
         return "user:", [(f"{text} assistant:", answer) for text, answer in unique.items()]
 
     def loss(self, step: int, batch_size: int) -> Tensor:
-        """Mean next-token loss over the answers to the packed questions of this step's scenes."""
+        """The mean next-token loss over the answers to the packed questions of this step's scenes."""
         numbers = scene_numbers(self.seed, step, batch_size)
         scenes = [sample_scene("train", number) for number in numbers]
         packed = []
@@ -155,7 +177,7 @@ class LlamaPart:
 
     @torch.no_grad()
     def answers(self, scenes: list[Scene], questions: list[str]) -> list[str]:
-        """Greedy answers, one per scene and question."""
+        """Greedy answers, one per pair of scene and question."""
         llama, end = self.model.llama, self.vocabulary["</s>"]
         embed = llama.get_input_embeddings()
         image, found = self._image(scenes), []
@@ -168,26 +190,32 @@ class LlamaPart:
         return found
 
     def check(self, count: int, split: str = "validation") -> dict[str, float]:
-        """Share of right answers on held-out symbolic scenes, in all and by pattern."""
-        asked = [sample_question(split, number) for number in range(count)]
-        answers = self.answers([scene for scene, _ in asked], [question.text for _, question in asked])
-        right = defaultdict(list)
-        for (_, question), answer in zip(asked, answers, strict=True):
-            right[question.pattern].append(answer == question.answer)
-        every = [value for values in right.values() for value in values]
-        return {"accuracy": sum(every) / count} | {p: sum(v) / len(v) for p, v in sorted(right.items())}
+        """The share of correct answers on held-out symbolic scenes, in total and by pattern."""
+        sampled = [sample_question(split, number) for number in range(count)]
+        answers = self.answers([scene for scene, _ in sampled], [question.text for _, question in sampled])
+        correct = defaultdict(list)
+        for (_, question), answer in zip(sampled, answers, strict=True):
+            correct[question.pattern].append(answer == question.answer)
+        every = [value for values in correct.values() for value in values]
+        return {"accuracy": sum(every) / count} | {p: sum(v) / len(v) for p, v in sorted(correct.items())}
 
     def write(self, folder: str | Path) -> None:
-        """Writes `llm/`: the Llama and its tokenizer, in transformers' layout."""
+        """Write `llm/`: the Llama and its tokenizer, in transformers' layout."""
         self.model.llama.save_pretrained(Path(folder) / "llm")
         self.tokenizer.save_pretrained(Path(folder) / "llm")
 
 
 def pack(before: list[int], turns: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One image and several (prompt, answer) turns as ids (-1 for an image token), labels, positions and segments.
+    """Pack one image and several turns into a sequence.
 
-    Segment 0 is the image with what stands before it, seen by all; turn n is segment n, seen by itself alone, and its
-    positions go on from the image's.
+    Args:
+        before: Token ids before the image.
+        turns: The ids of each turn's prompt and answer.
+
+    Returns:
+        `tuple`: Ids (-1 for an image token), labels (-100 outside answers), positions and segments, each `(length,)`.
+        The image and the ids before it are segment 0, which all tokens attend to. Turn n is segment n, which only its
+        own tokens attend to. The positions of every turn begin after the image's.
     """
     shared = [*before, *[-1] * (GRID * GRID)]
     ids, labels, positions, segments = list(shared), [-100] * len(shared), list(range(len(shared))), [0] * len(shared)
@@ -201,7 +229,7 @@ def pack(before: list[int], turns: list[tuple[list[int], list[int]]]) -> tuple[T
 
 
 def packed_mask(segments: Tensor) -> Tensor:
-    """Which token sees which (n, length, length): itself and the earlier ones of its own segment or the image's."""
+    """Which token attends to which, `(n, length, length)`: to itself, and to earlier ones of its segment and of 0."""
     same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
     length = segments.shape[1]
     return same & torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()

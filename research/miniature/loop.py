@@ -1,7 +1,7 @@
-"""A training loop that can be stopped at any step and goes on with the same weights, bit for bit.
+"""A training loop that can be stopped at any step and resumes with the same weights, bit for bit.
 
 Everything random in a step (scenes, noise, dropout) is drawn from the seed and the step's number, so a checkpoint
-holds weights and optimizer moments alone.
+consists of weights and optimizer moments.
 """
 
 import json
@@ -16,13 +16,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sdllava.atomic_files import atomic_path
+from sdllava.run_records import check_settings
+
 _STEPS_PER_SEED = 2**32
 _LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and how fast a part learns. The rate warms up, stays, and falls to zero over the last fifth."""
+    """How long a part is trained, and how fast it learns.
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Scenes per step.
+        learning_rate: The rate after warm-up. It falls linearly to zero over the last fifth of the steps.
+        ema: The decay of the running mean of the weights. 0 keeps no mean.
+        warmup: Steps over which the rate rises linearly.
+        weight_decay: AdamW's weight decay.
+        save_every: Steps between two checkpoints.
+    """
 
     steps: int
     batch_size: int
@@ -39,31 +52,47 @@ class Part(Protocol):
     name: str
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module:
+        """The model. Its parameters that require gradients are trained."""
+        ...
 
-    def loss(self, step: int, batch_size: int) -> Tensor: ...
+    def loss(self, step: int, batch_size: int) -> Tensor:
+        """The loss of a step, to be differentiated."""
+        ...
 
 
 def learning_rate(budget: Budget, step: int) -> float:
+    """The learning rate of a step of a budget."""
     decay_steps = max(1, budget.steps // 5)
     scale = min(1.0, (step + 1) / max(1, budget.warmup), (budget.steps - step) / decay_steps)
     return budget.learning_rate * scale
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where the device computes in it; elsewhere that is many times slower than float32."""
+    """Autocast to bfloat16 on devices that compute in it. On others it is many times slower than float32."""
     native = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
 def scene_numbers(seed: int, step: int, batch_size: int) -> range:
-    """The seeds of a step's scenes: no two steps of a run share one."""
+    """The seeds of a step's scenes. They differ between steps, and between runs with different seeds."""
     first = (seed * _STEPS_PER_SEED + step) * batch_size
     return range(first, first + batch_size)
 
 
 class Run:
-    """One part's training: the model, its optimizer and, where asked for, a running mean of its weights."""
+    """The training of one part: the model, its optimizer and, optionally, a running mean of its weights.
+
+    Args:
+        part: What is trained.
+        budget: How long and how fast.
+        folder: The folder of the checkpoint and of the log. A checkpoint that is there is loaded.
+        seed: Selects scenes and noise.
+        device: Where the part is trained.
+
+    Raises:
+        ValueError: The checkpoint was trained with another seed or batch size.
+    """
 
     def __init__(self, part: Part, budget: Budget, folder: str | os.PathLike, seed: int = 0, device: str = "cpu"):
         part.model.to(device)
@@ -79,17 +108,15 @@ class Run:
 
     @property
     def state_file(self) -> Path:
+        """The checkpoint."""
         return self.folder / f"{self.part.name}.safetensors"
 
     def _load(self) -> None:
         with safe_open(self.state_file, "pt") as file:
-            meta = file.metadata()
-            stored = {key: file.get_tensor(key) for key in file}
-        if int(meta["seed"]) != self.seed or int(meta["batch_size"]) != self.budget.batch_size:
-            raise ValueError(
-                f"{self.state_file} was trained with seed {meta['seed']} and batches of {meta['batch_size']}, not seed "
-                f"{self.seed} and {self.budget.batch_size}: give another folder."
-            )
+            meta, names = file.metadata(), file.keys()
+            stored = {name: file.get_tensor(name) for name in names}
+        found = {name: int(meta[name]) for name in ("seed", "batch_size")}
+        check_settings(found, {"seed": self.seed, "batch_size": self.budget.batch_size}, self.folder)
         self.step = int(meta["step"])
         for name, parameter in self.parameters.items():
             parameter.data.copy_(stored[f"weight/{name}"])
@@ -102,7 +129,7 @@ class Run:
             average.copy_(stored[f"average/{name}"])
 
     def save(self) -> None:
-        """Writes the state aside, then puts it in place, so that a kill leaves a whole checkpoint."""
+        """Write the checkpoint atomically."""
         tensors = {}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
@@ -110,10 +137,8 @@ class Run:
             tensors[f"mean/{name}"], tensors[f"square/{name}"] = state["exp_avg"], state["exp_avg_sq"]
         tensors |= {f"average/{name}": average for name, average in self.averages.items()}
         meta = {"step": str(self.step), "seed": str(self.seed), "batch_size": str(self.budget.batch_size)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.state_file.with_suffix(".part")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, aside, metadata=meta)
-        os.replace(aside, self.state_file)
+        with atomic_path(self.state_file) as written:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, written, metadata=meta)
 
     def _advance(self) -> float:
         torch.manual_seed(self.seed * _STEPS_PER_SEED + self.step)
@@ -132,7 +157,7 @@ class Run:
         return loss.item()
 
     def train(self, until: int | None = None) -> None:
-        """Trains up to step `until`, or to the end of the budget, and saves."""
+        """Train to step `until`, or to the end of the budget, and save."""
         until = self.budget.steps if until is None else min(until, self.budget.steps)
         self.part.model.train()
         progress = tqdm(range(self.step, until), initial=self.step, total=until, desc=self.part.name, mininterval=1)
@@ -148,7 +173,7 @@ class Run:
             self.save()
 
     def finish(self) -> None:
-        """Puts the averaged weights into the model, for its check and for writing; the training is over then."""
+        """Load the averaged weights into the model, to check and to write it. Training cannot continue."""
         for name, average in self.averages.items():
             self.parameters[name].data.copy_(average)
         self.part.model.eval()

@@ -1,8 +1,8 @@
-"""Trains the parts one after the other, each checked before the next builds on it.
+"""Training of the parts, one after the other. Each must pass its check before the next one builds on it.
 
-A folder holds `settings.json` (scale and seed), `state/` (checkpoints to go on from), `checks.json` (what each finished
-part reached), `samples.png` (of the UNet) and the finished parts: `diffusion/` in diffusers' published layout, `clip/`
-and `llm/` in transformers'; in `prompts/` is the UNet's text encoder, and in `denoiser/` what the UNet started from.
+A folder contains `settings.json` (scale and seed), `state/` (checkpoints), `checks.json` (the result of each finished
+part's check), `samples.png` (samples of the UNet) and the finished parts: `diffusion/` in diffusers' published layout,
+`clip/` and `llm/` in transformers', `prompts/` (the UNet's text encoder) and `denoiser/` (the UNet's initial weights).
 """
 
 import json
@@ -13,9 +13,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from sdllava.atomic_files import atomic_path, write_json
 from sdllava.commands.options import check_device
-from sdllava.evaluation.results import write_json
-from sdllava.scenes.dataset import caption, sample_scene
+from sdllava.run_records import begin_run
+from sdllava.scenes.language import caption
+from sdllava.scenes.world import sample_scene
 
 from .clip import ClipPart
 from .images import contact_sheet
@@ -31,11 +33,18 @@ AnyPart = JudgePart | VaePart | ClipPart | LlamaPart | PromptPart | DenoiserPart
 
 
 class CheckFailedError(RuntimeError):
-    """A part did not learn what the next one needs."""
+    """A part is below the check that the next part needs."""
 
 
 def build(name: str, scale: Scale, folder: Path, seed: int) -> AnyPart:
-    """An untrained part; its first weights depend on the seed alone."""
+    """Build an untrained part.
+
+    Args:
+        name: One of [`~research.miniature.scales.PARTS`].
+        scale: Sizes and budgets.
+        folder: The folder of the finished parts on which this one builds.
+        seed: Selects the initial weights and the data.
+    """
     torch.manual_seed(seed)
     if name == "judge":
         return JudgePart(scale.judge_width, seed)
@@ -51,7 +60,7 @@ def build(name: str, scale: Scale, folder: Path, seed: int) -> AnyPart:
 
 
 def _build_unet(name: str, scale: Scale, folder: Path, seed: int) -> DenoiserPart:
-    """The denoiser starts with a random UNet, what follows with what the denoiser learnt."""
+    """The denoiser, with a random UNet, or the UNet, with the denoiser's weights."""
     vae, steps = AutoencoderKL.from_pretrained(folder / "diffusion" / "vae"), scale.budgets[name].steps
     text_encoder = CLIPTextModel.from_pretrained(folder / "prompts")
     if name == "denoiser":
@@ -62,7 +71,7 @@ def _build_unet(name: str, scale: Scale, folder: Path, seed: int) -> DenoiserPar
 
 
 def _check(part: AnyPart, scale: Scale, folder: Path, seed: int) -> dict[str, float]:
-    """A part's metrics on held-out scenes; the judge reads the UNet's samples, which are also left to be looked at."""
+    """A part's metrics on held-out scenes. The UNet's samples are judged, and saved as `samples.png`."""
     count = scale.check_scenes[part.name]
     if not isinstance(part, UnetPart):
         return part.check(count)
@@ -70,7 +79,8 @@ def _check(part: AnyPart, scale: Scale, folder: Path, seed: int) -> dict[str, fl
     Run(judge, scale.budgets["judge"], folder / "state", seed).finish()
     scenes = [sample_scene("validation", number) for number in range(count)]
     samples = part.sample([caption(scene) for scene in scenes])
-    contact_sheet(samples).save(folder / "samples.png")
+    with atomic_path(folder / "samples.png") as written:
+        contact_sheet(samples).save(written)
     return part.check(count) | judge.agreement(samples, scenes)
 
 
@@ -79,27 +89,24 @@ def _read_checks(folder: Path) -> dict[str, dict[str, float]]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _settle(folder: Path, settings: dict[str, str | int]) -> None:
-    """Notes what the folder is made with; what was made with something else is not gone on with."""
-    file = folder / "settings.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
-    if known != settings:
-        raise ValueError(
-            f"{folder} was begun with --scale {known['scale']} --seed {known['seed']}, not --scale {settings['scale']} "
-            f"--seed {settings['seed']}: give another folder."
-        )
-    if not file.exists():
-        write_json(file, settings)
+def train_part(
+    name: str, scale: Scale, folder: str | os.PathLike, seed: int = 0, device: str = "cpu"
+) -> dict[str, float]:
+    """Train one part to the end of its budget, check it, and write it. Resumes an earlier run.
 
-
-def train_part(name: str, scale: Scale, folder: str | os.PathLike, seed: int = 0, device: str = "cpu") -> dict:
-    """Trains one part to the end of its budget, checks it, and writes it; goes on where an earlier run stopped.
+    Args:
+        name: One of [`~research.miniature.scales.PARTS`].
+        scale: Sizes and budgets.
+        folder: The folder of checkpoints and finished parts.
+        seed: Selects the initial weights and the data.
+        device: Where the part is trained.
 
     Returns:
-        The metrics of its check.
+        `dict[str, float]`: The metrics of its check.
 
     Raises:
-        CheckFailedError: the part is under its gate; its state is kept, so that more steps can follow.
+        CheckFailedError: The part is below its gate. Its checkpoint is kept, so that it can be trained further.
+        ValueError: The checkpoint was trained with another seed or batch size.
     """
     folder = Path(folder)
     part = build(name, scale, folder, seed)
@@ -110,8 +117,8 @@ def train_part(name: str, scale: Scale, folder: str | os.PathLike, seed: int = 0
     gate = scale.gates.get(name)
     if gate and metrics[gate.metric] < gate.least:
         raise CheckFailedError(
-            f"After {run.step} steps the part {name!r} reached a {gate.metric} of {metrics[gate.metric]:.3g}{gate.unit}"
-            f" on held-out scenes, under the {gate.least:g}{gate.unit} that what follows needs; give it more steps."
+            f"After {run.step} steps the part {name!r} has a {gate.metric} of {metrics[gate.metric]:.3g}{gate.unit} on "
+            f"held-out scenes, below the {gate.least:g}{gate.unit} that the next part needs. Give it more steps."
         )
     if not isinstance(part, JudgePart):
         part.write(folder)
@@ -119,20 +126,32 @@ def train_part(name: str, scale: Scale, folder: str | os.PathLike, seed: int = 0
     return metrics
 
 
-def pretrain(scale: str, folder: str | os.PathLike, parts: tuple[str, ...] = PARTS, seed: int = 0, device: str = "cpu"):
-    """Trains the parts that the folder does not hold yet, and returns every part's metrics.
+def pretrain(
+    scale: str, folder: str | os.PathLike, parts: tuple[str, ...] = PARTS, seed: int = 0, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """Train the parts that are not finished in the folder.
+
+    Args:
+        scale: One of [`~research.miniature.scales.SCALES`].
+        folder: The folder of checkpoints and finished parts.
+        parts: The parts to train, in this order.
+        seed: Selects the initial weights and the data.
+        device: Where the parts are trained.
+
+    Returns:
+        `dict[str, dict[str, float]]`: The metrics of every finished part.
 
     Raises:
-        ValueError: an unknown scale, part or device, or the folder was begun at another scale or with another seed.
-        CheckFailedError: as `train_part`.
+        ValueError: The scale, a part or the device is unknown, or the folder has another scale or seed.
+        CheckFailedError: As [`train_part`].
     """
     if scale not in SCALES:
-        raise ValueError(f"{scale!r} is no scale of the miniature; the scales are {', '.join(SCALES)}.")
+        raise ValueError(f"Scale {scale!r} of the miniature is unknown. Use one of {', '.join(SCALES)}.")
     if unknown := [name for name in parts if name not in PARTS]:
-        raise ValueError(f"{unknown[0]!r} is no part of the miniature; the parts are {', '.join(PARTS)}.")
+        raise ValueError(f"Part {unknown[0]!r} of the miniature is unknown. Use one of {', '.join(PARTS)}.")
     check_device(device)
     folder = Path(folder)
-    _settle(folder, {"scale": scale, "seed": seed})
+    begin_run(folder / "settings.json", {"scale": scale, "seed": seed})
     for name in parts:
         if name not in _read_checks(folder):
             train_part(name, SCALES[scale], folder, seed, device)

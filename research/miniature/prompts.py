@@ -1,7 +1,7 @@
-"""The UNet's text encoder, which first learns to say what a caption puts where.
+"""The UNet's text encoder, trained to encode which attribute of a caption belongs to which quadrant.
 
-Like Stable Diffusion 2's, it is another one than the vision encoder's: CLIP's, which it starts from, need not know what
-belongs together to tell two scenes apart, and from the UNet's error alone that is learnt far too slowly.
+It starts from CLIP's text encoder, which does not need this to distinguish two scenes. From the UNet's error only, it
+is learnt too slowly.
 """
 
 import tempfile
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from sdllava.scenes.dataset import caption, sample_scene
-from sdllava.scenes.world import CELLS
+from sdllava.scenes.language import caption
+from sdllava.scenes.world import CELLS, sample_scene
 
 from .judge import ATTRIBUTES, labels
 from .loop import scene_numbers
@@ -22,7 +22,11 @@ _HEADS = 4
 
 
 class QuadrantReader(nn.Module):
-    """One learnt query per quadrant attends to the prompt's tokens, and says what the quadrant shows."""
+    """Reads the attributes of each quadrant from a prompt's tokens, with one learnt query per quadrant.
+
+    Args:
+        width: Channels of the tokens, a multiple of 4.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -32,14 +36,19 @@ class QuadrantReader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in ATTRIBUTES.items()})
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Tokens (n, length, width) as logits (4 n, values) per attribute."""
+        """Tokens `(n, length, width)` as logits `(4 n, values)` per attribute."""
         queries = self.queries.expand(len(tokens), -1, -1)
         read = self.norm(self.attention(queries, tokens, tokens, need_weights=False)[0]).flatten(0, 1)
         return {name: head(read) for name, head in self.heads.items()}
 
 
 class PromptPart:
-    """Learns to encode captions so that each quadrant's object can be read off their tokens."""
+    """Trains the text encoder so that each quadrant's object can be read from a caption's tokens.
+
+    Args:
+        text_encoder: CLIP's text encoder, which is trained.
+        seed: Selects the scenes.
+    """
 
     name = "prompts"
 
@@ -55,7 +64,7 @@ class PromptPart:
         return self.reader(self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state)
 
     def loss(self, step: int, batch_size: int) -> Tensor:
-        """Cross-entropy of every attribute of every quadrant, summed over the attributes."""
+        """Cross-entropy on the captions of this step's scenes, summed over the attributes."""
         scenes = [sample_scene("train", number) for number in scene_numbers(self.seed, step, batch_size)]
         read = self._read([caption(scene) for scene in scenes])
         known = {name: label.to(self.text_encoder.device) for name, label in labels(scenes).items()}
@@ -63,16 +72,16 @@ class PromptPart:
 
     @torch.no_grad()
     def check(self, count: int) -> dict[str, float]:
-        """Share rightly read of each attribute of held-out scenes, and the least of them."""
+        """The accuracy on held-out captions: by attribute, and as "least" the lowest of them."""
         scenes = [sample_scene("validation", number) for number in range(count)]
         read, known = self._read([caption(scene) for scene in scenes]), labels(scenes)
-        right = {
+        correct = {
             name: (read[name].argmax(dim=1).cpu() == label)[label >= 0].float().mean().item()
             for name, label in known.items()
             if (label >= 0).any()
         }
-        return {"least": min(right.values()), **right}
+        return {"least": min(correct.values()), **correct}
 
     def write(self, folder: str | Path) -> None:
-        """Writes `prompts/`: the text encoder in transformers' layout."""
+        """Write `prompts/`: the text encoder in transformers' layout."""
         self.text_encoder.save_pretrained(Path(folder) / "prompts")

@@ -1,11 +1,11 @@
-"""The sizes and step budgets at which the miniature is trained, and what each part must reach.
+"""The sizes of the miniature's parts, their budgets, and the checks that they must pass.
 
-Budgets are in steps, so that a slower machine gives the same weights, later.
+Budgets are in steps, so that the result does not depend on the speed of the machine.
 """
 
 from dataclasses import dataclass, replace
 
-from sdllava.scenes.dataset import PATTERNS
+from sdllava.scenes.world import PATTERNS
 
 from .loop import Budget
 
@@ -14,12 +14,12 @@ TOWER = {"taps": ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"], "image_size": 64, "g
 
 PARTS = ("judge", "vae", "clip", "llm", "prompts", "denoiser", "unet")
 LETTERS_OFTEN = (*PATTERNS, *["text"] * 3)
-"""What the second stage asks about: letters four times as often as the rest, as they take most looking to learn."""
+"""The patterns of stage 2. Letters are four times as frequent, because they need the most examples."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The metric of a part's check that must reach `least` before the next part builds on it."""
+    """The check that a part must pass before the next one builds on it: `metric` is at least `least` (in `unit`)."""
 
     metric: str
     least: float
@@ -28,9 +28,14 @@ class Gate:
 
 @dataclass(frozen=True)
 class StageBudget:
-    """Scenes of a stage, passes over them, the batch, the most questions on a scene, and what they are about.
+    """The data of a stage.
 
-    A pattern named twice is asked about twice as often.
+    Args:
+        scenes: The number of scenes.
+        epochs: Passes over them.
+        batch_size: Scenes per step.
+        turns: The largest number of questions about a scene.
+        patterns: The patterns of the questions. A pattern that is named twice is twice as frequent.
     """
 
     scenes: int
@@ -42,8 +47,19 @@ class StageBudget:
 
 @dataclass(frozen=True)
 class Scale:
-    """Widths of the parts, their budgets and gates, how many held-out scenes a check reads, the fusion's heads, and the
-    two stages.
+    """Sizes and budgets of a miniature.
+
+    Args:
+        judge_width: See [`~research.miniature.judge.Judge`].
+        vae_channels: See [`~research.miniature.vae.VaePart`].
+        clip: Width and layers of CLIP's vision encoder, width and layers of its text encoder.
+        llm: Width, layers and heads of the Llama.
+        unet_channels: Channels of the UNet's levels.
+        budgets: The budget of each part.
+        gates: The check of each part that has one.
+        check_scenes: The number of held-out scenes in each part's check.
+        fusion_heads: Heads of the cross-attention fusion.
+        stages: The budgets of both stages.
     """
 
     judge_width: int

@@ -1,30 +1,37 @@
-"""The papers' two stages on the finished parts: scenes written as data, then the package's own cache and training."""
+"""The papers' two stages on the finished parts, with the package's own feature cache and training."""
 
 import os
 from pathlib import Path
 
+from sdllava.atomic_files import atomic_path
 from sdllava.scenes.dataset import scene_dataset
+from sdllava.train.run import cache, train
 
 from .scales import SCALES, Scale, StageBudget
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = {"align": "captions", "finetune": "questions"}
-"""Each stage and what its scenes are told: captions, or conversations of questions."""
+"""Each stage and the task of its data."""
 
 
 def write_scenes(file: Path, task: str, budget: StageBudget, seed: int) -> None:
-    """A stage's scenes as training data, unless they are there."""
+    """Write the scenes of a stage as training data, unless the file exists.
+
+    Args:
+        file: The Parquet file.
+        task: "captions" or "questions", see [`~sdllava.scenes.dataset.scene_dataset`].
+        budget: The number of scenes and their questions.
+        seed: Selects the scenes.
+    """
     if file.exists():
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
     dataset = scene_dataset("train", budget.scenes, seed, task, budget.turns, budget.patterns)
-    aside = file.with_suffix(f".part-{os.getpid()}")
-    dataset.to_parquet(aside)
-    os.replace(aside, file)
+    with atomic_path(file) as written:
+        dataset.to_parquet(written)
 
 
 def _arguments(stage: str, scale: Scale, folder: Path, seed: int, device: str) -> list[str]:
-    """The train command's arguments. The first stage puts the parts together, the second goes on from it."""
+    """The train command's arguments. The first stage assembles the parts, the second starts from the first."""
     if stage == "align":
         parts = {"diffusion": "diffusion", "vision": "clip", "language_model": "llm"}
         start = {name: folder / subfolder for name, subfolder in parts.items()}
@@ -46,20 +53,25 @@ def _arguments(stage: str, scale: Scale, folder: Path, seed: int, device: str) -
 
 
 def train_stage(stage: str, scale: str, folder: str | os.PathLike, seed: int = 0, device: str = "cpu") -> Path:
-    """Runs one stage with cached features, and goes on where an earlier run stopped.
+    """Run one stage with cached features, unless it is finished. Resumes an earlier run.
+
+    Args:
+        stage: One of [`STAGES`].
+        scale: One of [`~research.miniature.scales.SCALES`].
+        folder: The folder of the finished parts.
+        seed: Selects the scenes and the training's random choices.
+        device: Where the model is trained.
 
     Returns:
-        The folder of the trained model and its processor.
+        `Path`: The folder of the trained model and its processor.
     """
-    from sdllava.train.run import cache, train
-
     folder, budget = Path(folder), SCALES[scale].stages[stage]
     if (folder / stage / "config.json").exists():
         return folder / stage
     write_scenes(folder / "data" / f"{stage}.parquet", STAGES[stage], budget, seed)
     arguments = _arguments(stage, SCALES[scale], folder, seed, device)
     features = folder / "cache" / stage
-    kind = "static" if stage == "align" else "conditional"
+    kind = "vision" if stage == "align" else "conditional"
     cache(arguments, str(features), kind=kind, dtype="bfloat16", batch_size=budget.batch_size)
     train([*arguments, "--feature_cache", str(features)])
     return folder / stage

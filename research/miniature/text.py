@@ -1,10 +1,13 @@
-"""The small vocabulary, and the two tokenizers made of it: one for CLIP and Stable Diffusion, one for the Llama."""
+"""The scenes' vocabulary, and two tokenizers: one for CLIP and Stable Diffusion, one for the Llama."""
 
 import itertools
-import json
 import re
 from pathlib import Path
 
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+
+from sdllava.atomic_files import write_json, write_text
 from sdllava.scenes.world import CELLS, COLOURS, DIRECTIONS, LETTERS, SHAPES, STATES, VIEWPOINTS
 
 MAX_LENGTH = 77
@@ -23,7 +26,8 @@ WORDS = tuple(
 PUNCTUATION = (",", ".", "?", ":")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# The generation block opens with the answer's first letter: a character of no token there would empty TRL's mask.
+# The generation block begins with the answer's first letter: TRL's mask would be empty if a character without a token
+# stood there.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'assistant' %}{{ 'ASSISTANT: ' }}{% generation %}"
@@ -41,11 +45,8 @@ def words_in(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]+", text.lower())
 
 
-def llm_tokenizer():
-    """A word-level tokenizer with a Vicuna-like chat template that marks the assistant's tokens for TRL."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
+def llm_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with a chat template like Vicuna's that marks the assistant's tokens for TRL."""
     specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
     vocabulary = {word: number for number, word in enumerate([*specials, *PUNCTUATION, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -69,14 +70,14 @@ def llm_tokenizer():
 
 
 def _byte_symbols() -> list[str]:
-    """One printable symbol per byte, in the order of GPT-2's and CLIP's vocabularies: "!" is number 0."""
+    """One printable symbol per byte, in the order of GPT-2's and CLIP's vocabularies. "!" has id 0."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]
 
 
 def _split_by(merges: list[tuple[str, str]], word: str) -> list[str]:
-    """What byte-pair encoding makes of a word."""
+    """The pieces of a word under byte-pair encoding."""
     rank = {pair: number for number, pair in enumerate(merges)}
     pieces = [*word[:-1], f"{word[-1]}</w>"]
     while len(pieces) > 1:
@@ -90,9 +91,11 @@ def _split_by(merges: list[tuple[str, str]], word: str) -> list[str]:
 
 
 def write_clip_tokenizer(folder: str | Path, pad_token: str) -> None:
-    """Writes `vocab.json` and `merges.txt` in CLIP's layout; every word of the vocabulary becomes one token.
+    """Write a tokenizer in CLIP's layout, in which every word of the vocabulary is one token.
 
-    Stable Diffusion 2 pads with "!" (number 0), CLIP itself with its end token.
+    Args:
+        folder: The folder of `vocab.json`, `merges.txt` and the configuration. It is created where it is missing.
+        pad_token: "!" (id 0) for Stable Diffusion 2, the end token for CLIP.
     """
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -103,20 +106,14 @@ def write_clip_tokenizer(folder: str | Path, pad_token: str) -> None:
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH, "do_lower_case": True, **special}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name, content in (
-        ("vocab.json", {token: number for number, token in enumerate(vocabulary)}),
-        ("special_tokens_map.json", special),
-        ("tokenizer_config.json", config),
-    ):
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(vocabulary)})
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", config)
 
 
-def clip_tokenizer(folder: str | Path, pad_token: str = END):
-    """The tokenizer of `write_clip_tokenizer`, written to a folder and read back."""
-    from transformers import CLIPTokenizer
-
+def clip_tokenizer(folder: str | Path, pad_token: str = END) -> CLIPTokenizer:
+    """Write the tokenizer of [`write_clip_tokenizer`] to a folder and load it."""
     write_clip_tokenizer(folder, pad_token)
     return CLIPTokenizer.from_pretrained(folder)

@@ -1,13 +1,14 @@
 """The small text-conditional UNet, in the block layout of Stable Diffusion 2.
 
-It is trained twice: a denoiser learns to see, then learns on with the velocity as target, which teaches it to heed its
-prompt. The error of predicted noise tells next to nothing of what a very noisy image should show; from the velocity
-alone, the features take far longer to tell as much of the image.
+It is trained twice: first to predict the noise, which gives good features, then to predict the velocity, which makes it
+follow its prompt. The noise target hardly depends on the image's content at high noise levels. With only the velocity
+target, the features take many more steps to become as good.
 """
 
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -15,9 +16,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from sdllava.scenes.dataset import SIZE, Scene, ask, caption, sample_scene
-from sdllava.scenes.language import describe
-from sdllava.scenes.world import CELLS
+from sdllava.scenes.language import ask, caption, describe
+from sdllava.scenes.render import SIZE
+from sdllava.scenes.world import CELLS, Scene, sample_scene
 
 from .images import to_pixels
 from .loop import mixed_precision, scene_numbers
@@ -27,8 +28,13 @@ LATENT_SIZE = SIZE // 2
 _NULL_SHARE, _QUESTION_SHARE = 0.12, 0.3
 
 
-def unet_config(channels: tuple[int, int, int, int], text_width: int) -> dict:
-    """Stable Diffusion 2's layout, but the largest grid attends to the text alone, as its self-attention is costly."""
+def unet_config(channels: tuple[int, int, int, int], text_width: int) -> dict[str, Any]:
+    """Stable Diffusion 2's layout, without self-attention on the largest grid, where it is costly.
+
+    Args:
+        channels: Channels of each level, multiples of 8.
+        text_width: Channels of the text encoder.
+    """
     return {
         "sample_size": LATENT_SIZE,
         "block_out_channels": channels,
@@ -44,10 +50,13 @@ def unet_config(channels: tuple[int, int, int, int], text_width: int) -> dict:
 
 
 def noise_scheduler(prediction_type: str) -> DDIMScheduler:
-    """Stable Diffusion's noise schedule; what a UNet predicts is the noise ("epsilon") or "v_prediction".
+    """Stable Diffusion's noise schedule.
 
-    A velocity's schedule ends in noise alone (arXiv 2305.08891). Stable Diffusion's own leaves 7% of the image's
-    amplitude there, enough to tell a scene's layout: training would read it there, and sampling has to do without.
+    Stable Diffusion's last timestep keeps 7% of the image's amplitude, enough to read a scene's layout in training,
+    but sampling starts without it. For the velocity the schedule therefore ends in pure noise (arXiv 2305.08891).
+
+    Args:
+        prediction_type: What the UNet predicts: the noise ("epsilon") or the velocity ("v_prediction").
     """
     velocity = prediction_type == "v_prediction"
     return DDIMScheduler(
@@ -64,10 +73,10 @@ def noise_scheduler(prediction_type: str) -> DDIMScheduler:
 
 
 def prompt_for(scene: Scene, rng: random.Random) -> str:
-    """What the scene is trained with: mostly its caption, at times a question on it, at times nothing.
+    """The prompt with which a scene is trained: its caption, a question about it (30%), or an empty prompt (12%).
 
-    Questions, because that is what the UNet will be asked as a visual encoder: one that never saw their words takes
-    them for noise. Nothing, so that guidance has an unconditional half to start from.
+    Questions are the UNet's prompts when it is used as a visual encoder. Without training on their words, it treats
+    them as noise. Empty prompts are the unconditional half of guidance.
     """
     share = rng.random()
     if share < _NULL_SHARE:
@@ -77,7 +86,7 @@ def prompt_for(scene: Scene, rng: random.Random) -> str:
 
 
 def close_up(scene: Scene, pixels: Tensor, rng: random.Random) -> tuple[Tensor, str]:
-    """The quadrant (3, 32, 32) of one object, and its description or, at times, nothing."""
+    """The quadrant `(3, 32, 32)` of one object, and its description or an empty prompt (12%)."""
     item = rng.choice(scene.objects)
     row, column = divmod(CELLS.index(item.cell), 2)
     half = SIZE // 2
@@ -86,9 +95,16 @@ def close_up(scene: Scene, pixels: Tensor, rng: random.Random) -> tuple[Tensor, 
 
 
 class DenoiserPart:
-    """Learns to take noise off the latents of scenes, told their prompts.
+    """Trains the UNet to predict the noise on the latents of scenes, conditioned on their prompts.
 
-    The VAE and the text encoder are trained before, and frozen. Close-ups come first, as a step on them costs a third.
+    The first steps use close-ups of single objects, which cost a third.
+
+    Args:
+        vae: The trained VAE, which is frozen.
+        text_encoder: The trained text encoder, which is frozen.
+        unet: The UNet, which is trained.
+        steps: The steps of the budget.
+        seed: Selects scenes, prompts and noise.
     """
 
     name = "denoiser"
@@ -103,7 +119,7 @@ class DenoiserPart:
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer = clip_tokenizer(folder, pad_token="!")
         self.vae, self.text_encoder, self.unet = vae.requires_grad_(False), text_encoder.requires_grad_(False), unet
-        self.unet.set_attn_processor(AttnProcessor())  # on a CPU twice as fast as the fused kernel, at these sizes
+        self.unet.set_attn_processor(AttnProcessor())  # at these sizes twice as fast on a CPU as the fused kernel
         self.model = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder, "vae": self.vae})
         self.scheduler = noise_scheduler(self.prediction_type)
 
@@ -112,7 +128,7 @@ class DenoiserPart:
         return self.text_encoder(ids.to(self.unet.device)).last_hidden_state
 
     def _batch(self, step: int, batch_size: int) -> tuple[Tensor, list[str]]:
-        """Pixels of this step's close-ups or scenes, and their prompts."""
+        """The pixels of this step's close-ups or scenes, and their prompts."""
         numbers = scene_numbers(self.seed, step, batch_size)
         scenes = [sample_scene("train", number) for number in numbers]
         draws = [random.Random(f"prompt {number}") for number in numbers]
@@ -126,7 +142,7 @@ class DenoiserPart:
         return torch.randint(0, self.scheduler.config.num_train_timesteps, (n,))
 
     def _error(self, pixels: Tensor, prompts: list[str], timesteps: Tensor) -> Tensor:
-        """Mean squared error of what is predicted of images (n, 3, height, width) under fresh noise."""
+        """The mean squared error of the prediction for images `(n, 3, height, width)` with newly drawn noise."""
         pixels, timesteps = pixels.to(self.unet.device), timesteps.to(self.unet.device)
         with mixed_precision(pixels.device):
             with torch.no_grad():
@@ -144,20 +160,25 @@ class DenoiserPart:
 
     @torch.no_grad()
     def check(self, count: int) -> dict[str, float]:
-        """The error on held-out scenes, and how many times it grows at t = 800 when told the next scene's caption."""
+        """The error on held-out scenes.
+
+        Returns:
+            `dict[str, float]`: "error", and "wrong_caption_ratio": the error at t = 800 with another scene's caption,
+            divided by the error with the scene's own.
+        """
         scenes = [sample_scene("validation", number) for number in range(count)]
         pixels, captions = to_pixels(scenes), [caption(scene) for scene in scenes]
 
-        def error(told: list[str], timesteps: Tensor | None = None) -> float:
+        def error(prompts: list[str], timesteps: Tensor | None = None) -> float:
             torch.manual_seed(0)
-            return self._error(pixels, told, self._timesteps(count) if timesteps is None else timesteps).item()
+            return self._error(pixels, prompts, self._timesteps(count) if timesteps is None else timesteps).item()
 
         very_noisy = torch.full((count,), 800)
         wrong = error(captions[1:] + captions[:1], very_noisy)
         return {"error": error(captions), "wrong_caption_ratio": wrong / error(captions, very_noisy)}
 
     def pipeline(self) -> StableDiffusionPipeline:
-        """The parts as a pipeline, which samples and which saves the published layout."""
+        """The parts as a pipeline, to sample and to save the published layout."""
         return StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -171,7 +192,17 @@ class DenoiserPart:
 
     @torch.no_grad()
     def sample(self, prompts: list[str], steps: int = 25, guidance: float = 3.0, seed: int = 0) -> Tensor:
-        """Samples of the prompts (n, 3, 64, 64) in [-1, 1]."""
+        """Sample one image per prompt.
+
+        Args:
+            prompts: The prompts.
+            steps: Denoising steps.
+            guidance: The scale of classifier-free guidance.
+            seed: Selects the initial noise.
+
+        Returns:
+            `torch.Tensor`: Images `(n, 3, 64, 64)` in [-1, 1].
+        """
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(seed)
@@ -181,15 +212,15 @@ class DenoiserPart:
         return drawn.images.float() * 2 - 1
 
     def write(self, folder: str | Path) -> None:
-        """Writes `denoiser/`, or `diffusion/` when all is learnt, in diffusers' layout."""
+        """Write `denoiser/`, or `diffusion/` for the finished UNet, in diffusers' layout."""
         self.pipeline().save_pretrained(Path(folder) / self.folder)
 
 
 class UnetPart(DenoiserPart):
-    """Learns on from the denoiser, on whole scenes, with the velocity as target, as Stable Diffusion 2.1's.
+    """Trains the denoiser's UNet further, on whole scenes, with the velocity as target, like Stable Diffusion 2.1.
 
-    Every other timestep is the later of two draws, and every fourth one of the last tenth: what an image shows, and
-    where, is decided where most of it is noise.
+    Every second timestep is the later of two draws, and every fourth is from the last tenth of the schedule, because
+    the layout of an image is decided at high noise levels.
     """
 
     name = "unet"

@@ -1,4 +1,4 @@
-"""The small VAE: 64x64 pixels to 32x32 latents of 4 channels."""
+"""The small VAE: 64x64 pixels to 32x32 latents with 4 channels."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from sdllava.scenes.dataset import SIZE, sample_scene
+from sdllava.scenes.render import SIZE
+from sdllava.scenes.world import sample_scene
 
 from .images import to_pixels
 from .loop import scene_numbers
@@ -16,7 +17,12 @@ _KL_WEIGHT = 1e-4
 
 
 class VaePart:
-    """Learns to give random crops back: whole images cost four times as much a step and teach no more."""
+    """Trains the VAE on random crops. A step on whole images costs four times as much and is not better.
+
+    Args:
+        channels: Channels of each stage, multiples of 8.
+        seed: Selects the scenes.
+    """
 
     name = "vae"
 
@@ -35,6 +41,7 @@ class VaePart:
         )
 
     def loss(self, step: int, batch_size: int) -> Tensor:
+        """Squared error and KL divergence on crops of this step's scenes."""
         pixels = to_pixels([sample_scene("train", number) for number in scene_numbers(self.seed, step, batch_size)])
         top, left = torch.randint(0, SIZE - _CROP + 1, (2, batch_size))
         crops = [p[:, y : y + _CROP, x : x + _CROP] for p, y, x in zip(pixels, top, left, strict=True)]
@@ -46,7 +53,7 @@ class VaePart:
 
     @torch.no_grad()
     def check(self, count: int) -> dict[str, float]:
-        """Peak signal-to-noise ratio in dB of whole held-out scenes, through the posterior's mode."""
+        """The peak signal-to-noise ratio of whole held-out scenes, in dB, decoded from the posterior's mode."""
         pixels = to_pixels([sample_scene("validation", number) for number in range(count)]).to(self.model.device)
         decoded = self.model.decode(self.model.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         error = (decoded - pixels).square().mean(dim=(1, 2, 3))
@@ -54,11 +61,11 @@ class VaePart:
 
     @torch.no_grad()
     def scaling_factor(self, count: int = 256) -> float:
-        """One over the latents' standard deviation, which brings them to the noise's scale."""
+        """The inverse of the latents' standard deviation, which scales them to unit variance."""
         pixels = to_pixels([sample_scene("train", number) for number in range(count)]).to(self.model.device)
         return 1.0 / self.model.encode(pixels).latent_dist.mode().std().item()
 
     def write(self, folder: str | Path) -> None:
-        """Writes `diffusion/vae/` in diffusers' layout."""
+        """Write `diffusion/vae/` in diffusers' layout."""
         self.model.register_to_config(scaling_factor=self.scaling_factor())
         self.model.save_pretrained(Path(folder) / "diffusion" / "vae")

@@ -1,40 +1,58 @@
-"""`sdllava ask`. Heavy imports happen inside, so that help is instant."""
+"""The command `ask`. Heavy imports happen inside the command."""
 
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import DType, check_device, default_device, model_path
+from .options import (
+    DeviceOption,
+    DType,
+    ModelOption,
+    check_device,
+    check_finite,
+    check_outputs,
+    default_device,
+    model_path,
+)
 
-ModelOption = Annotated[str, typer.Option(help="Folder, repository id, or 'mini', the embedded miniature.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the fastest there is.")]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SMALL_MODEL = 100_000_000
+"""Parameters below which the operations of one question are too small to share between threads of a CPU."""
 
 
 def ask(
     image: Annotated[str, typer.Argument(help="Path, URL, or base64 of an image.")],
-    questions: Annotated[list[str], typer.Argument(help="One or more questions about it.")],
+    questions: Annotated[list[str], typer.Argument(help="One or more questions about the image.")],
     model: ModelOption = "mini",
-    guidance: Annotated[list[float] | None, typer.Option(help="Guidance scale(s) instead of the model's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a question, with its score.")] = False,
-    heatmap: Annotated[Path | None, typer.Option(help="Also draw where the question looked: a PNG or SVG.")] = None,
+    guidance: Annotated[
+        list[float] | None, typer.Option(help="Guidance scale of the features, instead of the model's. Repeatable.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 128,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per question, with its score.")
+    ] = False,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Also draw the first question's attention map: a .png or .svg file.")
+    ] = None,
     device: DeviceOption = None,
     dtype: Annotated[DType | None, typer.Option(help="Default: float32 on a CPU, bfloat16 elsewhere.")] = None,
 ) -> None:
-    """Ask about an image. Every further question costs one pass of the diffusion model."""
+    """Answer questions about an image. A follow-up question costs one pass of the diffusion model."""
+    check_finite(guidance or (), "--guidance")
+    check_outputs([heatmap] if heatmap else [], "--heatmap", (".png", ".svg"))
     from ..image_loading import load_rgb
-    from ..pipeline import check_question
 
+    path = model_path(model)
     picture = load_rgb(image)
-    for question in questions:
-        if os.path.isfile(check_question(question)):
-            raise ValueError(f"the question {question!r} is a file: one image is asked about at a time")
+    _check_questions(questions)
     if model == "mini":
-        say_if_photograph(picture)
-    pipe = load_pipeline(model, device, dtype)
+        _warn_of_photograph(picture)
+    pipe = _load_pipeline(path, device, dtype)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if guidance:
         options["guidance_scales"] = guidance
@@ -49,38 +67,65 @@ def ask(
         if as_json:
             typer.echo(json.dumps({"image": image, "question": question, **answer}))
     if heatmap is not None:
-        draw_heatmap(pipe, picture, questions[0], heatmap)
+        _draw_heatmap(pipe, picture, questions[0], heatmap)
 
 
-def say_if_photograph(picture) -> None:
-    """Say beside the miniature's answer that it is not to be believed, where the picture is none that it knows."""
+def _check_questions(questions: list[str]) -> None:
+    from ..pipeline import check_question
+
+    for question in questions:
+        if os.path.isfile(check_question(question)):
+            raise ValueError(f"The question {question!r} is a file. Give one image, then the questions about it.")
+
+
+def _warn_of_photograph(picture: "Image") -> None:
+    """Warn that the miniature does not support an image that is not a rendered scene."""
     from ..scenes.render import looks_rendered
 
     if not looks_rendered(picture):
-        message = "This looks like no rendered scene, and the miniature knows nothing else: do not believe its answer."
+        message = "Warning: the miniature only supports rendered scenes, and this image looks like a photograph."
         typer.secho(message, fg="yellow", err=True)
 
 
-def load_pipeline(model: str, device: str | None, dtype: DType | None):
-    """A visual question answering pipeline, quietly loaded."""
+def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
+    """A visual question answering pipeline, loaded without log messages and progress bars."""
+    import torch
+
     import sdllava
 
+    from ..repositories import split_revision
+
     sdllava.register()
-    from transformers import pipeline
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, pipeline
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    path = model_path(model)
-    device = check_device(device or default_device())
+    device = check_device(device) if device else default_device()
     weights = dtype.value if dtype else "float32" if device == "cpu" else "bfloat16"
-    return pipeline("visual-question-answering", model=path, device=device, dtype=weights)
+    where = split_revision(path)
+    config = AutoConfig.from_pretrained(**where)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"{path!r} is a model of type {config.model_type!r}, which does not answer questions about images. Use a "
+            "checkpoint of this package, or another vision-language model."
+        )
+    pipe = pipeline(
+        "visual-question-answering",
+        model=where["pretrained_model_name_or_path"],
+        revision=where.get("revision"),
+        config=config,
+        device=device,
+        dtype=weights,
+    )
+    if device == "cpu" and pipe.model.num_parameters() < SMALL_MODEL:
+        torch.set_num_threads(1)
+    return pipe
 
 
-def draw_heatmap(pipe, picture, question: str, output: Path) -> None:
-    """Draw where a question looked, and say where the picture is."""
+def _draw_heatmap(pipe: Any, picture: "Image", question: str, output: Path) -> None:
     from ..analysis.attention import question_heatmap
-    from ..analysis.plots import draw_heatmap as draw
+    from ..analysis.plots import draw_heatmap
 
-    draw(question_heatmap(pipe.model, pipe.processor, picture, question), output)
+    draw_heatmap(question_heatmap(pipe.model, pipe.processor, picture, question), output)
     typer.echo(f"wrote {output}", err=True)

@@ -82,7 +82,7 @@ def tower_config(model: str | None, image_size: int | None = None) -> SDLlavaDif
     except (OSError, ValueError):
         config = None  # a diffusion repository has no configuration of its own at the root
     if isinstance(config, SDLlavaConfig | SDLlavaDiffusionConfig):
-        tower = getattr(config, "diffusion_config", config)
+        tower: Any = config.diffusion_config if isinstance(config, SDLlavaConfig) else config
         if tower is None:
             raise ValueError(f"{model!r} has no diffusion tower, so it has no taps. Give a model that has one.")
         tower.image_size = image_size or tower.image_size

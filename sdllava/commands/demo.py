@@ -1,4 +1,4 @@
-"""`sdllava demo`. Nothing heavy is imported before the command runs."""
+"""The command `demo`. Heavy imports happen inside the command."""
 
 import signal
 import sys
@@ -6,27 +6,29 @@ from typing import Annotated
 
 import typer
 
+from .options import DeviceOption, DType, HostOption, ModelOption, PortOption, check_device, model_path
+from .reporting import require_packages
+
 
 def demo(
-    model: Annotated[str, typer.Option(help="Folder, repository id, or 'mini', the embedded miniature.")] = "mini",
-    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: CUDA where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: by the device.")] = None,
+    model: ModelOption = "mini",
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 7860,
+    device: DeviceOption = None,
+    dtype: Annotated[DType | None, typer.Option(help="Default: float32 on a CPU, bfloat16 elsewhere.")] = None,
 ) -> None:
-    """A page to ask, and to see where each word looks and what the question moves."""
-    from importlib.util import find_spec
-
-    if missing := [name for name in ("gradio", "matplotlib") if find_spec(name) is None]:
-        raise ImportError(f'the page needs {", ".join(missing)}: pip install "sdllava[demo]"')
+    """Open a page that answers questions and draws attention maps and the effect of the question."""
+    require_packages("The page", "demo", "gradio", "matplotlib")
+    path = model_path(model)
+    if device is not None:
+        check_device(device)
     import sdllava
 
-    sdllava.register()
     from ..demo.engine import Engine
     from ..demo.page import launch
-    from .options import check_device, model_path
 
-    engine = Engine.from_pretrained(model_path(model), device and check_device(device), dtype)
+    sdllava.register()
+    engine = Engine.from_pretrained(path, device, dtype and dtype.value)
     typer.echo(f"The page of {engine.name}: http://{host}:{port} (stop it with Ctrl-C)")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what belongs to the page is tidied up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an ordinary exit removes the page's temporary files
     launch(engine, host, port)

@@ -1,230 +1,256 @@
-"""`sdllava inspect`. Nothing heavy is imported before a command runs."""
+"""The commands of `sdllava inspect`. Heavy imports happen inside the commands."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Look inside: what the diffusion model sees, as numbers and pictures.")
-
-ModelOption = Annotated[
-    str, typer.Option(help="Folder or repository of a model, or of a diffusion model (read whole); 'mini'.")
-]
-ImageArgument = Annotated[list[str], typer.Argument(help="Image files, folders of images, or one dataset.")]
-QuestionOption = Annotated[str | None, typer.Option(help="Asked about every image; default the empty prompt.")]
-TapsOption = Annotated[
-    str | None, typer.Option(help="Comma-separated, see `sdllava taps`; 'all'. Default: the papers'.")
-]
-TimestepsOption = Annotated[str | None, typer.Option(help="0..999, comma-separated. Default: the model's.")]
-ScalesOption = Annotated[str | None, typer.Option("--guidance-scales", help="Comma-separated, e.g. 0,1,4.")]
-OutputOption = Annotated[
-    list[Path], typer.Option("--output", "-o", help=".png or .svg for the picture, .npz or .json for the numbers.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps. Default: CUDA where there is one.")]
-PromptOption = Annotated[str, typer.Option(help="Of a dataset, ask each image its: question, caption, none.")]
-ImageFolderOption = Annotated[str | None, typer.Option(help="Where a dataset's image paths are looked up.")]
-SweepOption = Annotated[Path | None, typer.Option(help="Use what `inspect sweep` wrote, instead of images.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Images at once.")]
-
-PAPER_TAPS = (
-    "D-L2-R0-B0-Cross-Q",
-    "U-L1-R1-Res-Out",
-    "U-L1-R1-B0-Cross-Q",
-    "U-L1-R1-B0-Out",
-    "U-L1-R1-Vit-Out",
-    "U-L1-R2-B0-Cross-Q",
-    "U-L2-R1-B0-Cross-Q",
-    "U-L2-R2-Res-Out",
+from .inspect_inputs import (
+    BatchOption,
+    ImageArgument,
+    ImageFolderOption,
+    InspectedModelOption,
+    OutputOption,
+    PromptOption,
+    QuestionOption,
+    ScalesOption,
+    Selected,
+    SweepOption,
+    TapsOption,
+    TimestepsOption,
+    check_files,
+    open_model,
+    open_prompted,
+    open_source,
+    write_outputs,
 )
-"""Places that S3 looks at (Figures 2, 5, 8, 9 and 12, Table 3)."""
+from .options import DeviceOption, parse_integers, split_names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..analysis.features import RegisterReport
+
+app = typer.Typer(
+    no_args_is_help=True, help="Analyse the diffusion model: attention and features, drawn or as numbers."
+)
 
 
 @app.command()
 def attention(
     image: Annotated[str, typer.Argument(help="Path of an image.")],
-    question: Annotated[str, typer.Argument(help="What is asked about it.")],
+    question: Annotated[str, typer.Argument(help="Question about the image.")],
     output: OutputOption,
-    model: ModelOption = "mini",
-    layers: Annotated[str | None, typer.Option(help="A row each, e.g. U-L1-R1-B0,U-L1-R2-B0; 'all'.")] = None,
+    model: InspectedModelOption = "mini",
+    layers: Annotated[
+        str | None, typer.Option(help="One row per layer, such as U-L1-R1-B0,U-L1-R2-B0, or 'all'.")
+    ] = None,
     timesteps: TimestepsOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Where each word of a question looks (S3, Figures 4 and 11); without --layers, averaged at 16x16."""
-    _check_outputs(output)
+    """Draw the attention to each word of a question (S3, Figures 4 and 11); without --layers, averaged at 16x16."""
+    check_files(output)
+    names = None if layers in (None, "all") else split_names(layers or "")
+    if names == []:
+        raise ValueError(f"--layers takes layers separated by commas or 'all', not {layers!r}.")
+    steps = parse_integers(timesteps, "--timesteps")
     from ..analysis.attention import attention_by_word, capture_question, default_resolution
     from ..image_loading import load_rgb
 
     picture = load_rgb(image)
-    subject = _subject(model, device)
-    names = None if layers in (None, "all") else _split(layers)
-    if names == []:
-        raise ValueError(f"--layers takes layers separated by commas or 'all', not {layers!r}")
-    steps = _integers(timesteps, "--timesteps")
-    maps = capture_question(subject.tower, subject.processor, picture, question, names, steps)
+    loaded = open_model(model, device)
+    maps = capture_question(loaded.tower, loaded.processor, picture, question, names, steps)
     if layers is not None:
         choices: list[tuple[str, dict[str, Any]]] = [(layer, {"layers": [layer]}) for layer in maps.layers]
     else:
-        resolution = default_resolution(maps, subject.tower)
+        resolution = default_resolution(maps, loaded.tower)
         choices = [(f"t = {t}", {"timesteps": [t], "resolution": resolution}) for t in maps.timesteps]
-    tokenizer = subject.processor.diffusion_tokenizer
+    tokenizer = loaded.processor.diffusion_tokenizer
     rows = [(label, attention_by_word(maps, tokenizer, [picture], **chosen)[0]) for label, chosen in choices]
     place = (
         f"t = {', '.join(map(str, maps.timesteps))}" if layers is not None else rows[0][1].description.split(", t =")[0]
     )
 
-    def draw():
+    def draw() -> "Figure":
         from ..analysis.plots import attention_figure
 
-        return attention_figure(rows, f"Attention to “{question}”\n{subject.name}, {place}, the prompt's own pass")
+        return attention_figure(rows, f"Attention to “{question}”\n{loaded.name}, {place}, conditional pass")
 
-    arrays = {f"{label}": found.maps for label, found in rows}
     words = [{"text": w.text, "tokens": w.tokens, "special": w.special} for w in rows[0][1].words]
-    meta = {"model": subject.name, "image": image, "question": question, "words": words, "unit": "share of attention"}
-    _write(output, draw, arrays, {**meta, "places": {label: found.description for label, found in rows}})
+    meta = {"model": loaded.name, "image": image, "question": question, "words": words, "unit": "share of attention"}
+    places = {label: found.description for label, found in rows}
+    write_outputs(output, draw, {label: found.maps for label, found in rows}, {**meta, "places": places})
 
 
 @app.command()
 def features(
     images: ImageArgument,
     output: OutputOption,
-    model: ModelOption = "mini",
+    model: InspectedModelOption = "mini",
     question: QuestionOption = None,
     taps: TapsOption = None,
     timesteps: TimestepsOption = None,
     guidance_scales: ScalesOption = None,
-    fit_per: Annotated[str, typer.Option(help="Keep apart: tap, timestep, guidance_scale; join the rest.")] = "tap",
+    fit_per: Annotated[
+        str, typer.Option(help="One PCA per: tap, timestep, guidance_scale. The rest shares a PCA.")
+    ] = "tap",
     batch_size: BatchOption = 8,
     device: DeviceOption = None,
 ) -> None:
-    """Features as the colours of a joint PCA, and their register tokens (S3, Figures 2, 5 and 8)."""
-    _check_outputs(output)
-    import numpy as np
-
+    """Draw features as the colours of a joint PCA, and list their register tokens (S3, Figures 2, 5 and 8)."""
+    check_files(output)
+    fields = split_names(fit_per)
+    if not set(fields) <= {"tap", "timestep", "guidance_scale"}:
+        raise ValueError(f"--fit-per takes tap, timestep and guidance_scale, not {fit_per!r}.")
+    selected = Selected(taps, timesteps, guidance_scales or (question and "0,1,4") or None)
     from ..analysis.features import find_registers, pca_maps
     from ..analysis.sweep import ComputedFeatures, gather
 
-    fields: Any = _split(fit_per)
-    if not set(fields) <= {"tap", "timestep", "guidance_scale"}:
-        raise ValueError(f"--fit-per takes tap, timestep and guidance_scale, not {fit_per!r}")
-    subject, asked = _open(model, device, images, question)
-    places = _places(subject, asked, taps, timesteps, guidance_scales or (question and "0,1,4") or None)
-    found = gather(ComputedFeatures(subject, asked, places), batch_size)
-    colours, registers = pca_maps(found, fields), [find_registers(feature) for feature in found]
+    opened = open_prompted(images, question)
+    loaded = open_model(model, device)
+    found = gather(ComputedFeatures(loaded, opened, selected.of(loaded, opened.has_questions)), batch_size)
+    groups = cast(list[Literal["tap", "timestep", "guidance_scale"]], fields)
+    colours, registers = pca_maps(found, groups), [find_registers(feature) for feature in found]
 
-    def draw():
+    def draw() -> "Figure":
         from ..analysis.plots import pca_figure
 
-        about = f"“{question}”" if question else "empty prompt"
-        return pca_figure([a.image for a in asked], colours, f"Features, {about}\n{subject.name}", registers)
+        title = f"Features, {f'“{question}”' if question else 'empty prompt'}\n{loaded.name}"
+        return pca_figure([entry.image for entry in opened], colours, title, registers)
 
     arrays: dict[str, Any] = {}
-    for feature, pca_map in zip(found, colours):
+    for feature, pca_map in zip(found, colours, strict=True):
         name = f"{feature.tap}|{feature.timestep}|{feature.guidance_scale:g}"
         arrays |= {f"features|{name}": feature.values.float().cpu().numpy(), f"colours|{name}": pca_map.colours}
-    report = [
-        {
-            "tap": r.tap,
-            "timestep": r.timestep,
-            "guidance_scale": r.guidance_scale,
-            "positions": np.argwhere(r.outlying).tolist(),
-            "largest_norm_ratio": float(r.norm_ratio.max()),
-            "variance_share": r.variance_share,
-            "shared_similarity": None if np.isnan(r.shared_similarity) else r.shared_similarity,
-            "ordinary_similarity": None if np.isnan(r.ordinary_similarity) else r.ordinary_similarity,
-        }
-        for r in registers
-    ]
     _print_registers(registers)
-    meta = {"model": subject.name, "images": [a.name for a in asked], "question": question, "registers": report}
-    _write(output, draw, arrays, meta)
+    names = [entry.name for entry in opened]
+    meta = {"model": loaded.name, "images": names, "question": question}
+    write_outputs(output, draw, arrays, {**meta, "registers": [_register_record(r) for r in registers]})
+
+
+def _register_record(report: "RegisterReport") -> dict[str, Any]:
+    """A report of register tokens as JSON values; what is not a number is None."""
+    import numpy as np
+
+    return {
+        "tap": report.tap,
+        "timestep": report.timestep,
+        "guidance_scale": report.guidance_scale,
+        "positions": np.argwhere(report.outlying).tolist(),
+        "largest_norm_ratio": float(report.norm_ratio.max()),
+        "variance_share": report.variance_share,
+        "shared_similarity": None if np.isnan(report.shared_similarity) else report.shared_similarity,
+        "ordinary_similarity": None if np.isnan(report.ordinary_similarity) else report.ordinary_similarity,
+    }
+
+
+def _print_registers(registers: "list[RegisterReport]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "tap", "t", "s", "registers per image", "largest norm", "variance", "shared", "others", box=None
+    )  # fmt: skip
+    for r in registers:
+        numbers = (r.per_image, r.norm_ratio.max(), r.variance_share, r.shared_similarity, r.ordinary_similarity)
+        table.add_row(r.tap, str(r.timestep), f"{r.guidance_scale:g}", *(f"{number:.2f}" for number in numbers))
+    Console(width=140).print(table)
 
 
 @app.command()
 def delta(
     image: Annotated[str, typer.Argument(help="Path of an image.")],
-    questions: Annotated[list[str], typer.Argument(help="One or more questions about it.")],
+    questions: Annotated[list[str], typer.Argument(help="One or more questions about the image.")],
     output: OutputOption,
-    model: ModelOption = "mini",
+    model: InspectedModelOption = "mini",
     taps: TapsOption = None,
     timesteps: TimestepsOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """What a question moved: conditional minus unconditional features (S3, Figures 5, 7 and 12)."""
-    _check_outputs(output)
+    """Draw the effect of a question: conditional minus unconditional features (S3, Figures 5, 7 and 12)."""
+    check_files(output)
+    selected = Selected(taps, timesteps, "0,1")
     from ..analysis.features import delta_maps
     from ..analysis.images import PromptedImage
     from ..analysis.sweep import ComputedFeatures, gather
     from ..image_loading import load_rgb
 
     picture = load_rgb(image)
-    subject = _subject(model, device)
-    places = _places(subject, True, taps, timesteps, "0,1")
-    asked = [PromptedImage(image, picture, question) for question in questions]
-    found = delta_maps(gather(ComputedFeatures(subject, asked, places)))
+    loaded = open_model(model, device)
+    prompted = [PromptedImage(image, picture, question) for question in questions]
+    found = delta_maps(gather(ComputedFeatures(loaded, prompted, selected.of(loaded, True))))
 
-    def draw():
+    def draw() -> "Figure":
         from ..analysis.plots import delta_figure
 
-        title = f"What the question moved\n{subject.name}, s = 1 minus s = 0"
+        title = f"Effect of the question\n{loaded.name}, s = 1 minus s = 0"
         return delta_figure([picture] * len(questions), questions, found, title)
 
     arrays: dict[str, Any] = {}
     for one in found:
         name = f"{one.tap}|{one.timestep}"
         arrays |= {f"heat|{name}": one.heat, f"difference|{name}": one.difference}
-    meta = {"model": subject.name, "image": image, "questions": questions, "unit": "relative to the mean |X_u|"}
-    _write(output, draw, arrays, meta)
+    meta = {"model": loaded.name, "image": image, "questions": questions, "unit": "relative to the mean |X_u|"}
+    write_outputs(output, draw, arrays, meta)
 
 
 @app.command()
 def similarity(
     output: OutputOption,
-    images: Annotated[list[str] | None, typer.Argument(help="Pairs in order: files, a folder, a dataset.")] = None,
-    model: ModelOption = "mini",
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Pairs in order: image files, a folder or a dataset.")
+    ] = None,
+    model: InspectedModelOption = "mini",
     question: QuestionOption = None,
     taps: TapsOption = None,
     timesteps: TimestepsOption = None,
     guidance_scales: ScalesOption = None,
-    reference: Annotated[list[str] | None, typer.Option(help="Compare with a CLIP or DINOv2 repository.")] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="Also compare by a CLIP, SigLIP or DINOv2 repository.")
+    ] = None,
     sweep: SweepOption = None,
     prompt: PromptOption = "question",
     image_folder: ImageFolderOption = None,
     batch_size: BatchOption = 8,
     device: DeviceOption = None,
 ) -> None:
-    """Cosine similarity of images 1 and 2, 3 and 4, ... by tap and timestep (S3, Figure 2c)."""
-    _check_outputs(output)
+    """Compare images 1 and 2, 3 and 4, ... by cosine similarity per tap and timestep (S3, Figure 2c)."""
+    check_files(output)
+    selected = Selected(taps, timesteps, guidance_scales)
+    if reference and sweep is not None:
+        raise ValueError("--reference needs the images themselves. Give images instead of --sweep.")
     from ..analysis.similarity import similarity_grid
     from ..analysis.vision_encoder import VisionEncoder
 
-    source, name, asked = _source(
-        sweep, images, model, question, taps, timesteps, guidance_scales, prompt, image_folder, device
-    )
-    grid = similarity_grid(source, batch_size)
+    source = open_source(sweep, images, model, device, question, selected, prompt, image_folder)
+    grid = similarity_grid(source.features, batch_size)
     references, pooled = {}, {}
+    opened = list(source.images or ()) if reference else []
     for path in reference or []:
-        if asked is None:
-            raise ValueError("--reference needs the images themselves: give them instead of --sweep")
         encoder = VisionEncoder(path)
-        pairs = [encoder.similarity([asked[i].image], [asked[i + 1].image]) for i in range(0, len(asked), 2)]
+        pairs = [
+            encoder.similarity([first.image], [second.image])
+            for first, second in zip(opened[::2], opened[1::2], strict=True)
+        ]
         references[encoder.name] = sum(float(p.positions[0]) for p in pairs) / len(pairs)
         pooled[encoder.name] = sum(float(p.pooled[0]) for p in pairs) / len(pairs)
 
-    def draw():
+    def draw() -> "Figure":
         from ..analysis.plots import similarity_figure
 
-        return similarity_figure(grid, references, f"Similarity of {grid.num_pairs} image pair(s)\n{name}")
+        return similarity_figure(grid, references, f"Similarity of {grid.num_pairs} image pair(s)\n{source.model}")
 
     axes = {"taps": grid.taps, "timesteps": grid.timesteps, "guidance_scales": grid.guidance_scales}
     others = {"references": references, "references_pooled": pooled, "num_pairs": grid.num_pairs}
-    _write(output, draw, {"positions": grid.positions, "pooled": grid.pooled}, {"model": name, **axes, **others})
+    arrays = {"positions": grid.positions, "pooled": grid.pooled}
+    write_outputs(output, draw, arrays, {"model": source.model, **axes, **others})
 
 
 @app.command()
 def cka(
     output: OutputOption,
-    images: Annotated[list[str] | None, typer.Argument(help="Image files, folders, or one dataset.")] = None,
-    model: ModelOption = "mini",
+    images: Annotated[list[str] | None, typer.Argument(help="Image files, folders of images, or one dataset.")] = None,
+    model: InspectedModelOption = "mini",
     question: QuestionOption = None,
     taps: TapsOption = None,
     timesteps: TimestepsOption = None,
@@ -235,29 +261,30 @@ def cka(
     batch_size: BatchOption = 16,
     device: DeviceOption = None,
 ) -> None:
-    """Linear CKA between taps, and of each guidance scale with s = 0 (S3, Figures 5c and 9)."""
-    _check_outputs(output)
+    """Compute linear CKA between taps, and of each guidance scale with s = 0 (S3, Figures 5c and 9)."""
+    check_files(output)
+    selected = Selected(taps, timesteps, guidance_scales)
     from ..analysis.similarity import cka as compute
 
-    source, name, _ = _source(
-        sweep, images, model, question, taps, timesteps, guidance_scales, prompt, image_folder, device
-    )
-    result = compute(source, batch_size)
+    source = open_source(sweep, images, model, device, question, selected, prompt, image_folder)
+    result = compute(source.features, batch_size)
 
-    def draw():
+    def draw() -> "Figure":
         from ..analysis.plots import cka_figure
 
-        return cka_figure(result, f"Linear CKA over {result.num_images} images\n{name}")
+        return cka_figure(result, f"Linear CKA over {result.num_images} images\n{source.model}")
 
-    meta = {"model": name, "keys": result.keys, "num_images": result.num_images}
-    _write(output, draw, {"matrix": result.matrix}, meta)
+    meta = {"model": source.model, "keys": result.keys, "num_images": result.num_images}
+    write_outputs(output, draw, {"matrix": result.matrix}, meta)
 
 
 @app.command()
 def sweep(
     images: ImageArgument,
-    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder; an interrupted sweep goes on there.")],
-    model: ModelOption = "mini",
+    folder: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write. An interrupted sweep resumes there.")
+    ],
+    model: InspectedModelOption = "mini",
     question: QuestionOption = None,
     taps: TapsOption = None,
     timesteps: TimestepsOption = None,
@@ -267,21 +294,23 @@ def sweep(
     batch_size: BatchOption = 8,
     device: DeviceOption = None,
 ) -> None:
-    """Write features at every tap, timestep and scale; run it under torchrun for several processes."""
+    """Write features at every tap, timestep and scale. Run it under torchrun to share the work."""
     import os
 
+    selected = Selected(taps, timesteps, guidance_scales)
     from ..analysis.sweep import write_sweep
 
     process, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None and "LOCAL_RANK" in os.environ and _has_cuda():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    subject, asked = _open(model, device, images, question, prompt, image_folder)
-    places = _places(subject, asked, taps, timesteps, guidance_scales)
+    opened = open_prompted(images, question, prompt, image_folder)
+    loaded = open_model(model, device)
+    selection = selected.of(loaded, opened.has_questions)
 
     def progress(done: int, todo: int) -> None:
         typer.echo(f"process {process}: {done} of {todo} images", err=True)
 
-    written = write_sweep(subject, asked, places, folder, batch_size, process, num_processes, progress)
+    written = write_sweep(loaded, opened, selection, folder, batch_size, process, num_processes, progress)
     typer.echo(f"wrote {written} images to {folder}", err=True)
 
 
@@ -289,108 +318,3 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str | None, name: str, kind: type) -> list | None:
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in _split(text)]
-    except ValueError as error:
-        raise ValueError(f"{name} takes numbers separated by commas, e.g. 0,1,4, not {text!r}") from error
-
-
-def _integers(text: str | None, name: str) -> list[int] | None:
-    return _numbers(text, name, int)
-
-
-def _subject(model: str, device: str | None):
-    from transformers.utils import logging
-
-    import sdllava
-
-    from ..analysis.loading import load_analysis_model
-    from .options import check_device, model_path
-
-    if device is not None:
-        check_device(device)
-    sdllava.register()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return load_analysis_model(model_path(model), device=device)
-
-
-def _open(model, device, images, question, prompt="question", image_folder=None):
-    """What is looked into, and the images."""
-    from ..analysis.images import open_images
-
-    if prompt not in ("question", "caption", "none"):
-        raise ValueError(f"--prompt is question, caption or none, not {prompt!r}")
-    asked = open_images(images, question, prompt, image_folder)
-    return _subject(model, device), asked
-
-
-def _source(sweep, images, model, question, taps, timesteps, guidance_scales, prompt, image_folder, device):
-    """Features from a sweep or from images, the model's name, and the images where they were given."""
-    from ..analysis.sweep import ComputedFeatures, Sweep
-
-    if (sweep is None) == (not images):
-        raise ValueError("give images, or --sweep with a folder that `sdllava inspect sweep` wrote")
-    if sweep is not None:
-        source = Sweep(sweep)
-        return source, source.settings["model"], None
-    subject, asked = _open(model, device, images, question, prompt, image_folder)
-    places = _places(subject, asked, taps, timesteps, guidance_scales)
-    return ComputedFeatures(subject, asked, places), subject.name, asked
-
-
-def _places(subject, asked: Any, taps: str | None, timesteps: str | None, guidance_scales: str | None):
-    """Where features are read. `asked`: the images with their questions, or whether there are any."""
-    from ..analysis.reading import available_taps
-    from ..analysis.sweep import select_features
-
-    reachable = [tap.name for tap in available_taps(subject.tower)]
-    if taps == "all":
-        names = reachable
-    elif taps is not None:
-        names = _split(taps)
-    else:
-        configured = [tap.name for tap in subject.tower.taps] if subject.tower.config.truncate else []
-        names = [name for name in reachable if name in PAPER_TAPS or name in configured]
-    has_question = asked if isinstance(asked, bool) else asked[0].question is not None
-    scales = _numbers(guidance_scales, "--guidance-scales", float)
-    return select_features(subject, has_question, names or None, _integers(timesteps, "--timesteps"), scales)
-
-
-def _check_outputs(outputs: list[Path]) -> None:
-    for path in outputs:
-        if path.suffix.lower() not in (".png", ".svg", ".npz", ".json"):
-            raise ValueError(f"--output {path.name!r}: pictures are .png or .svg, numbers .npz or .json")
-
-
-def _write(outputs: list[Path], draw, arrays: dict, meta: dict) -> None:
-    from ..analysis.numbers import NUMBER_SUFFIXES, save_numbers
-
-    for path in outputs:
-        if path.suffix.lower() in NUMBER_SUFFIXES:
-            save_numbers(path, arrays, meta)
-        else:
-            from ..analysis.plots import save_figure
-
-            save_figure(draw(), path)
-        typer.echo(f"wrote {path}", err=True)
-
-
-def _print_registers(registers) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("tap", "t", "s", "registers an image", "largest norm", "variance", "shared", "others", box=None)
-    for r in registers:
-        numbers = (r.per_image, r.norm_ratio.max(), r.variance_share, r.shared_similarity, r.ordinary_similarity)
-        table.add_row(r.tap, str(r.timestep), f"{r.guidance_scale:g}", *(f"{number:.2f}" for number in numbers))
-    Console(width=140).print(table)

@@ -1,10 +1,11 @@
 """The `sdllava` command. Nothing heavy is imported before a command runs, so `--help` answers at once."""
 
 import os
-import sys
+from typing import Annotated
 
 import typer
 
+from ..version import __version__
 from .ask import ask
 from .compose import compose, taps
 from .demo import demo
@@ -12,10 +13,12 @@ from .evaluate import evaluate, match
 from .inspect import app as inspect_app
 from .mini import app as mini_app
 from .push import push
+from .reporting import CommandGroup
 from .serve import serve
 from .train import TRAIN_CONTEXT, cache, merge, train
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,14 +39,25 @@ app.command()(demo)
 app.add_typer(mini_app, name="mini")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Handle the options that come before the name of a command."""
+
+
 def main() -> None:
-    """Run the command; an expected error is one sentence on standard error and exit status 1."""
+    """Run the command that the command line names."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        typer.secho(f"sdllava: {error}", fg="red", err=True)
-        sys.exit(1)
+    app()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`sdllava mini`: the rendered scenes that the embedded miniature was trained on."""
+"""The commands of `sdllava mini`. Heavy imports happen inside the commands."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,10 +6,16 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="The rendered scenes that the embedded miniature was trained on.")
+from .options import check_outputs
+
+app = typer.Typer(no_args_is_help=True, help="Write the rendered scenes that the embedded miniature was trained on.")
+
+SplitOption = Annotated[str, typer.Option(help="train, validation, test or composition.")]
 
 
 class Task(StrEnum):
+    """What the rows of a scene dataset hold."""
+
     questions = "questions"
     captions = "captions"
     pairs = "pairs"
@@ -18,38 +24,36 @@ class Task(StrEnum):
 @app.command()
 def scenes(
     out: Annotated[Path, typer.Argument(help="A Parquet file to write.")],
-    split: Annotated[str, typer.Option(help="train, validation, test or composition.")] = "train",
-    task: Annotated[Task, typer.Option(help="What is asked.")] = Task.questions,
-    count: Annotated[int, typer.Option(help="Rows; for pairs, pairs of rows.")] = 1000,
-    turns: Annotated[int, typer.Option(help="The most questions on one scene.")] = 1,
-    seed: Annotated[int, typer.Option(help="Another seed gives other scenes of the split.")] = 0,
-    examples: Annotated[Path | None, typer.Option(help="Also write an HTML page of minimal pairs to look at.")] = None,
+    split: SplitOption = "train",
+    task: Annotated[Task, typer.Option(help="Questions, captions, or minimal pairs.")] = Task.questions,
+    count: Annotated[int, typer.Option(min=1, help="Number of rows; for pairs, of pairs of rows.")] = 1000,
+    turns: Annotated[int, typer.Option(min=1, help="Maximum number of questions per scene.")] = 1,
+    seed: Annotated[int, typer.Option(help="Each seed gives other scenes of the split.")] = 0,
+    examples: Annotated[
+        Path | None, typer.Option(help="Also write an HTML page with examples of minimal pairs.")
+    ] = None,
 ) -> None:
     """Write rendered scenes with questions, captions or minimal pairs, in TRL's format."""
-    import os
-
+    check_outputs([examples] if examples else [], "--examples", (".html", ".htm"))
+    from ..atomic_files import atomic_path
     from ..scenes.dataset import scene_dataset, write_examples
 
-    try:
-        dataset = scene_dataset(split, count, seed, task.value, turns)
-    except ValueError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
-    aside = out.with_name(f"{out.name}.part")
-    dataset.to_parquet(aside)
-    os.replace(aside, out)
+    dataset = scene_dataset(split, count, seed, task.value, turns)
+    with atomic_path(out) as written:
+        dataset.to_parquet(written)
     if examples:
         write_examples(examples, seed)
 
 
 @app.command()
 def scene(
-    out: Annotated[Path, typer.Argument(help="A PNG to write.")],
-    split: Annotated[str, typer.Option(help="train, validation, test or composition.")] = "test",
-    seed: Annotated[int, typer.Option(help="Another seed gives another scene of the split.")] = 0,
-    scale: Annotated[int, typer.Option(help="Enlarge each pixel that many times.")] = 4,
+    out: Annotated[Path, typer.Argument(help="A PNG file to write.")],
+    split: SplitOption = "test",
+    seed: Annotated[int, typer.Option(help="Each seed gives another scene of the split.")] = 0,
+    scale: Annotated[int, typer.Option(min=1, help="Enlarge each pixel by this factor.")] = 4,
 ) -> None:
-    """Write one scene as a picture, and print its caption and some questions with their answers."""
+    """Write one scene as an image, and print its caption and some questions with their answers."""
+    check_outputs([out], "The argument", (".png",))
     import random
 
     from ..scenes.language import ask, caption

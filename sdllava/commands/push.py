@@ -1,4 +1,4 @@
-"""`sdllava push`. Heavy imports happen inside, so that help is instant."""
+"""The command `push`. Heavy imports happen inside the command."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,29 +7,32 @@ import typer
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder that a run or save_pretrained wrote, or an adapter's.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that a run or save_pretrained wrote, or an adapter's folder.")],
     repo: Annotated[str, typer.Argument(help="Repository on the Hub: owner/name.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made where it does not exist.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to. It is created if it does not exist.")
+    ] = None,
     pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     results: Annotated[
-        list[Path] | None, typer.Option(help="Folder of an evaluation to report; those in FOLDER are found.")
+        list[Path] | None,
+        typer.Option(help="Folder of an evaluation to report, in addition to those in FOLDER. Repeatable."),
     ] = None,
     bundle_frozen: Annotated[
-        bool, typer.Option(help="Push frozen parts too, or have them fetched from their own repositories.")
+        bool, typer.Option(help="Push frozen parts too, or have them loaded from their own repositories.")
     ] = True,
     space: Annotated[
-        Path | None, typer.Option(help="Also write a folder for a Space that shows the repository on a page.")
+        Path | None, typer.Option(help="Also write a folder for a Space with the demo page of this repository.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, their sizes, and the card.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the files, their sizes, and the card.")] = False,
 ) -> None:
     """Push a checkpoint to the Hub, with its code, recipe and model card. Log in first with `hf auth login`."""
     from huggingface_hub.utils import validate_repo_id
 
-    from ..hub.push import push_folder
-
     validate_repo_id(repo)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{str(folder)!r} is not a folder. Give one that a run or save_pretrained wrote.")
     if space is not None:
         from ..demo.space import write_space
 
@@ -38,6 +41,8 @@ def push(
     if dry_run:
         _show(folder, repo, results or [], bundle_frozen)
         return
+    from ..hub.push import push_folder
+
     options: dict[str, Any] = {"private": private or None, "revision": revision, "create_pr": pull_request}
     if message is not None:
         options["commit_message"] = message
@@ -46,15 +51,9 @@ def push(
 
 
 def _show(folder: Path, repo: str, results: list[Path], bundle_frozen: bool) -> None:
-    from tempfile import TemporaryDirectory
+    from ..hub.push import files_to_push
 
-    from ..hub.push import collect, leave_out_frozen, results_of
-
-    with TemporaryDirectory() as small:
-        if not bundle_frozen:
-            leave_out_frozen(folder, small)
-            results = [Path(place) for place in results_of(folder, results)]
-        files = collect(folder if bundle_frozen else small, repo, results)
+    with files_to_push(folder, repo, results, bundle_frozen=bundle_frozen) as files:
         sizes = {name: len(x) if isinstance(x, bytes) else x.stat().st_size for name, x in files.items()}
         card = files["README.md"]
         text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")

@@ -1,32 +1,37 @@
-"""The commands `train`, `merge` and `cache`. Heavy imports happen inside, so that help is instant."""
+"""The commands `train`, `merge` and `cache`. Heavy imports happen inside the commands."""
 
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import pairwise
 from typing import Annotated
 
 import typer
 
 from .options import DType
+from .reporting import require_packages
 
 TRAIN_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """The context settings of `train`, whose arguments TrlParser reads."""
+
+BATCH_SIZES = ("--per_device_train_batch_size", "--per_device_eval_batch_size", "--global_batch_size")
 
 
 class CacheKind(StrEnum):
     """What a cache holds."""
 
     latents = "latents"
-    static = "static"
+    vision = "vision"
     conditional = "conditional"
 
 
 def train(context: typer.Context) -> None:
-    """Train from a recipe: --config RECIPE [--any_argument VALUE ...]; --help lists every argument."""
+    """Train from a recipe: --config RECIPE [--any_argument VALUE ...]. --help lists every argument."""
     if not context.args:
-        raise typer.BadParameter("give --config RECIPE, a YAML file or the name of one that comes with the package")
-    _require_train_packages()
+        raise typer.BadParameter("Give --config RECIPE, a YAML file or the name of a packaged recipe.")
+    arguments = _checked(context.args)
     from ..train.run import train
 
-    train(context.args)
+    train(arguments)
 
 
 def merge(
@@ -43,22 +48,43 @@ def merge(
 
 def cache(
     context: typer.Context,
-    output: Annotated[str, typer.Option("--output", help="Folder of the cache; an interrupted one goes on.")],
-    kind: Annotated[CacheKind, typer.Option(help="latents; static (and unconditional); conditional.")],
-    dtype: Annotated[DType, typer.Option(help="In which tensors are kept.")] = DType.bfloat16,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 16,
+    output: Annotated[str, typer.Option("--output", help="Folder of the cache. An interrupted one resumes.")],
+    kind: Annotated[CacheKind, typer.Option(help="latents; vision (and unconditional); conditional.")],
+    dtype: Annotated[DType, typer.Option(help="Type of the saved tensors.")] = DType.bfloat16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 16,
 ) -> None:
-    """Compute what a recipe's run would compute again and again: --config RECIPE as for train."""
-    _require_train_packages()
+    """Compute features once that a recipe's run would compute in every epoch: --config RECIPE as for train."""
+    arguments = _checked(context.args)
     from ..train.run import cache
 
-    written = cache(context.args, output, kind.value, dtype.value, batch_size)
+    written = cache(arguments, output, kind.value, dtype.value, batch_size)
     typer.echo(f"{written} keys written to {output}")
 
 
 def _require_train_packages() -> None:
-    from importlib.util import find_spec
+    require_packages("Training", "train", "trl", "peft", "datasets", "yaml")
 
-    missing = [name for name in ("trl", "peft", "datasets", "yaml") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f'training needs {", ".join(missing)}: pip install "sdllava[train]"')
+
+def _checked(arguments: Sequence[str]) -> list[str]:
+    """The arguments for TrlParser, checked as far as possible before it and the model are imported.
+
+    Returns:
+        `list[str]`: `--name=value` as two entries, and the miniature's folder in the place of `--init_from mini`.
+
+    Raises:
+        FileNotFoundError: The recipe does not exist.
+        ValueError: A batch size is not positive.
+    """
+    _require_train_packages()
+    from ..miniature import mini_path
+    from ..train.recipes import find_config
+
+    parts = (entry.split("=", 1) if entry.startswith("--") else [entry] for entry in arguments)
+    checked = [part for entry in parts for part in entry]
+    find_config(checked)
+    for position, (name, value) in enumerate(pairwise(checked), 1):
+        if name in BATCH_SIZES and value.lstrip("-").isdigit() and int(value) < 1:
+            raise ValueError(f"{name} is {value}. Use at least 1.")
+        if (name, value) == ("--init_from", "mini"):
+            checked[position] = str(mini_path())
+    return checked

@@ -190,8 +190,8 @@ def build_page(engine: Engine) -> gr.Blocks:
         gallery.select(page.choose_example, None, opened, **model)
         answers = (page.answers, [encoded, current, scale, history], [fused, vision_only, history])
         for event in (ask.click, question.submit):
-            asked = event(page.ask, [encoded, question, scale], [current, words, heat, delta], **model)
-            asked.success(*answers, **model)
+            answered = event(page.ask, [encoded, question, scale], [current, words, heat, delta], **model)
+            answered.success(*answers, **model)
         words.input(page.choose_word, [current, words], heat, api_visibility="private")
         moved = scale.release(page.move_slider, [encoded, current, scale], delta, **model)
         moved.success(*answers, **model)

@@ -1,4 +1,4 @@
-"""The model card: metadata and text from what was recorded. What was not recorded is absent."""
+"""The model card: metadata and text from the records of a checkpoint. What was not recorded is left out."""
 
 import os
 import re
@@ -12,19 +12,20 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import Environment
 
+from ..atomic_files import write_text
 from .records import Records, read_records
 
 MARK = "<!-- Made by sdllava from the records of this model. Without this line, the card is left as it is. -->"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.parquet)(?<!\.arrow)(?<!\.tar)")
-"""A repository on the Hub, owner/name; what ends as a data file is none."""
+"""A repository on the Hub, owner/name, without a revision. A path that ends like a data file does not match."""
 
 _SETTINGS = {
-    "diffusion_prompt": "what the diffusion model is asked",
-    "prompt_dropout": "prompt emptied with probability",
-    "word_dropout": "words of a noisy caption dropped with probability",
+    "diffusion_prompt": "prompt of the diffusion model",
+    "prompt_dropout": "probability of an empty prompt",
+    "word_dropout": "probability of dropping a word of a noisy caption",
     "global_batch_size": "batch size",
-    "per_device_train_batch_size": "batch size of a process",
+    "per_device_train_batch_size": "batch size per process",
     "gradient_accumulation_steps": "gradient accumulation",
     "learning_rate": "learning rate",
     "lr_scheduler_type": "schedule",
@@ -34,7 +35,7 @@ _SETTINGS = {
     "num_train_epochs": "epochs",
     "lora_r": "LoRA rank (language model)",
     "unet_lora_r": "LoRA rank (UNet)",
-    "max_length": "tokens of a sample, at most",
+    "max_length": "maximum length, in tokens",
     "dtype": "dtype",
     "seed": "seed",
 }
@@ -43,7 +44,7 @@ _SETTINGS = {
 @strict
 @dataclass
 class CardMetadata:
-    """The schema of a card's metadata; other fields are refused."""
+    """The schema of a card's metadata. Other fields raise an error."""
 
     library_name: Literal["transformers", "peft"]
     pipeline_tag: Literal["visual-question-answering", "image-text-to-text"]
@@ -56,45 +57,54 @@ class CardMetadata:
     license_name: str | None = None
     model_index: list[dict] | None = None
 
-    def validate_identifiers(self):
+    def validate_identifiers(self) -> None:
+        """Check repository ids and language codes."""
         for name in ("base_model", "datasets"):
             for value in getattr(self, name) or ():
                 if not HUB_ID.fullmatch(value):
-                    raise ValueError(f"{name}: {value!r} is no repository on the Hub (owner/name)")
+                    raise ValueError(f"{name}: {value!r} is not a repository on the Hub. Use owner/name.")
         for code in self.language or ():
             if not re.fullmatch(r"[a-z]{2,3}|multilingual|code", code):
-                raise ValueError(f"language: {code!r} is no ISO 639 code such as 'en'")
+                raise ValueError(f"language: {code!r} is not an ISO 639 code. Use one such as 'en'.")
 
-    def validate_licence(self):
+    def validate_licence(self) -> None:
+        """Check the licence's identifier and name."""
         for value in (self.license, self.license_name):
             if value is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+_-]*", value):
-                raise ValueError(f"license: {value!r} is no identifier such as 'apache-2.0'")
+                raise ValueError(f"license: {value!r} is not an identifier. Use one such as 'apache-2.0'.")
         if (self.license == "other") != (self.license_name is not None):
-            raise ValueError("license_name: belongs to license 'other', and to it alone")
+            raise ValueError(
+                f"license_name: {self.license_name!r} with license {self.license!r}. Give a name with 'other' only."
+            )
 
-    def validate_results(self):
+    def validate_results(self) -> None:
+        """Check that every result has a data set and a number."""
         for entry in self.model_index or ():
             for result in entry["results"]:
                 for metric in result["metrics"]:
                     if not isinstance(metric["value"], int | float) or not result["dataset"]["type"]:
-                        raise ValueError(f"model-index: {result} needs a data set and a number")
+                        raise ValueError(f"model-index: {result!r} needs a data set and a number.")
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
     """Check a card's metadata against [`CardMetadata`], offline.
 
+    Args:
+        metadata: The metadata, as `ModelCardData.to_dict` gives it.
+
     Raises:
-        ValueError: with the field and what is wrong.
+        ValueError: A field is unknown or has a wrong value. The message names it.
     """
     named = {name.replace("-", "_"): value for name, value in metadata.items()}
     unknown = set(named) - {f.name for f in fields(CardMetadata)}
     if unknown:
-        raise ValueError(f"the card's metadata has {sorted(unknown)[0]!r}, which is no field of a card")
+        known = ", ".join(f.name for f in fields(CardMetadata))
+        raise ValueError(f"The card's metadata has the unknown field {sorted(unknown)[0]!r}. Use {known}.")
     try:
         CardMetadata(**named)
     except (StrictDataclassError, TypeError, KeyError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"the card's metadata is not what the Hub expects: {reason}") from error
+        raise ValueError(f"The card's metadata is not valid on the Hub: {reason}") from error
 
 
 def make_card(
@@ -103,13 +113,16 @@ def make_card(
     results: Sequence[str | os.PathLike] = (),
     tags: Sequence[str] = (),
 ) -> ModelCard:
-    """The card of a checkpoint, from what its folder records; see [`~sdllava.hub.push.records.read_records`].
+    """Make the card of a checkpoint from its records; see [`~sdllava.hub.records.read_records`].
 
     Args:
-        repo_id (`str`, *optional*): where it will be; without it the examples name the model as its author does.
+        folder: The checkpoint's folder.
+        repo_id: Its future repository. Without it, the examples use the name in `card.json`.
+        results: Folders of evaluations to report, in addition to those below `folder`.
+        tags: Further tags.
 
     Raises:
-        ValueError: the metadata that the records give is not what the Hub expects.
+        ValueError: The metadata that the records give is not valid on the Hub.
     """
     records = read_records(folder, results)
     name = records.author.get("name") or (repo_id or "model").split("/")[-1]
@@ -127,18 +140,24 @@ def make_card(
 
 
 def write_card(folder: str | os.PathLike, repo_id: str | None = None) -> bool:
-    """Write `README.md` into a checkpoint's folder, unless a card written by hand is there; whether it was written."""
+    """Write `README.md` into a checkpoint's folder, unless it has a card that was written by hand.
+
+    Args:
+        folder: The checkpoint's folder.
+        repo_id: Its future repository.
+
+    Returns:
+        `bool`: Whether it was written.
+    """
     path = Path(folder) / "README.md"
     if path.is_file() and is_by_hand(path.read_text(encoding="utf-8")):
         return False
-    aside = path.with_suffix(".unfinished")
-    aside.write_text(make_card(folder, repo_id).content, encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, make_card(folder, repo_id).content)
     return True
 
 
 def is_by_hand(card: str) -> bool:
-    """Whether a card was written by a person: not here, and neither by the Trainer nor from an unfilled template."""
+    """Whether a person wrote a card, rather than this package, the Trainer, or nobody (an unfilled template)."""
     return not any(mark in card for mark in (MARK, "generated_from_trainer", "[More Information Needed]"))
 
 
@@ -176,7 +195,7 @@ def _metadata(records: Records, name: str, tags: Sequence[str]) -> ModelCardData
 
 
 def _licence(records: Records, components: list[dict[str, Any]]) -> dict[str, str | None]:
-    """The author's choice; the parts' licence where they share one; else "other", as the parts say."""
+    """The author's choice; else the licence that all parts share; else "other", which refers to the parts."""
     if chosen := records.author.get("license"):
         return {"license": chosen}
     found = {part.get("license") for part in components}
@@ -186,7 +205,7 @@ def _licence(records: Records, components: list[dict[str, Any]]) -> dict[str, st
 
 
 def _languages(components: list[dict[str, Any]]) -> list[str]:
-    """The languages that the language model's own card names."""
+    """The languages in the card of the language model."""
     named = [p.get("language") or [] for p in components if p["name"] in ("language model", "llava")]
     return named[0] if named else []
 
@@ -239,11 +258,11 @@ def _text(records: Records) -> dict[str, Any]:
 
 def _summary(config: dict[str, Any], is_adapter: bool) -> str:
     if is_adapter:
-        return "An adapter of a LLaVA-style vision-language model that reads images through a diffusion model."
+        return "An adapter of a LLaVA-style vision-language model that encodes images with a diffusion model."
     diffusion = config.get("diffusion_config")
-    beside = "a static encoder and " if config.get("vision_config") else ""
-    asked = "" if (diffusion or {}).get("conditioning") == "none" else ", which is asked with the question"
-    how = f" It sees them through {beside}a frozen text-to-image diffusion model{asked}." if diffusion else ""
+    vision = "a vision encoder and " if config.get("vision_config") else ""
+    question = "" if (diffusion or {}).get("conditioning") == "none" else ", conditioned on the question"
+    how = f" It encodes them with {vision}a frozen text-to-image diffusion model{question}." if diffusion else ""
     return f"A LLaVA-style vision-language model that answers questions about images.{how}"
 
 
@@ -253,7 +272,7 @@ def _system(config: dict[str, Any]) -> list[tuple[str, str]]:
     listed = {name: ", ".join(map(str, tower.get(name) or ())) for name in ("taps", "timesteps", "guidance_scales")}
     rows = [
         ("language model", text.get("model_type")),
-        ("static encoder", vision.get("model_type")),
+        ("vision encoder", vision.get("model_type")),
         ("fusion", config.get("fusion")),
         ("taps", listed["taps"]),
         ("timesteps", listed["timesteps"]),
@@ -297,7 +316,7 @@ def _evaluation(results: dict[str, Any]) -> dict[str, Any]:
         protocol.get("description"),
         data.get("id") and f"data {data['id']}" + (f" at {data['revision']}" if data.get("revision") else ""),
         results.get("samples") and f"{results['samples']} samples",
-        results.get("unparsed") is not None and f"{results['unparsed']} replies not understood",
+        results.get("unparsed") is not None and f"{results['unparsed']} unparsed replies",
         results.get("guidance_scales") and "guidance " + ", ".join(map(str, results["guidance_scales"])),
         (results.get("diffusion_prompt") or {}).get("choice")
         and f"diffusion prompt: {results['diffusion_prompt']['choice']}",

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..remote_code import save_code
 from .card import HUB_ID, is_by_hand, make_card
-from .records import AUTHOR_FILE, TRAINING_FILE, Records, public, read_records
+from .records import AUTHOR_FILE, TRAINING_FILE, Records, read_records, without_paths
 
 UPLOADED = (
     "*.safetensors",
@@ -36,26 +37,31 @@ UPLOADED = (
     TRAINING_FILE,
     AUTHOR_FILE,
 )
-"""The files of a checkpoint's folder that go to the Hub. Pickles, optimizer states and checkpoints of a run do not."""
+"""The files of a checkpoint's folder that are pushed. Pickles, optimizer states and a run's checkpoints are not."""
 
 Files = dict[str, Path | bytes]
+"""What a push uploads: local files or contents, by path in the repository."""
 
 
-def collect(folder: str | os.PathLike, repo_id: str, results: Sequence[str | os.PathLike] = (), tags=()) -> Files:
-    """What a push of a checkpoint's folder uploads, by its path in the repository.
+def collect(
+    folder: str | os.PathLike, repo_id: str, results: Sequence[str | os.PathLike] = (), tags: Sequence[str] = ()
+) -> Files:
+    """The files that a push of a checkpoint's folder uploads.
 
     Args:
-        results: folders of evaluations to report, beside those below `folder`.
-        tags: added to the card's.
+        folder: The checkpoint's folder.
+        repo_id: The repository, for the card.
+        results: Folders of evaluations to report, in addition to those below `folder`.
+        tags: Further tags of the card.
 
     Raises:
-        FileNotFoundError: the folder holds no checkpoint, no safetensors, or not all of its shards.
-        ValueError: its LoRA is not merged, an adapter's base model is a local one, or the card's metadata is not what
-            the Hub expects.
+        FileNotFoundError: The folder holds no checkpoint, no safetensors, or not all of its shards.
+        ValueError: Its LoRA is not merged, an adapter's base model is a local one, or the card's metadata is not valid
+            on the Hub.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder: give one that a run or save_pretrained wrote")
+        raise FileNotFoundError(f"{str(root)!r} is not a folder. Give one that a run or save_pretrained wrote.")
     records = read_records(root, results)
     _check_weights(root)
     _check_base(records)
@@ -80,20 +86,26 @@ def collect(folder: str | os.PathLike, repo_id: str, results: Sequence[str | os.
 
 
 def _is_own(name: str) -> bool:
-    """Whether a path is the checkpoint's own and not that of a checkpoint within a run's folder."""
+    """Whether a path belongs to the checkpoint itself, not to a checkpoint inside a run's folder."""
     return "/" not in name or name.startswith("diffusion_tokenizer")
 
 
 def _check_weights(root: Path) -> None:
     if (root / "unet_adapter.json").is_file():
-        raise ValueError(f"{root} holds LoRA of the UNet apart from its weights: `sdllava merge {root} NEW`, push NEW")
+        raise ValueError(
+            f"{str(root)!r} holds a LoRA of the UNet that is not merged. Run `sdllava merge {root} NEW` and push NEW."
+        )
     for index in root.glob("*.safetensors.index.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(shard for shard in shards if not (root / shard).is_file()):
-            raise FileNotFoundError(f"{root} is not whole: {index.name} names {missing[0]}, which is missing")
+            raise FileNotFoundError(
+                f"{str(root)!r} is incomplete: {index.name} names {missing[0]!r}, which is missing. Save the model "
+                "again."
+            )
     if not any(root.glob("*.safetensors")):
         raise FileNotFoundError(
-            f"{root} holds no safetensors, and nothing else is pushed: save the model with save_pretrained"
+            f"{str(root)!r} holds no safetensors, the only weights that are pushed. Save the model with "
+            "save_pretrained."
         )
 
 
@@ -101,8 +113,8 @@ def _check_base(records: Records) -> None:
     base = records.adapter and records.adapter.get("base_model_name_or_path")
     if base and (Path(base).exists() or not HUB_ID.fullmatch(base)):
         raise ValueError(
-            f"the adapter's base model is {base!r}, which nobody else can read: push that first and write its id into "
-            "base_model_name_or_path of adapter_config.json, or push what `sdllava merge` makes"
+            f"The adapter's base model is {base!r}, which only this machine can read. Push that first and write its id "
+            "into base_model_name_or_path of adapter_config.json, or push the result of `sdllava merge`."
         )
 
 
@@ -116,8 +128,8 @@ def _recipe(records: Records) -> bytes:
     import yaml
 
     stage = records.stages[-1]
-    text = yaml.safe_dump({"stage": stage["stage"], **public(stage["settings"])}, sort_keys=False)
-    return f"# sdllava train --config recipe.yaml; paths are those of the run, shortened.\n{text}".encode()
+    text = yaml.safe_dump({"stage": stage["stage"], **without_paths(stage["settings"])}, sort_keys=False)
+    return f"# sdllava train --config recipe.yaml; paths of the run are shortened to their last part.\n{text}".encode()
 
 
 def push_folder(
@@ -127,44 +139,75 @@ def push_folder(
     results: Sequence[str | os.PathLike] = (),
     tags: Sequence[str] | None = None,
     bundle_frozen: bool = True,
-    **options,
+    **options: Any,
 ) -> CommitInfo:
     """Push a checkpoint's folder with its processor, code, recipe and model card.
 
     Args:
-        results: folders of evaluations to report in the card, beside those below `folder`.
-        tags: added to the card's.
-        bundle_frozen (`bool`): False leaves out frozen parts; see `SDLlavaPreTrainedModel.save_pretrained`.
-        options: of [`upload`].
+        folder: The checkpoint's folder.
+        repo_id: The repository, `owner/name`.
+        results: Folders of evaluations to report in the card, in addition to those below `folder`.
+        tags: Further tags of the card.
+        bundle_frozen: False leaves out frozen parts; see `SDLlavaPreTrainedModel.save_pretrained`.
+        options: Options of [`upload`].
 
     Raises:
-        FileNotFoundError, ValueError: as [`collect`].
-        PermissionError: the Hub does not accept the token.
+        FileNotFoundError: As [`collect`].
+        ValueError: As [`collect`], or the frozen parts cannot be left out.
+        PermissionError: The Hub does not accept the token.
     """
     options.setdefault("commit_message", "Upload model")
+    with files_to_push(folder, repo_id, results, tags or (), bundle_frozen) as files:
+        return upload(files, repo_id, **options)
+
+
+@contextmanager
+def files_to_push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    results: Sequence[str | os.PathLike] = (),
+    tags: Sequence[str] = (),
+    bundle_frozen: bool = True,
+) -> Iterator[Files]:
+    """The files of [`collect`], with or without the frozen parts. They exist while the context is open.
+
+    Args:
+        folder: The checkpoint's folder.
+        repo_id: The repository, for the card.
+        results: Folders of evaluations to report, in addition to those below `folder`.
+        tags: Further tags of the card.
+        bundle_frozen: False leaves out frozen parts.
+
+    Yields:
+        `Files`: Local files or contents, by path in the repository.
+    """
     if bundle_frozen:
-        return upload(collect(folder, repo_id, results, tags or ()), repo_id, **options)
+        yield collect(folder, repo_id, results, tags)
+        return
+    reported = [*([folder] if read_records(folder).results else []), *results]
     with tempfile.TemporaryDirectory() as small:
-        leave_out_frozen(folder, small)
-        return upload(collect(small, repo_id, results_of(folder, results), tags or ()), repo_id, **options)
+        copy_without_frozen(folder, small)
+        yield collect(small, repo_id, reported, tags)
 
 
-def results_of(folder: str | os.PathLike, results: Sequence[str | os.PathLike] = ()) -> list[str | os.PathLike]:
-    """Where the evaluations lie that a push of `folder` reports."""
-    return [*([folder] if read_records(folder).results else []), *results]
-
-
-def leave_out_frozen(folder: str | os.PathLike, target: str | os.PathLike) -> None:
+def copy_without_frozen(folder: str | os.PathLike, target: str | os.PathLike) -> None:
     """Copy a checkpoint without its frozen parts.
 
+    Args:
+        folder: The checkpoint's folder.
+        target: An existing, empty folder.
+
     Raises:
-        ValueError: it is no whole model of this package, or the parts cannot be left out.
+        ValueError: The folder does not hold a whole model of this package, or the parts cannot be left out.
     """
     from ..modeling_sdllava import SDLlavaForConditionalGeneration
 
     config = read_records(folder).config
     if config is None or config.get("model_type") != "sdllava":
-        raise ValueError(f"{folder} is no whole vision-language model of this package: nothing can be left out of it")
+        raise ValueError(
+            f"{str(folder)!r} is not a whole vision-language model of this package, so no part can be left out of it. "
+            "Push it with its frozen parts."
+        )
     model = SDLlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
     for path in Path(folder).iterdir():
         if path.is_dir() and path.name.startswith("diffusion_tokenizer"):
@@ -185,17 +228,23 @@ def upload(
     commit_description: str | None = None,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Upload files in one commit. What an interrupted upload had sent is not sent again. Weights of an earlier upload that
-    the new ones replace are deleted; a card that was written by hand is not replaced by one made here.
+    """Upload files in one commit.
+
+    An interrupted upload resumes: large files that arrived are not sent again. Weights of an earlier upload that the
+    new ones replace are deleted. A card in the repository that was written by hand is kept.
 
     Args:
-        private (`bool`, *optional*): for a repository that does not exist yet.
-        revision (`str`, *optional*): the branch; made where it does not exist.
-        create_pr (`bool`): open a pull request instead of committing.
-        token: default the one of `hf auth login` or of HF_TOKEN.
+        files: Local files or contents, by path in the repository.
+        repo_id: The repository, `owner/name`. It is created if it does not exist.
+        private: Whether a new repository is private.
+        revision: The branch. It is created if it does not exist.
+        create_pr: Open a pull request instead of committing.
+        commit_message: First line of the commit message.
+        commit_description: The rest of it.
+        token: Default: the token of `hf auth login` or of HF_TOKEN.
 
     Raises:
-        PermissionError: the Hub does not accept the token.
+        PermissionError: The Hub does not accept the token.
     """
     api = HfApi(token=token, library_name="sdllava")
     try:
@@ -217,14 +266,14 @@ def upload(
         if error.response.status_code in (401, 403):
             reason = str(error.server_message or error).strip().splitlines()[-1]
             raise PermissionError(
-                f"the Hub does not let this token write to {repo_id} ({error.response.status_code}: {reason}): log in "
-                "with `hf auth login`, or set HF_TOKEN to a token that may write"
+                f"The token cannot write to {repo_id!r} ({error.response.status_code}: {reason}). Log in with "
+                "`hf auth login`, or set HF_TOKEN to a token that can write."
             ) from error
         raise
 
 
 def _stale_weights(files: Files, present: Sequence[str]) -> list[str]:
-    """Weights in the repository that would be read instead of, or beside, the new ones."""
+    """Weights in the repository that would be read instead of the new ones, or in addition to them."""
     patterns = [p for p in ("model*.safetensors*", "adapter_model*.safetensors*") if any(fnmatch(f, p) for f in files)]
     return [name for name in present if name not in files and any(fnmatch(name, pattern) for pattern in patterns)]
 
@@ -239,21 +288,30 @@ def _has_card_by_hand(api: HfApi, repo_id: str, revision: str | None) -> bool:
 
 
 def push_model(
-    model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", bundle_frozen: bool = True, **options
+    model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", bundle_frozen: bool = True, **options: Any
 ) -> CommitInfo:
-    """`push_to_hub` of this package's models: weights, configuration, generation configuration, code and card.
+    """Push a model of this package: weights, configuration, generation configuration, code and card.
 
     Args:
-        max_shard_size, bundle_frozen: of `save_pretrained`.
-        options: of [`push_folder`].
+        model: The model.
+        repo_id: The repository, `owner/name`.
+        max_shard_size: Option of `save_pretrained`.
+        bundle_frozen: Option of `save_pretrained`.
+        options: Options of [`push_folder`].
     """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size, bundle_frozen=bundle_frozen)
         return push_folder(folder, repo_id, **options)
 
 
-def push_processor(processor: Any, repo_id: str, **options) -> CommitInfo:
-    """`push_to_hub` of the processor: its files and the code, with the options of [`upload`]; a card needs a model."""
+def push_processor(processor: Any, repo_id: str, **options: Any) -> CommitInfo:
+    """Push a processor of this package: its files and the code. A card needs a model.
+
+    Args:
+        processor: The processor.
+        repo_id: The repository, `owner/name`.
+        options: Options of [`upload`].
+    """
     options.setdefault("commit_message", "Upload processor")
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)

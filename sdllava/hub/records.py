@@ -1,7 +1,7 @@
-"""What a run leaves in its folder for the model card, and reading it back.
+"""Records in a checkpoint's folder, from which the model card is made.
 
-`training.json` (the stages of training), any `results.json` below the folder (evaluations), and `card.json` (the
-author's own words, see [`AUTHOR_FIELDS`]). Paths of a machine never get into them.
+`training.json` has the stages of training, each `results.json` below the folder an evaluation, and `card.json` the
+author's own fields, see [`AUTHOR_FIELDS`]. Records hold no local paths.
 """
 
 import json
@@ -12,17 +12,26 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..atomic_files import write_json
+from ..version import installed_versions
+
 TRAINING_FILE = "training.json"
 AUTHOR_FILE = "card.json"
 AUTHOR_FIELDS = {"name": str, "summary": str, "license": str, "language": list, "datasets": list, "limits": list}
-"""What `card.json` may hold: a name, a summary, a licence's identifier, language codes, data sets, further limits."""
-
-_PACKAGES = ("sdllava", "torch", "transformers", "diffusers", "trl", "peft", "datasets", "accelerate")
+"""The fields of `card.json`: name, summary, licence identifier, language codes, data sets, further limits."""
 
 
 @dataclass
 class Records:
-    """What is known of a checkpoint; what was not recorded is None or empty."""
+    """The records of a checkpoint. What was not recorded is None or empty.
+
+    Args:
+        config (`dict`, *optional*): Its `config.json`.
+        adapter (`dict`, *optional*): Its `adapter_config.json`.
+        stages (`list[dict]`): Stages of training, the first one first.
+        results (`list[dict]`): Finished evaluations.
+        author (`dict`): The fields of `card.json`.
+    """
 
     config: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
@@ -32,24 +41,28 @@ class Records:
 
 
 def read_records(folder: str | os.PathLike, results: Sequence[str | os.PathLike] = ()) -> Records:
-    """Everything that a folder records.
+    """Read the records of a checkpoint's folder.
 
     Args:
-        results: folders of further evaluations, beside those below `folder`.
+        folder: The checkpoint's folder.
+        results: Folders of further evaluations, in addition to those below `folder`.
 
     Raises:
-        FileNotFoundError: the folder holds no checkpoint, or one of `results` no finished evaluation.
-        ValueError: a record is damaged, or `card.json` has a field that is not known.
+        FileNotFoundError: The folder holds no checkpoint, or one of `results` no finished evaluation.
+        ValueError: A record is damaged, or `card.json` has an unknown field.
     """
     root = Path(folder)
     config, adapter = _read(root / "config.json"), _read(root / "adapter_config.json")
     if config is None and adapter is None:
-        raise FileNotFoundError(f"{root} holds no checkpoint (no config.json and no adapter_config.json)")
+        raise FileNotFoundError(
+            f"{str(root)!r} holds no checkpoint: it has neither config.json nor adapter_config.json. Give a folder "
+            "that a run or save_pretrained wrote."
+        )
     author = _read(root / AUTHOR_FILE) or {}
     for name, value in author.items():
         if not isinstance(value, AUTHOR_FIELDS.get(name, ())):
             known = ", ".join(f"{name} ({kind.__name__})" for name, kind in AUTHOR_FIELDS.items())
-            raise ValueError(f"{root / AUTHOR_FILE}: {name}={value!r} is no field of a card: {known}")
+            raise ValueError(f"{str(root / AUTHOR_FILE)!r} has the unknown field {name}={value!r}. Use {known}.")
     stages = (_read(root / TRAINING_FILE) or {}).get("stages", [])
     found = [evaluation for place in (root, *results) for evaluation in _evaluations(Path(place), place is not root)]
     return Records(config, adapter, stages, found, author)
@@ -61,23 +74,27 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{str(path)!r} is damaged ({error}). Restore or delete it.") from error
 
 
 def _evaluations(folder: Path, required: bool) -> list[dict[str, Any]]:
     paths = [p for p in sorted(folder.rglob("results.json")) if "blind" not in p.relative_to(folder).parts]
     if required and not paths:
-        raise FileNotFoundError(f"{folder} holds no finished evaluation (no results.json)")
-    found = [public(_read(path)) for path in paths]
+        raise FileNotFoundError(f"{str(folder)!r} holds no finished evaluation: it has no results.json.")
+    found = [without_paths(_read(path)) for path in paths]
     return [results for results in found if {"benchmark", "metric", "scores"} <= results.keys()]
 
 
-def public(value: Any) -> Any:
-    """A record without the paths of a machine: of every absolute path, only the last part is kept."""
+def without_paths(value: Any) -> Any:
+    """A record without local paths: only the last part of each absolute path is kept.
+
+    Args:
+        value: JSON values, nested.
+    """
     if isinstance(value, dict):
-        return {name: public(entry) for name, entry in value.items()}
+        return {name: without_paths(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [public(entry) for entry in value]
+        return [without_paths(entry) for entry in value]
     if isinstance(value, str):
         return " ".join(PurePath(word).name if word.startswith(("/", "~")) else word for word in value.split(" "))
     return value
@@ -86,30 +103,28 @@ def public(value: Any) -> Any:
 def record_training(
     folder: str | os.PathLike, stage: str, settings: dict[str, Any], seconds: float, steps: int, processes: int = 1
 ) -> None:
-    """Write `training.json`: this stage, behind those of the checkpoint that it went on from (`settings["init_from"]`).
+    """Write `training.json`: the stages of the initial checkpoint (`settings["init_from"]`), then this one.
 
     Args:
-        stage (`str`): its name, `"align"` or `"finetune"`.
-        settings (`dict`): the recipe and its hyper-parameters, as JSON values; None is left out.
-        seconds (`float`): wall-clock time of all sessions together.
-        steps (`int`): optimizer steps.
+        folder: The run's folder.
+        stage: Name of the stage, `"align"` or `"finetune"`.
+        settings: The recipe and its hyper-parameters, as JSON values. Those that are None are left out.
+        seconds: Wall-clock time of all sessions of the run together.
+        steps: Number of optimizer steps.
+        processes: Number of processes.
     """
     before = settings.get("init_from")
     earlier = _read(Path(before) / TRAINING_FILE) if before and Path(before).is_dir() else None
     entry = {
         "stage": stage,
-        "settings": public({name: value for name, value in settings.items() if value is not None}),
+        "settings": without_paths({name: value for name, value in settings.items() if value is not None}),
         "hardware": hardware(),
         "processes": processes,
         "seconds": round(seconds, 1),
         "steps": steps,
-        "versions": _versions(),
+        "versions": installed_versions(),
     }
-    target = Path(folder) / TRAINING_FILE
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_suffix(".unfinished")
-    aside.write_text(json.dumps({"stages": [*(earlier or {}).get("stages", []), entry]}, indent=2) + "\n")
-    os.replace(aside, target)
+    write_json(Path(folder) / TRAINING_FILE, {"stages": [*(earlier or {}).get("stages", []), entry]})
 
 
 def hardware() -> str:
@@ -121,15 +136,3 @@ def hardware() -> str:
     if torch.backends.mps.is_available():
         return "Apple GPU (MPS)"
     return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,20 +1,28 @@
 """An OpenAI-compatible endpoint through transformers' own server (`transformers serve`).
 
-The stock command cannot serve this package's models, because it never imports it. What vLLM's Transformers backend
-asks of a model is there as well: one row an image for every processor output, `get_image_features` with
-`pooler_output`, `language_model`, `get_encoder("image")`, `image_token` and `_get_num_multimodal_tokens`; it is
-untried.
+The stock command cannot serve this package's models, because it never imports the package. The models also have what
+vLLM's Transformers backend requires: one row per image in every processor output, `get_image_features` with
+`pooler_output`, `language_model`, `get_encoder("image")`, `image_token` and `_get_num_multimodal_tokens`. That backend
+is untested.
 """
 
+import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Response
+    from transformers.cli.serve import Serve
 
 REQUIRED = ("fastapi", "uvicorn", "openai", "pydantic")
 
 
 def media(body: Any) -> Iterator[Any]:
-    """Every image, video and sound that a request names."""
+    """Yield the source of every image, video and sound in a request.
+
+    Args:
+        body: The request as JSON values.
+    """
     if isinstance(body, list):
         for entry in body:
             yield from media(entry)
@@ -26,51 +34,53 @@ def media(body: Any) -> Iterator[Any]:
                 yield from media(value)
 
 
-def refuse_what_cannot_be_read(app: Any) -> Any:
-    """Makes the server answer 400, with a sentence, where a request names a file of this machine or an image is bad."""
+def reject_unreadable(app: "FastAPI") -> "FastAPI":
+    """Make a server return HTTP 400 with a message for a path of the server's machine and for an invalid image.
+
+    Args:
+        app: The server, which is changed in place.
+
+    Returns:
+        `FastAPI`: The same server.
+    """
     from fastapi import Request
     from fastapi.responses import JSONResponse
 
-    def refusal(message: str) -> JSONResponse:
+    def bad_request(message: str) -> JSONResponse:
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
 
     @app.middleware("http")
-    async def media_by_value(request: Request, call_next: Any) -> Any:
+    async def check_media(request: Request, call_next: Any) -> "Response":
         try:
-            named = list(media(await request.json()))
-        except ValueError:  # no JSON, which is the route's to judge
-            named = []
-        for source in named:
+            sources = list(media(await request.json()))
+        except ValueError:  # not JSON: the route reports it
+            sources = []
+        for source in sources:
             if not str(source).startswith(("data:", "https://", "http://")):
-                return refusal(f"{str(source)[:80]!r} is no URL and no data URL, which a request has to bring")
+                return bad_request(f"{str(source)[:80]!r} is neither a URL nor a data URL. Send the image as one.")
         return await call_next(request)
 
     @app.exception_handler(ValueError)
-    async def told(_: Request, error: ValueError) -> JSONResponse:
-        return refusal(str(error))
+    async def report(_: Request, error: ValueError) -> JSONResponse:
+        return bad_request(str(error))
 
     return app
 
 
-def list_only(app: Any, model: str) -> Any:
-    """Makes `/v1/models` name the one model served, not what the Hub's cache on this machine holds."""
+def list_only(app: "FastAPI", model: str) -> "FastAPI":
+    """Make `/v1/models` list only the served model, not the contents of the Hub's cache on this machine.
+
+    Args:
+        app: The server, which is changed in place.
+        model: The served model, as requests name it.
+
+    Returns:
+        `FastAPI`: The same server.
+    """
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") != "/v1/models"]
     entry = {"id": model, "object": "model", "created": 0, "owned_by": "sdllava"}
     app.add_api_route("/v1/models", lambda: {"object": "list", "data": [entry]}, methods=["GET"])
     return app
-
-
-@contextmanager
-def guarded_server(model: str) -> Iterator[None]:
-    """While a server of transformers is built here, it is one that refuses, and knows one model."""
-    from transformers.cli.serving import server
-
-    build = server.build_server
-    server.build_server = lambda *args, **kwargs: list_only(refuse_what_cannot_be_read(build(*args, **kwargs)), model)
-    try:
-        yield
-    finally:
-        server.build_server = build
 
 
 def serve(
@@ -80,26 +90,30 @@ def serve(
     device: str = "auto",
     dtype: str = "auto",
     non_blocking: bool = False,
-) -> Any:
-    """Serve a model until interrupted: `POST /v1/chat/completions`, with images, streamed or not. `GET /v1/models` names
-    it.
+) -> "Serve":
+    """Serve a model until interrupted: `POST /v1/chat/completions` with images, streamed or not, and `GET /v1/models`.
 
-    The diffusion model is asked the last user turn behind each image, as everywhere. Images come as URLs or as data
-    URLs (base64); a request that names a file of this machine is refused.
+    The prompt of the diffusion model is the last user turn after each image. Images are URLs or data URLs (base64). A
+    request with a path of this machine returns HTTP 400.
 
     Args:
-        model (`str`): a folder or repository id; a request that names another model is refused.
-        host (`str`): the address to listen on; the default is this machine alone.
-        non_blocking (`bool`): return the running server, which `kill_server()` ends.
+        model: A folder or repository id. A request for another model returns HTTP 400.
+        host: The address to listen on. By default, only this machine can connect.
+        port: The port, in 1..65535.
+        device: "cpu", "cuda", "cuda:1" or "auto".
+        dtype: "float32", "bfloat16", "float16", or "auto" for the type that the weights are stored in.
+        non_blocking: Return the running server. Its `kill_server()` ends it.
+
+    Returns:
+        `Serve`: transformers' server.
 
     Raises:
-        ImportError: the extra `serve` is not installed.
-        OSError, ValueError: the model cannot be read.
+        ImportError: The extra `serve` is not installed.
+        OSError: The model cannot be read.
+        ValueError: The model is not a model of this package.
     """
-    from importlib.util import find_spec
-
-    if missing := [name for name in REQUIRED if find_spec(name) is None]:
-        raise ImportError(f'serving needs {", ".join(missing)}: pip install "sdllava[serve]"')
+    if missing := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'Serving needs {", ".join(missing)}. Run: pip install "sdllava[serve]"')
     from transformers import AutoConfig
     from transformers.cli.serve import Serve
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
@@ -109,10 +123,24 @@ def serve(
     from ..registration import register
 
     register()
-    # the server looks up here, by name, whether a model takes images
+    # the server looks up the names of model types that take images here
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[SDLlavaConfig.model_type] = SDLlavaForConditionalGeneration.__name__
     found = AutoConfig.from_pretrained(model).model_type
     if found != SDLlavaConfig.model_type:
-        raise ValueError(f"{model!r} is a {found!r}, which `transformers serve` serves; this command is for sdllava's")
-    with guarded_server(model):
-        return Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=non_blocking)
+        raise ValueError(
+            f"{model!r} is a model of type {found!r}. This command serves models of type {SDLlavaConfig.model_type!r}. "
+            "Use `transformers serve` for others."
+        )
+
+    class Server(Serve):
+        """transformers' server with [`reject_unreadable`] and [`list_only`]."""
+
+        def start_server(self) -> None:
+            """Change the application that `Serve` built, then start it. `Serve` calls this if `non_blocking`."""
+            list_only(reject_unreadable(self.server.config.app), model)
+            if non_blocking:
+                super().start_server()
+            else:
+                self.server.run()
+
+    return Server(force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=True)

@@ -81,7 +81,8 @@ class FeatureCache:
         self.shards: dict[str, str] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             with safe_open(path, "pt") as shard:
-                self.shards.update((name.partition(".")[0], path.name) for name in shard)
+                names = shard.keys()  # a `safe_open` is not iterable
+            self.shards.update((name.partition(".")[0], path.name) for name in names)
         self.read_as: torch.dtype | None = None  # dtype of features; None keeps the saved dtype
         self._open: tuple[int, dict[str, Any]] = (0, {})
 

@@ -1,1 +1,1 @@
-"""The papers' tables in small, on the miniature's parts: measured part by part, written as one page."""
+"""The papers' tables on the miniature's parts: measured part by part, written as one page."""

@@ -1,4 +1,4 @@
-"""(d) S3, Figure 6 and Table 5: captions under guidance, with and without dropout, and what leaks of a wrong one."""
+"""(d) S3, Figure 6 and Table 5: captions under guidance, with and without dropout, and leakage of wrong captions."""
 
 import os
 import random
@@ -9,22 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdllava.analysis.loading import load_subject
-from sdllava.commands.evaluate import progress_bar
-from sdllava.guidance import guide
+from sdllava.analysis.loading import load_analysis_model
 from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.evaluation.benchmarks.base import unit_means
 from sdllava.evaluation.bootstrap import Units, intervals
-from sdllava.evaluation.diffusion_prompts import derangement
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate, load_samples
 from sdllava.evaluation.leakage import LeakageSetting, leakage_sweep
+from sdllava.evaluation.prompt_choices import derangement
 from sdllava.evaluation.results import load_results
-from sdllava.scenes.dataset import Scene, caption, render, sample_scene
-from sdllava.scenes.world import COLOURS
+from sdllava.guidance import guide
+from sdllava.scenes.language import caption
+from sdllava.scenes.render import render
+from sdllava.scenes.world import COLOURS, Scene, sample_scene
 
+from ..progress import progress_bar
 from ..stages import write_scenes
 from .claims import claim, claim_above_zero
-from .guidance import asked_features
+from .guidance import quadrant_features
 from .questions import folder_name
 from .readout import auc, fit_readout, ordered_pairs
 from .scales import StudyScale
@@ -32,20 +33,58 @@ from .training import SEED, Stage, Variant, part_folders
 
 DROPOUT = 0.3
 CLIP, PLAIN = "CLIP", "no captions"
+GUIDED, DROPPED = "captions, s = 4", "captions, s = 4, dropout"
 VARIANTS = {
     Variant(CLIP, ("vision",)): 0.0,
     Variant(PLAIN, ("diffusion",)): 0.0,
     Variant("captions, s = 1.5", ("diffusion",), guidance=1.5): 0.0,
-    Variant("captions, s = 4", ("diffusion",), guidance=4.0): 0.0,
-    Variant("captions, s = 4, dropout", ("diffusion",), guidance=4.0): DROPOUT,
+    Variant(GUIDED, ("diffusion",), guidance=4.0): 0.0,
+    Variant(DROPPED, ("diffusion",), guidance=4.0): DROPOUT,
 }
-"""Each variant and the share of captions that it is trained without."""
-RUNS = {"its caption": "task-s{:g}", "no caption": "no-text", "a wrong caption": "mismatched-s{:g}"}
+"""Each variant, with the probability of an empty prompt in its training."""
+
+OWN, EMPTY, WRONG = "own caption", "empty prompt", "wrong caption"
+RUNS = {OWN: "task-s{:g}", EMPTY: "no-text", WRONG: "mismatched-s{:g}"}
+"""Each prompt, with the folder of its run in [`~sdllava.evaluation.leakage.leakage_sweep`]."""
+
+TRENDS = {
+    "with the own caption, training at s = 4 describes better than training without captions (S3, Figure 6)": (
+        (PLAIN, EMPTY),
+        (GUIDED, OWN),
+    ),
+    "with the own caption, s = 4 describes better than CLIP (S3, Figure 6)": ((CLIP, EMPTY), (GUIDED, OWN)),
+    "with the empty prompt, training at s = 4 describes worse than training without captions (S3, Figure 6)": (
+        (GUIDED, EMPTY),
+        (PLAIN, EMPTY),
+    ),
+    "with the empty prompt, training at s = 4 describes better with dropout than without (S3, Table 5)": (
+        (GUIDED, EMPTY),
+        (DROPPED, EMPTY),
+    ),
+    "with a wrong caption, training at s = 4 repeats less of it with dropout than without (S3, Figure 6)": (
+        (DROPPED, WRONG),
+        (GUIDED, WRONG),
+    ),
+}
+"""Each trend, with the variant and prompt that should score lower, and those that should score higher."""
+
+REPEATED = "at s = 4 the model repeats more of a wrong caption than with the empty prompt (S3, 4.3)"
+LIKELIER = "at s = 4 a wrong caption becomes more likely to the language model (S3, 4.3)"
+READ = "at s = 4 a read-out finds the wrong caption's colours above chance (S3, 4.3)"
+READ_TRENDS = {
+    "a read-out finds more of a wrong caption at s = 7 than at s = 1.5 (S3, 4.3)": ("s = 1.5", "s = 7"),
+    "at s = 4 a read-out finds less of a wrong caption with dropout than without (S3, 4.3)": (
+        "s = 4, dropout",
+        "s = 4",
+    ),
+}
+"""Each trend, with the read-out that should find less and the one that should find more."""
+
 READ_SCALES = (0.0, 1.0, 1.5, 4.0, 7.0)
 
 
 def _train(parts: Path, work: Path, variant: Variant, dropout: float, scale: StudyScale) -> Path:
-    """The first stage alone; all diffusion variants share the features of each caption and of the empty prompt."""
+    """Train only stage 1. All diffusion variants share the cached features of the captions and of the empty prompt."""
     data = work / "data" / "captions.parquet"
     write_scenes(data, "captions", scale.captions, SEED)
     options: dict[str, Any] = {}
@@ -63,18 +102,18 @@ def _train(parts: Path, work: Path, variant: Variant, dropout: float, scale: Stu
         "conditional",
         options=tuple(options.items()),
     )
-    asked = {"guidance_scales": 4.0, "diffusion_prompt": "caption", "prompt_dropout": DROPOUT}
-    return stage.train(**(asked if variant.diffuses else {}))
+    shared = {"guidance_scales": 4.0, "diffusion_prompt": "caption", "prompt_dropout": DROPOUT}
+    return stage.train(**(shared if variant.diffuses else {}))
 
 
 def _describe(model: LoadedModel, variant: Variant, work: Path, scale: StudyScale) -> dict[str, Any]:
-    """Caption scores with the image's caption as prompt, without, and with a wrong one; and the leakage found."""
+    """Caption scores with each prompt, and the leakage."""
     options = EvaluationOptions(protocol="plain", limit=scale.described, batch_size=32)
     folder = work / "described" / folder_name(variant.name)
     with progress_bar(f"captions, {variant.name}") as progress:
         if not variant.diffuses:
-            evaluate(model, "mini_captions", folder / "no-text", options, progress=progress)
-            return {"runs": {"no caption": _scores(folder / "no-text")}}
+            evaluate(model, "mini_captions", folder / RUNS[EMPTY], options, progress=progress)
+            return {"runs": {EMPTY: _scores(folder / RUNS[EMPTY])}}
         setting = LeakageSetting.make(*load_samples("mini_captions", options), options)
         swept = leakage_sweep([("sweep", model)], setting, folder, [variant.guidance], progress)["rows"][0]
     runs = {name: _scores(folder / "sweep" / run.format(variant.guidance)) for name, run in RUNS.items()}
@@ -90,37 +129,44 @@ def _scores(folder: Path) -> dict[str, Any]:
 def _units(work: Path, name: str, run: str) -> Units:
     variant = next(variant for variant in VARIANTS if variant.name == name)
     folder = work / "described" / folder_name(name)
-    folder = folder / "sweep" / RUNS[run].format(variant.guidance) if variant.diffuses else folder / "no-text"
+    folder = folder / "sweep" / RUNS[run].format(variant.guidance) if variant.diffuses else folder / RUNS[EMPTY]
     return get_benchmark("mini_captions", "plain").units(load_results(folder)[0][1])
 
 
-# ------------------------------------------------------------------------------------------- leakage to a read-out
+# Leakage to a read-out
 
 
 def _colours(scenes: list[Scene]) -> Tensor:
-    """Which colours each scene shows, bool `(n, 5)`."""
+    """The colours of each scene, bool `(n, 5)`."""
     return torch.tensor([[any(o.colour == colour for o in scene.objects) for colour in COLOURS] for scene in scenes])
 
 
 def read_out_leakage(parts: Path, scale: StudyScale) -> dict[str, Units]:
-    """Units of a read-out of the image's colours that is shown mismatched images.
+    """Measure the leakage of wrong captions to a linear read-out of the image's colours.
 
-    It learns from features that were asked with the image's own caption, as the language model does, and is tested on
-    features that were asked with another's: of the colours that the image does not show, does it take those of the
-    wrong caption for seen?
+    The read-out is fitted on features that are conditioned on the image's own caption, like the language model, and
+    tested on features that are conditioned on another image's. Caption colours that are not in the image should then
+    score no higher than other absent colours.
+
+    Args:
+        parts: The folder of the miniature's parts.
+        scale: The budgets.
+
+    Returns:
+        `dict[str, Units]`: Units for [`~research.miniature.study.readout.auc`], by guidance scale and dropout.
     """
-    subject = load_subject(str(parts / "diffusion"))
+    model = load_analysis_model(str(parts / "diffusion"))
     counts = dict(zip(("train", "test"), scale.leakage, strict=True))
     scenes = {split: [sample_scene(split, seed) for seed in range(count)] for split, count in counts.items()}
     captions = {split: [caption(scene) for scene in found] for split, found in scenes.items()}
     donors = derangement(len(scenes["test"]), seed=0)
     captions["test"] = [captions["test"][donor] for donor in donors]
     read = {
-        split: asked_features(subject, [render(s) for s in scenes[split]], captions[split], f"leakage, {split}")
+        split: quadrant_features(model, [render(s) for s in scenes[split]], captions[split], f"leakage, {split}")
         for split in scenes
     }
-    shown = {split: _colours(found) for split, found in scenes.items()}
-    told, absent = shown["test"][donors], ~shown["test"]
+    colours = {split: _colours(found) for split, found in scenes.items()}
+    in_caption, absent = colours["test"][donors], ~colours["test"]
     generator = random.Random(0)
     dropped = torch.tensor([generator.random() < DROPOUT for _ in scenes["train"]])[:, None]
     found = {}
@@ -128,13 +174,22 @@ def read_out_leakage(parts: Path, scale: StudyScale) -> dict[str, Units]:
         trained, tested = guide(*read["train"], s), guide(*read["test"], s)
         with_dropout = torch.where(dropped, read["train"][0], trained)
         for title, features in ((f"s = {s:g}", trained), (f"s = {s:g}, dropout", with_dropout)):
-            scores = fit_readout(features, shown["train"].float())(tested)
-            found[title] = ordered_pairs(scores, told & absent, ~told & absent)
+            scores = fit_readout(features, colours["train"].float())(tested)
+            found[title] = ordered_pairs(scores, in_caption & absent, ~in_caption & absent)
     return found
 
 
 def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
-    """The read-out first, then every variant trained, described and tested for leakage."""
+    """Measure the read-outs, then train and evaluate every variant.
+
+    Args:
+        parts: The folder of the miniature's parts.
+        work: The folder of intermediate results.
+        scale: The budgets.
+
+    Returns:
+        `dict[str, Any]`: `rows`, `read_out` and `claims`.
+    """
     read = read_out_leakage(parts, scale)
     rows = {}
     for variant, dropout in VARIANTS.items():
@@ -146,43 +201,30 @@ def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
             name: {"AUC": auc(unit_means(units))["AUC"], "interval": intervals(units, auc)["AUC"]}
             for name, units in read.items()
         },
-        "claims": [*_caption_claims(work, rows), *_leakage_claims(rows, read)],
+        "claims": [*_caption_claims(work), *_leakage_claims(rows, read)],
     }
 
 
-def _caption_claims(work: Path, rows: dict) -> list[dict]:
+def _caption_claims(work: Path) -> list[dict[str, Any]]:
     benchmark = get_benchmark("mini_captions", "plain")
-    guided, dropped = "captions, s = 4", "captions, s = 4, dropout"
-    trends = (
-        ("told its caption, training at s = 4 describes better than without captions (S3, Figure 6)",
-         (PLAIN, "no caption"), (guided, "its caption")),
-        ("told its caption, s = 4 describes better than CLIP (S3, Figure 6)",
-         (CLIP, "no caption"), (guided, "its caption")),
-        ("told nothing, training at s = 4 describes worse than without captions (S3, Figure 6)",
-         (guided, "no caption"), (PLAIN, "no caption")),
-        ("dropout brings back what s = 4 lost when told nothing (S3, Table 5)",
-         (guided, "no caption"), (dropped, "no caption")),
-        ("told a wrong caption, dropout repeats less of it (S3, Figure 6)",
-         (dropped, "a wrong caption"), (guided, "a wrong caption")),
-    )  # fmt: skip
     return [
         claim(trend, _units(work, *lower), _units(work, *higher), benchmark.scores, benchmark.metric, "CIDEr")
-        for trend, lower, higher in trends
+        for trend, (lower, higher) in TRENDS.items()
     ]
 
 
-def _leakage_claims(rows: dict, read: dict[str, Units]) -> list[dict]:
-    leaked = rows["captions, s = 4"]["leakage"]
+def _leakage_claims(rows: dict[str, Any], read: dict[str, Units]) -> list[dict[str, Any]]:
+    leaked = rows[GUIDED]["leakage"]
     gain = leaked["likelihood_gain"]
     return [
-        {"trend": "at s = 4 a wrong caption is repeated beyond what no caption gives (S3, 4.3)", "unit": "CIDEr",
-         **leaked["excess"]},
-        {"trend": "at s = 4 a wrong caption becomes likelier to the language model (S3, 4.3)", "unit": "nats a token",
-         "difference": gain["mean"], "interval": gain["interval"], "paired": True},
-        claim_above_zero("a read-out sees the wrong caption's colours at s = 4, beyond chance (S3, 4.3)",
-                         read["s = 4"], auc, "AUC", "AUC", zero=0.5),
-        claim("a read-out sees more of a wrong caption at s = 7 than at s = 1.5 (S3, 4.3)",
-              read["s = 1.5"], read["s = 7"], auc, "AUC", "AUC"),
-        claim("dropout lowers what a read-out sees of a wrong caption at s = 4 (S3, 4.3)",
-              read["s = 4, dropout"], read["s = 4"], auc, "AUC", "AUC"),
-    ]  # fmt: skip
+        {"trend": REPEATED, "unit": "CIDEr", **leaked["excess"]},
+        {
+            "trend": LIKELIER,
+            "unit": "nats per token",
+            "difference": gain["mean"],
+            "interval": gain["interval"],
+            "paired": True,
+        },
+        claim_above_zero(READ, read["s = 4"], auc, "AUC", "AUC", zero=0.5),
+        *(claim(trend, read[lower], read[higher], auc, "AUC", "AUC") for trend, (lower, higher) in READ_TRENDS.items()),
+    ]

@@ -1,7 +1,7 @@
-"""(e) Guidance ensembles, and what a question's features tell: one linear read-out of the answer for all questions.
+"""(e) S3, section 6: guidance ensembles, measured with one linear read-out of the answers to all questions.
 
-The read-out does not see the question, only the features that the diffusion model gives when it is asked: without
-guidance they cannot say which object is meant. S3, section 6, leaves ensembles of guidance scales open.
+The read-out's input is only the features, conditioned on the question. Without guidance they do not identify the object
+in question. S3 leaves ensembles of guidance scales open.
 """
 
 from collections import Counter, defaultdict
@@ -15,42 +15,59 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sdllava.analysis.loading import Subject, load_subject
+from sdllava.analysis.loading import AnalysisModel, load_analysis_model
 from sdllava.analysis.reading import read_features
-from sdllava.guidance import guide
 from sdllava.evaluation.benchmarks.base import unit_means
 from sdllava.evaluation.bootstrap import Units, intervals
-from sdllava.scenes.dataset import Question, render, sample_question
+from sdllava.guidance import guide
+from sdllava.scenes.language import Question, sample_question
+from sdllava.scenes.render import render
 
 from .claims import claim
-from .readout import fit_readout, one_hot, right_of, shares
+from .readout import answer_units, fit_readout, one_hot, shares
 from .scales import StudyScale
 from .taps import BATCH, DEFAULT_TAP, DEFAULT_TIMESTEP
 
 POOLED = 2
 ENSEMBLE = (0.0, 1.0, 4.0)
 GUIDANCE = (0.0, 1.0, 4.0, 7.0)
-MEAN, CONCAT = "mean of s = 0, 1, 4", "s = 0, 1, 4 side by side"
+MEAN, CONCAT = "mean of s = 0, 1, 4", "s = 0, 1, 4 concatenated"
 GUESS = "most frequent answer"
+TRENDS = {
+    "answers are read more accurately at s = 4 than at s = 0 (S3, 5.1)": ("s = 0", "s = 4"),
+    "answers are read more accurately at s = 4 than at s = 1 (S3, 5.1)": ("s = 1", "s = 4"),
+    "answers are read more accurately from the mean over s = 0, 1, 4 than at s = 4 (S3, 6, open)": ("s = 4", MEAN),
+    "answers are read more accurately from s = 0, 1, 4 concatenated than at s = 4 (S3, 6, open)": ("s = 4", CONCAT),
+}
+"""Each trend, with the features that should be less accurate and those that should be more accurate."""
 
 
-def asked_features(
-    subject: Subject, images: Sequence[Image.Image], prompts: Sequence[str], title: str
+def quadrant_features(
+    model: AnalysisModel, images: Sequence[Image.Image], prompts: Sequence[str], title: str
 ) -> tuple[Tensor, Tensor]:
-    """Unconditional and conditional features of the default tap, averaged over quadrants, each `(n, 4 channels)`."""
+    """Read the features of the default tap, averaged over quadrants.
+
+    Args:
+        model: The diffusion model.
+        images: The images.
+        prompts: One prompt per image.
+        title: The label of the progress bar.
+
+    Returns:
+        `tuple`: Unconditional and conditional features, each `(n, 4 channels)`.
+    """
     halves: tuple[list[Tensor], list[Tensor]] = ([], [])
     for start in tqdm(range(0, len(images), BATCH), desc=title, leave=False):
         rows = slice(start, start + BATCH)
-        latents = subject.latents(images[rows])
-        asked = subject.prompts(prompts[rows])
-        maps = read_features(subject.tower, latents, asked, [DEFAULT_TAP], [DEFAULT_TIMESTEP], [0.0, 1.0])
+        latents, encoded = model.latents(images[rows]), model.prompts(prompts[rows])
+        maps = read_features(model.tower, latents, encoded, [DEFAULT_TAP], [DEFAULT_TIMESTEP], [0.0, 1.0])
         for half, feature in zip(halves, maps, strict=True):
             half.append(F.adaptive_avg_pool2d(feature.values.permute(0, 3, 1, 2).float(), POOLED).flatten(1).cpu())
     return torch.cat(halves[0]), torch.cat(halves[1])
 
 
 def ensembles(unconditional: Tensor, conditional: Tensor) -> dict[str, Tensor]:
-    """The features at every guidance scale, and the ensembles of three scales."""
+    """The features at every guidance scale, and two ensembles of three scales, by name."""
     at = {scale: guide(unconditional, conditional, scale) for scale in GUIDANCE}
     found = {f"s = {scale:g}": features for scale, features in at.items()}
     several = [at[scale] for scale in ENSEMBLE]
@@ -58,7 +75,7 @@ def ensembles(unconditional: Tensor, conditional: Tensor) -> dict[str, Tensor]:
 
 
 def answers_by_kind(questions: Sequence[Question]) -> dict[str, Counter]:
-    """How often each answer was given to each kind of question."""
+    """The frequency of each answer to each kind of question."""
     found: dict[str, Counter] = defaultdict(Counter)
     for question in questions:
         found[question.kind][question.answer] += 1
@@ -66,24 +83,34 @@ def answers_by_kind(questions: Sequence[Question]) -> dict[str, Counter]:
 
 
 def _units(scores: Tensor, questions: Sequence[Question], answers: list[str], allowed: dict[str, Counter]) -> Units:
-    """Right where the highest score among the answers that the kind of question may have is the answer's."""
-    may = torch.tensor([[answer in allowed[question.kind] for answer in answers] for question in questions])
-    chosen = scores.masked_fill(~may, -torch.inf).argmax(dim=1).tolist()
-    right = [answers[k] == question.answer for k, question in zip(chosen, questions, strict=True)]
-    return right_of([question.pattern for question in questions], right)
+    """Units of the answers with the highest score among those that the kind of question allows."""
+    possible = torch.tensor([[answer in allowed[question.kind] for answer in answers] for question in questions])
+    chosen = scores.masked_fill(~possible, -torch.inf).argmax(dim=1).tolist()
+    correct = [answers[k] == question.answer for k, question in zip(chosen, questions, strict=True)]
+    return answer_units([question.pattern for question in questions], correct)
 
 
 def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> dict[str, Any]:
-    """Read-out accuracies by guidance scale and ensemble, with the most frequent answers beside them."""
-    subject = load_subject(str(parts / "diffusion"))
-    subject.tower.config.noise_seed = noise_seed
-    counts = dict(zip(("train", "test"), scale.asked, strict=True))
-    asked = {split: [sample_question(split, seed) for seed in range(count)] for split, count in counts.items()}
+    """Read-out accuracies by guidance scale and ensemble, and of the most frequent answers.
+
+    Args:
+        parts: The folder of the miniature's parts.
+        work: The folder of intermediate results.
+        scale: The budgets.
+        noise_seed: Selects the noise map.
+
+    Returns:
+        `dict[str, Any]`: `rows` and `claims`.
+    """
+    model = load_analysis_model(str(parts / "diffusion"))
+    model.tower.config.noise_seed = noise_seed
+    counts = dict(zip(("train", "test"), scale.answers, strict=True))
+    sampled = {split: [sample_question(split, seed) for seed in range(count)] for split, count in counts.items()}
     features = {}
-    for split, pairs in asked.items():
+    for split, pairs in sampled.items():
         images, texts = [render(scene) for scene, _ in pairs], [question.text for _, question in pairs]
-        features[split] = ensembles(*asked_features(subject, images, texts, f"asked features, {split}"))
-    questions = {split: [question for _, question in pairs] for split, pairs in asked.items()}
+        features[split] = ensembles(*quadrant_features(model, images, texts, f"features, {split}"))
+    questions = {split: [question for _, question in pairs] for split, pairs in sampled.items()}
     allowed = answers_by_kind(questions["train"])
     known = [question.kind in allowed for question in questions["test"]]
     tested = [question for question, keep in zip(questions["test"], known, strict=True) if keep]
@@ -94,17 +121,13 @@ def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> 
         for name, values in features["train"].items()
     }
     guesses = [allowed[q.kind].most_common(1)[0][0] == q.answer for q in tested]
-    units[GUESS] = right_of([q.pattern for q in tested], guesses)
-    trends = (
-        ("asking with the question at s = 4 tells more of its answer than not asking (S3, 5.1)", "s = 0", "s = 4"),
-        ("more guidance tells more: s = 4 beside s = 1 (S3, 5.1)", "s = 1", "s = 4"),
-        ("the mean over s = 0, 1, 4 tells more than s = 4 alone (S3, 6, open)", "s = 4", MEAN),
-        ("s = 0, 1, 4 side by side tell more than s = 4 alone (S3, 6, open)", "s = 4", CONCAT),
-    )
+    units[GUESS] = answer_units([q.pattern for q in tested], guesses)
     return {
         "rows": {
             name: {"scores": shares(unit_means(found)), "intervals": intervals(found, shares)}
             for name, found in units.items()
         },
-        "claims": [claim(trend, units[lower], units[higher], shares, "mean") for trend, lower, higher in trends],
+        "claims": [
+            claim(trend, units[lower], units[higher], shares, "mean") for trend, (lower, higher) in TRENDS.items()
+        ],
     }

@@ -1,4 +1,4 @@
-"""What can be read from features without a language model: regularised least squares, and whose colours it sees."""
+"""Linear read-outs of features: ridge regression, and the scores of its predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdllava.evaluation.benchmarks.groups import group_means, in_groups
 from sdllava.evaluation.bootstrap import Units
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+CORRECT = "correct"
 
 
 @dataclass(frozen=True)
 class Readout:
-    """A linear map of standardised features."""
+    """A linear map of standardised features, from [`fit_readout`]."""
 
     mean: Tensor
     deviation: Tensor
@@ -38,10 +40,10 @@ def _solutions(features: Tensor, targets: Tensor, strengths: Sequence[float]) ->
 
 
 def fit_readout(features: Tensor, targets: Tensor) -> Readout:
-    """Ridge regression from features `(n, channels)` to targets `(n, k)`.
+    """Fit a ridge regression from features `(n, channels)` to targets `(n, k)`.
 
-    The strength, one of `STRENGTHS`, is the one that predicts the last fifth of the rows best from the others; then
-    all rows are used.
+    Its strength is the one of `STRENGTHS` with the smallest error on the last fifth of the rows when fitted on the
+    others. The returned read-out is fitted on all rows.
     """
     kept = max(1, len(features) * 4 // 5)
     tried = _solutions(features[:kept], targets[:kept], STRENGTHS)
@@ -50,7 +52,7 @@ def fit_readout(features: Tensor, targets: Tensor) -> Readout:
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Labels `(n,)` as rows `(n, classes)`; where there is no label (a negative one), zeros."""
+    """Labels `(n,)` as rows `(n, classes)`. Negative labels give zeros."""
     rows = torch.zeros(len(labels), classes)
     known = labels >= 0
     rows[known, labels[known]] = 1.0
@@ -58,39 +60,39 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def shares(means: dict[str, float]) -> dict[str, float]:
-    """Percentages from means over units of `right NAME` and `count NAME`, and their unweighted mean."""
-    names = [key.removeprefix("count ") for key, count in means.items() if key.startswith("count ") and count > 0]
-    found = {name: 100.0 * means[f"right {name}"] / means[f"count {name}"] for name in names}
+    """Percentages of correct answers by group, from the means over units, and their unweighted mean."""
+    found = {name: 100.0 * share for name, share in group_means(means, CORRECT).items()}
     return {"mean": sum(found.values()) / len(found), **found}
 
 
-def right_of(names: Sequence[str], right: Sequence[float]) -> Units:
-    """Units of single answers: each belongs to one name, and is right or not."""
+def answer_units(groups: Sequence[str], correct: Sequence[float]) -> Units:
+    """Units of single answers, each in one group, and correct (1) or not (0)."""
     return {
-        str(k): {f"right {name}": float(value), f"count {name}": 1.0}
-        for k, (name, value) in enumerate(zip(names, right, strict=True))
+        str(k): in_groups([group], **{CORRECT: float(value)})
+        for k, (group, value) in enumerate(zip(groups, correct, strict=True))
     }
 
 
 def ordered_pairs(scores: Tensor, positive: Tensor, negative: Tensor) -> Units:
-    """For each row how many pairs of a positive and a negative column are ranked rightly, a tie counting half.
+    """Count the correctly ordered pairs of a positive and a negative column in each row. A tie counts one half.
 
     Args:
-        scores `(n, k)`.
-        positive, negative (bool `(n, k)`): disjoint; rows without a pair give no unit.
+        scores: Scores `(n, k)`.
+        positive: Bool `(n, k)`.
+        negative: Bool `(n, k)`, disjoint from `positive`.
 
     Returns:
-        Units whose [`auc`] is the share of rightly ranked pairs; 0.5 is chance.
+        `Units`: One unit per row with a pair. Their [`auc`] is the share of correctly ordered pairs (chance: 0.5).
     """
     units = {}
     for row, (values, above, below) in enumerate(zip(scores, positive, negative, strict=True)):
         gaps = values[above][:, None] - values[below][None, :]
         if gaps.numel():
-            right = float((gaps > 0).sum()) + 0.5 * float((gaps == 0).sum())
-            units[str(row)] = {"right": right, "pairs": float(gaps.numel())}
+            correct = float((gaps > 0).sum()) + 0.5 * float((gaps == 0).sum())
+            units[str(row)] = {CORRECT: correct, "pairs": float(gaps.numel())}
     return units
 
 
 def auc(means: dict[str, float]) -> dict[str, float]:
     """Area under the ROC curve from the means of [`ordered_pairs`]."""
-    return {"AUC": means["right"] / means["pairs"]}
+    return {"AUC": means[CORRECT] / means["pairs"]}

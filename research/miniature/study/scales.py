@@ -1,4 +1,4 @@
-"""How much each part of the study reads and trains. Budgets are in scenes and epochs, so they are the same anywhere."""
+"""The budgets of the study, in scenes and epochs, so that they do not depend on the machine."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,23 @@ from ..scales import LETTERS_OFTEN, StageBudget
 
 @dataclass(frozen=True)
 class StudyScale:
-    """Args:
-    readout: (a) scenes to fit and to test the read-out of attributes.
-    match_items, match_trials: (b) minimal pairs in all, and noise draws.
-    align, finetune, questions: (c) both stages of every variant, and samples of `mini` to answer.
-    captions, described: (d) the first stage with captions, and scenes of `mini_captions` to describe.
-    leakage: (d) scenes to fit and to test the read-out of colours.
-    asked: (e) questions to fit and to test the read-out of answers.
-    pairs: (f) minimal pairs of each pattern.
-    groups, group_size: (f) disjoint groups of scenes, each of which gives one CKA.
-    heads: of the cross-attention fusion.
+    """Budgets of the study's parts.
+
+    Args:
+        readout: (a) Scenes to fit and to test the read-out of attributes.
+        match_items: (b) Minimal pairs in total.
+        match_trials: (b) Noise draws.
+        align: (c) Stage 1 of every variant.
+        finetune: (c) Stage 2 of every variant.
+        questions: (c) Samples of the benchmark `mini`.
+        captions: (d) Stage 1 with captions.
+        described: (d) Scenes of the benchmark `mini_captions`.
+        leakage: (d) Scenes to fit and to test the read-out of colours.
+        answers: (e) Questions to fit and to test the read-out of answers.
+        pairs: (f) Minimal pairs per pattern.
+        groups: (f) Disjoint groups of scenes, each of which gives one value of CKA.
+        group_size: (f) Scenes per group.
+        heads: Heads of the cross-attention fusion.
     """
 
     readout: tuple[int, int]
@@ -28,7 +35,7 @@ class StudyScale:
     captions: StageBudget
     described: int
     leakage: tuple[int, int]
-    asked: tuple[int, int]
+    answers: tuple[int, int]
     pairs: int
     groups: int
     group_size: int
@@ -46,7 +53,7 @@ STUDY_SCALES = {
         captions=StageBudget(4, 1, 4),
         described=4,
         leakage=(6, 6),
-        asked=(12, 12),
+        answers=(12, 12),
         pairs=1,
         groups=2,
         group_size=4,
@@ -62,7 +69,7 @@ STUDY_SCALES = {
         captions=StageBudget(3000, 4, 32),
         described=300,
         leakage=(1200, 800),
-        asked=(2400, 1200),
+        answers=(2400, 1200),
         pairs=25,
         groups=8,
         group_size=64,

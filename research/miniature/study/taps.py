@@ -1,4 +1,4 @@
-"""(a) S3, Figure 3: which tap at which timestep tells most about a scene, read off each quadrant without a model."""
+"""(a) S3, Figure 3: the accuracy of linear read-outs of a scene's attributes, by tap and timestep."""
 
 from pathlib import Path
 from typing import Any
@@ -7,17 +7,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdllava.analysis.loading import Subject, load_subject
+from sdllava.analysis.loading import AnalysisModel, load_analysis_model
 from sdllava.analysis.reading import read_features
-from sdllava.analysis.similarity import StaticEncoder
-from sdllava.grids import resize_grid
+from sdllava.analysis.vision_encoder import VisionEncoder
 from sdllava.evaluation.benchmarks.base import unit_means
+from sdllava.evaluation.benchmarks.groups import COUNT
 from sdllava.evaluation.bootstrap import Units, intervals
-from sdllava.scenes.dataset import Scene, render, sample_scene
+from sdllava.grids import resize_grid
+from sdllava.scenes.render import render
+from sdllava.scenes.world import Scene, sample_scene
 
 from ..judge import ATTRIBUTES, labels, quadrants
 from .claims import claim
-from .readout import fit_readout, one_hot, shares
+from .readout import CORRECT, fit_readout, one_hot, shares
 from .scales import StudyScale
 
 TAPS = (
@@ -32,24 +34,52 @@ TIMESTEPS = (10, 50, 100, 250, 500)
 DEFAULT_TAP, DEFAULT_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50
 GRID = 8
 BATCH = 32
+TRENDS = {
+    "read-outs are more accurate at the up stage (U-L1) than at the down stage (D-L2), t = 50 (S3, Figure 3)": (
+        (TAPS[0], DEFAULT_TIMESTEP),
+        (DEFAULT_TAP, DEFAULT_TIMESTEP),
+    ),
+    "read-outs are more accurate from Cross-Q than from Out at U-L1-R1, t = 50 (S3, 3.2)": (
+        ("U-L1-R1-B0-Out", DEFAULT_TIMESTEP),
+        (DEFAULT_TAP, DEFAULT_TIMESTEP),
+    ),
+    "read-outs are more accurate at t = 50 than at t = 250 (S3, Figure 3)": (
+        (DEFAULT_TAP, 250),
+        (DEFAULT_TAP, DEFAULT_TIMESTEP),
+    ),
+    "read-outs are more accurate at t = 50 than at t = 500 (S3, Figure 3)": (
+        (DEFAULT_TAP, 500),
+        (DEFAULT_TAP, DEFAULT_TIMESTEP),
+    ),
+    "read-outs are more accurate from the default tap at t = 50 than from CLIP, as on BLINK (S3, Figure 3)": (
+        ("CLIP", None),
+        (DEFAULT_TAP, DEFAULT_TIMESTEP),
+    ),
+}
+"""Each trend, with the features that should be less accurate and those that should be more accurate."""
 
 
 def quadrant_vectors(values: Tensor) -> Tensor:
-    """Feature maps `(n, h, w, c)`, resized to 8x8 as the model does, as a vector a quadrant `(4 n, 16 c)`."""
+    """Feature maps `(n, h, w, c)`, resized to 8x8 as in the model, as one vector per quadrant `(4 n, 16 c)`."""
     tokens = resize_grid(values.permute(0, 3, 1, 2), GRID)
     return quadrants(tokens.transpose(1, 2).unflatten(2, (GRID, GRID)).contiguous()).flatten(1)
 
 
 def attribute_units(scores: Tensor, known: dict[str, Tensor]) -> Units:
-    """Units of images: how many of each attribute there are to read, and how many were read rightly."""
+    """One unit per image: for each attribute, the number of its quadrants and of correct predictions.
+
+    Args:
+        scores: Predictions `(4 n, values of all attributes)`.
+        known: The labels of each attribute `(4 n,)`, negative where there is none.
+    """
     columns = scores.split([len(values) for values in ATTRIBUTES.values()], dim=1)
     images = len(scores) // len(quadrants(torch.zeros(1, 1, 2, 2)))
     units: Units = {str(image): {} for image in range(images)}
     for (name, label), part in zip(known.items(), columns, strict=True):
-        right = (part.argmax(dim=1) == label).view(images, -1).sum(dim=1)
+        correct = (part.argmax(dim=1) == label).view(images, -1).sum(dim=1)
         count = (label >= 0).view(images, -1).sum(dim=1)
         for image in range(images):
-            units[str(image)] |= {f"right {name}": float(right[image]), f"count {name}": float(count[image])}
+            units[str(image)] |= {f"{CORRECT} {name}": float(correct[image]), f"{COUNT} {name}": float(count[image])}
     return units
 
 
@@ -58,22 +88,22 @@ def _targets(scenes: list[Scene]) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.cat([one_hot(known[name], len(values)) for name, values in ATTRIBUTES.items()], dim=1), known
 
 
-def _latents(subject: Subject, scenes: list[Scene]) -> Tensor:
+def _latents(model: AnalysisModel, scenes: list[Scene]) -> Tensor:
     batches = [scenes[start : start + BATCH] for start in range(0, len(scenes), BATCH)]
-    return torch.cat([subject.latents([render(scene) for scene in batch]) for batch in batches])
+    return torch.cat([model.latents([render(scene) for scene in batch]) for batch in batches])
 
 
-def _read(subject: Subject, latents: Tensor, timestep: int) -> dict[str, Tensor]:
-    """Quadrant vectors of every tap at one timestep, in half precision to save memory."""
+def _read(model: AnalysisModel, latents: Tensor, timestep: int) -> dict[str, Tensor]:
+    """Quadrant vectors of every tap at one timestep, in float16 to save memory."""
     found: dict[str, list[Tensor]] = {tap: [] for tap in TAPS}
     for batch in tqdm(latents.split(BATCH), desc=f"t = {timestep}", leave=False):
-        for feature in read_features(subject.tower, batch, taps=TAPS, timesteps=[timestep]):
+        for feature in read_features(model.tower, batch, taps=TAPS, timesteps=[timestep]):
             found[feature.tap].append(quadrant_vectors(feature.values).half().cpu())
     return {tap: torch.cat(parts) for tap, parts in found.items()}
 
 
 def _clip(parts: Path, scenes: list[Scene]) -> Tensor:
-    encoder = StaticEncoder(str(parts / "clip"))
+    encoder = VisionEncoder(str(parts / "clip"))
     batches = [scenes[start : start + BATCH] for start in range(0, len(scenes), BATCH)]
     patches = torch.cat([encoder([render(scene) for scene in batch])[0].cpu() for batch in batches])
     side = round(patches.shape[1] ** 0.5)
@@ -81,25 +111,36 @@ def _clip(parts: Path, scenes: list[Scene]) -> Tensor:
 
 
 def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> dict[str, Any]:
-    """Read-out accuracies by tap and timestep, with CLIP and the most frequent values beside them."""
+    """Read-out accuracies by tap and timestep, and of CLIP and the most frequent values.
+
+    Args:
+        parts: The folder of the miniature's parts.
+        work: The folder of intermediate results.
+        scale: The budgets.
+        noise_seed: Selects the noise map.
+
+    Returns:
+        `dict[str, Any]`: `rows` and `claims`.
+    """
     counts = dict(zip(("train", "test"), scale.readout, strict=True))
     scenes = {split: [sample_scene(split, seed) for seed in range(count)] for split, count in counts.items()}
-    told = {split: _targets(scenes[split]) for split in scenes}
-    subject = load_subject(str(parts / "diffusion"))
-    subject.tower.config.noise_seed = noise_seed
-    latents = {split: _latents(subject, scenes[split]) for split in scenes}
+    targets = {split: _targets(scenes[split]) for split in scenes}
+    model = load_analysis_model(str(parts / "diffusion"))
+    model.tower.config.noise_seed = noise_seed
+    latents = {split: _latents(model, scenes[split]) for split in scenes}
 
     def read_out(features: dict[str, Tensor]) -> Units:
-        return attribute_units(fit_readout(features["train"], told["train"][0])(features["test"]), told["test"][1])
+        fitted = fit_readout(features["train"], targets["train"][0])
+        return attribute_units(fitted(features["test"]), targets["test"][1])
 
     units: dict[tuple[str, int | None], Units] = {}
     for timestep in TIMESTEPS:
-        read = {split: _read(subject, latents[split], timestep) for split in scenes}
+        read = {split: _read(model, latents[split], timestep) for split in scenes}
         for tap in tqdm(TAPS, desc=f"read-outs at t = {timestep}", leave=False):
             units[tap, timestep] = read_out({split: read[split][tap] for split in read})
     units["CLIP", None] = read_out({split: _clip(parts, scenes[split]) for split in scenes})
-    frequent = told["train"][0].mean(dim=0).expand(len(told["test"][0]), -1)
-    units["most frequent value", None] = attribute_units(frequent, told["test"][1])
+    frequent = targets["train"][0].mean(dim=0).expand(len(targets["test"][0]), -1)
+    units["most frequent value", None] = attribute_units(frequent, targets["test"][1])
     return {
         "rows": [
             {
@@ -110,17 +151,7 @@ def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> 
             }
             for (tap, timestep), found in units.items()
         ],
-        "claims": _claims(units),
+        "claims": [
+            claim(trend, units[lower], units[higher], shares, "mean") for trend, (lower, higher) in TRENDS.items()
+        ],
     }
-
-
-def _claims(units: dict) -> list[dict]:
-    default, t = units[DEFAULT_TAP, DEFAULT_TIMESTEP], DEFAULT_TIMESTEP
-    trends = (
-        ("the up stage (U-L1) tells more than the down stage (D-L2) at t = 50 (S3, Figure 3)", (TAPS[0], t), default),
-        ("Cross-Q tells more than Out at U-L1-R1, t = 50 (S3, 3.2)", ("U-L1-R1-B0-Out", t), default),
-        ("t = 50 tells more than t = 250 (S3, Figure 3)", (DEFAULT_TAP, 250), default),
-        ("t = 50 tells more than t = 500 (S3, Figure 3)", (DEFAULT_TAP, 500), default),
-        ("the default tap at t = 50 tells more than CLIP, as on BLINK (S3, Figure 3)", ("CLIP", None), default),
-    )
-    return [claim(trend, units[lower], higher, shares, "mean") for trend, lower, higher in trends]

@@ -1,8 +1,12 @@
-"""Trains the study's variants with the package's own cache and train command; what is finished is left as it is."""
+"""Training of the study's variants, with the package's own feature cache and train command."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from sdllava.train.run import cache, train
 
 from ..scales import TOWER, StageBudget
 from ..stages import RECIPES
@@ -12,7 +16,14 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Variant:
-    """Which encoders a model has, how they are fused, and how strongly the diffusion model is guided."""
+    """A model of the study.
+
+    Args:
+        name: The name on the page.
+        encoders: "vision", "diffusion" or both.
+        fusion: The fusion of both encoders. "none" with one.
+        guidance: The guidance scale of the diffusion model.
+    """
 
     name: str
     encoders: tuple[str, ...]
@@ -21,14 +32,28 @@ class Variant:
 
     @property
     def diffuses(self) -> bool:
+        """Whether the model has a diffusion tower."""
         return "diffusion" in self.encoders
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one variant: where it starts, what it reads, where it is written, and where features are kept.
+    """One stage of one variant.
 
-    Features are always computed by the assembled parts, so that variants of other trained weights share them.
+    Features are always computed with the untrained parts, so that variants with different trained weights share them.
+
+    Args:
+        variant: The model.
+        parts: The folders of its parts, as options of the train command.
+        name: "align" or "finetune".
+        data: The training data.
+        output: The folder of the trained model.
+        budget: The number of epochs and the batch size.
+        heads: Heads of the cross-attention fusion.
+        features: The folder of cached features. None trains without a cache.
+        kind: The kind of the cache, see [`~sdllava.train.cache.KINDS`].
+        init_from: The folder of a trained model to start from. None assembles the parts.
+        options: Further options of the train command.
     """
 
     variant: Variant
@@ -39,14 +64,16 @@ class Stage:
     budget: StageBudget
     heads: int
     features: Path | None = None
-    kind: str = "static"
+    kind: str = "vision"
     init_from: Path | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
     def arguments(self, **changes: Any) -> list[str]:
-        """The train command's arguments, from the parts on unless `init_from` is among the changes."""
-        import torch
+        """The train command's arguments.
 
+        Args:
+            changes: Options in place of the stage's own. With `init_from` the parts are left out.
+        """
         values: dict[str, Any] = {
             "config": RECIPES / f"study-{self.name}.yaml",
             "train_data": self.data,
@@ -66,14 +93,15 @@ class Stage:
         return [word for key, value in values.items() for word in (f"--{key}", *_words(value))]
 
     def train(self, **cached_as: Any) -> Path:
-        """Caches the features that are not kept yet, and trains.
+        """Cache the missing features and train, unless the stage is finished.
 
         Args:
-            cached_as: arguments under which the features are cached where they differ from the run's own, so that
-                variants of one family share them: asked at s = 4, though this variant runs at s = 0.
-        """
-        from sdllava.train.run import cache, train
+            cached_as: Options with which features are cached, in place of the stage's own, so that variants share
+                them. For example, features are cached for s = 4 although a variant is trained at s = 0.
 
+        Returns:
+            `Path`: The folder of the trained model.
+        """
         if (self.output / "config.json").exists():
             return self.output
         arguments = self.arguments(**({"init_from": self.init_from} if self.init_from else {}))
@@ -85,7 +113,7 @@ class Stage:
 
 
 def part_folders(parts: Path, variant: Variant) -> dict[str, Path]:
-    """Where the train command finds the variant's parts."""
+    """The folders of a variant's parts, as options of the train command."""
     known = {"diffusion": "diffusion", "vision": "clip", "language_model": "llm"}
     return {name: parts / known[name] for name in (*variant.encoders, "language_model")}
 

@@ -3,7 +3,7 @@
 import json
 from types import SimpleNamespace
 
-from sdllava.train.record import HYPERPARAMETERS, TrainingRecord
+from sdllava.train.callbacks import HYPERPARAMETERS, TrainingRecordCallback
 
 
 def test_the_time_of_all_sessions_is_recorded_and_a_new_run_begins_at_zero(tmp_path):
@@ -13,7 +13,7 @@ def test_the_time_of_all_sessions_is_recorded_and_a_new_run_begins_at_zero(tmp_p
 
     def session(first_step: int, last_step: int) -> dict:
         state = SimpleNamespace(global_step=first_step, is_world_process_zero=True)
-        record = TrainingRecord(settings)
+        record = TrainingRecordCallback(settings)
         record.on_train_begin(args, state, None)
         record.begin -= 100  # as if it had taken that long
         state.global_step = last_step

@@ -1,11 +1,22 @@
-"""A tiny random LLaVA of transformers with its processor, and benchmark folders in their published layouts."""
+"""Fixtures of the evaluation tests: tiny models, and benchmark folders in their published layouts."""
 
 import csv
 import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = [
     "yes",
@@ -39,19 +50,67 @@ def make_image(seed, size=(40, 30)):
 
 @pytest.fixture(scope="session")
 def tiny_llava():
-    """(model, processor) with 4 image tokens an image; deterministic random weights, float32."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    """(model, processor) of transformers' LLaVA, see `make_llava`."""
+    return make_llava()
 
+
+@pytest.fixture(scope="session")
+def loaded(tiny_llava):
+    """The tiny LLaVA of transformers, without a diffusion tower."""
+    from sdllava.evaluation.evaluate import LoadedModel
+
+    return LoadedModel("tiny", None, *tiny_llava)
+
+
+@pytest.fixture(scope="session")
+def ours(composed):
+    """This package's own tiny model, with a diffusion tower."""
+    from sdllava.evaluation.evaluate import LoadedModel
+
+    return LoadedModel.load(str(composed))
+
+
+@pytest.fixture(scope="session")
+def mmvp_folder(build_once):
+    """MMVP with six questions."""
+    return build_once("mmvp", write_mmvp)
+
+
+@pytest.fixture(scope="session")
+def blink_folder(build_once):
+    """BLINK with two questions per task, the second with two images."""
+    return build_once("blink", write_blink)
+
+
+@pytest.fixture
+def simple_tokens(monkeypatch):
+    """Caption scores without Java, whose start takes longer than all else."""
+    monkeypatch.setattr("sdllava.evaluation.benchmarks.captions.ptb_missing", lambda: "not used in this test")
+    monkeypatch.setattr("sdllava.evaluation.tokenization.ptb_missing", lambda: "not used in this test")
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """Bootstraps of 100 resamples, for tests that do not read the intervals' width."""
+    monkeypatch.setattr("sdllava.evaluation.bootstrap.REPLICATES", 100)
+
+
+@pytest.fixture
+def few_tokens(monkeypatch):
+    """At most four new tokens per reply."""
+    from sdllava.evaluation.benchmarks.blink import BLINK
+    from sdllava.evaluation.benchmarks.captions import CocoCaptions
+    from sdllava.evaluation.benchmarks.llava_bench import LLaVABench
+    from sdllava.evaluation.benchmarks.mmvp import MMVP
+
+    for benchmark in (BLINK, CocoCaptions, LLaVABench, MMVP):
+        monkeypatch.setattr(benchmark, "max_new_tokens", 4)
+    sampling = MMVP.generation.fget
+    monkeypatch.setattr(MMVP, "generation", property(lambda self: {**sampling(self), "max_new_tokens": 4}))
+
+
+def make_llava(intermediate_size=64):
+    """A tiny LLaVA of transformers and its processor: 4 tokens per image, deterministic random weights in float32."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -59,7 +118,6 @@ def tiny_llava():
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=16,
@@ -72,7 +130,7 @@ def tiny_llava():
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=32,
-            intermediate_size=64,
+            intermediate_size=intermediate_size,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -84,9 +142,10 @@ def tiny_llava():
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     model = LlavaForConditionalGeneration(config).eval()
+    torch.manual_seed(5)  # replies of four tokens differ between samples
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
+            parameter.normal_(0, 0.5)
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
         tokenizer,
@@ -158,8 +217,8 @@ def write_naturalbench(folder, groups=3):
 def write_blink(folder, per_task=2):
     from sdllava.evaluation.benchmarks.blink import TASKS
 
-    for task in TASKS:
-        rows = []
+    for position, task in enumerate(TASKS):
+        rows, choices = [], WORDS[position : position + 2]
         for number in range(1, per_task + 1):
             images = {f"image_{k}": make_image(k, (20, 10 * k)) if k <= number else None for k in (1, 2, 3, 4)}
             rows.append(
@@ -168,9 +227,10 @@ def write_blink(folder, per_task=2):
                     "question": f"Which one of {task}?",
                     "sub_task": task,
                     **images,
-                    "choices": ["one", "two"],
+                    "choices": choices,
                     "answer": "(A)",
-                    "prompt": f"Which one of {task}?\nSelect from the following choices.\n(A) one\n(B) two\n",
+                    "prompt": f"Which one of {task}?\nSelect from the following choices.\n(A) {choices[0]}\n"
+                    f"(B) {choices[1]}\n",
                 }
             )
         write_parquet(folder / task / "val-00000-of-00001.parquet", rows, ("image_1", "image_2", "image_3", "image_4"))

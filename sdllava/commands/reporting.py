@@ -1,0 +1,75 @@
+"""What every command reports: errors as one message without a traceback, and progress bars. Imports nothing heavy."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+"""What a user can correct. Anything else is a defect and keeps its traceback."""
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Print an expected error on standard error, without a traceback, and end the command with exit status 1.
+
+    Raises:
+        typer.Exit: One of `EXPECTED_ERRORS` was raised in the block.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # typer handles these
+        raise
+    except EXPECTED_ERRORS as error:
+        typer.secho(f"sdllava: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+class CommandGroup(TyperGroup):
+    """A group whose commands report expected errors without a traceback. Python callers still get the exceptions."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the command line names."""
+        with clear_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on standard error while the block runs.
+
+    Yields:
+        `Callable[[int, int], None]`: Call it with how many are done and how many there are.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def require_packages(purpose: str, extra: str, *packages: str) -> None:
+    """Check that the packages of an optional extra are installed, without importing them.
+
+    Args:
+        purpose: What needs them, capitalised, for example "Training".
+        extra: The extra of this package that installs them.
+        packages: Their import names.
+
+    Raises:
+        ImportError: Some are missing. The message names them and how to install them.
+    """
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'{purpose} needs {", ".join(missing)}. Run: pip install "sdllava[{extra}]"')
