@@ -87,7 +87,8 @@ def _fetch(url: str) -> bytes:
                 if len(body) > MAX_DOWNLOAD:
                     raise ValueError(f"Image {url!r} is larger than {MAX_DOWNLOAD >> 20} MiB. Download it yourself.")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"Image {url!r} cannot be fetched ({error}). Check the address.") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"Image {url!r} cannot be fetched ({reason}). Check the address.") from error
     return bytes(body)
 
 

@@ -129,7 +129,7 @@ def server(tmp_path):
 
 def test_urls_are_fetched_and_bounded(server, monkeypatch):
     assert np.array_equal(load_rgb(f"{server}/red.png"), red())
-    with pytest.raises(ValueError, match=r"missing\.png' cannot be fetched: .*404"):
+    with pytest.raises(ValueError, match=r"missing\.png' cannot be fetched \(.*404"):
         load_rgb(f"{server}/missing.png")
     monkeypatch.setattr("sdllava.image_loading.MAX_DOWNLOAD", 10)
     with pytest.raises(ValueError, match=r"is larger than 0 MiB\. Download it yourself"):
@@ -260,7 +260,7 @@ def test_long_questions_are_cut_with_one_warning(processor, caplog):
     python_logging.getLogger("transformers").propagate = False
     assert inputs["diffusion_input_ids"].shape == (1, 77)
     assert inputs["diffusion_input_ids"][0, -1] == tiny.EOS
-    assert sum("longer than the diffusion model's 77 tokens" in r.message for r in caplog.records) == 1
+    assert sum("more than the diffusion model's 77 tokens" in r.message for r in caplog.records) == 1
 
 
 def test_placeholders_masks_and_round_trip(processor, tmp_path):
@@ -292,7 +292,7 @@ def test_batches_are_padded_on_the_left(processor):
         (
             {"images": [[red()], [red(), red()]], "text": ["<image><image> a", "<image> b"]},
             ValueError,
-            r"text 0 has 2 <image> token\(s\) but 1 image",
+            r"Text 0 has 2 <image> token\(s\) but 1 image",
         ),
         ({"text": "<image>"}, ValueError, r"1 <image> token\(s\) but 0 image"),
         ({"images": red(), "text": "<image>", "question": 7}, TypeError, "Question 7 is not a string"),
