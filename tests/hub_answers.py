@@ -1,4 +1,4 @@
-"""What a model answers about a picture, for comparison between processes; imports nothing of this package."""
+"""Answers of a model about a picture, for comparison between processes. Imports nothing of this package."""
 
 import torch
 from PIL import Image
@@ -22,12 +22,12 @@ def _inputs(processor):
 
 
 def move_weights(model) -> None:
-    """Copies the weights to where torch allocates: a file's place in memory decides a sum's last bits."""
+    """Copy the weights to memory that torch allocates: the alignment in a mapped file decides a sum's last bits."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
 
 
-def ask_logits(model, processor) -> torch.Tensor:
+def prompt_logits(model, processor) -> torch.Tensor:
     """Logits of the prompt, `(1, sequence, vocab_size)`, bit for bit a function of the weights."""
     move_weights(model)
     with torch.no_grad():

@@ -1,11 +1,14 @@
-"""Run against the loopback Hub by test_hub_roundtrip.py: assemble from its repositories, push in every way, remember
-what the models answer. Arguments: folder of published parts, folder for what is remembered."""
+"""Run against the loopback Hub by test_hub_roundtrip.py.
+
+Assembles a model from its repositories, pushes it in every way, and saves the answers. Arguments: folder of published
+parts, folder for the answers.
+"""
 
 import sys
 from pathlib import Path
 
 import torch
-from hub_answers import answers, ask_logits
+from hub_answers import answers, prompt_logits
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -37,7 +40,7 @@ processor.save_pretrained(memory / "whole")
 push_folder(memory / "whole", "tester/whole")
 push_folder(memory / "whole", "tester/folder-left-out", bundle_frozen=False)
 (memory / "answers.txt").write_text("\n".join(answers(model, processor)))
-remembered = {"whole": ask_logits(model, processor)}
+remembered = {"whole": prompt_logits(model, processor)}
 
 model.name_or_path = model.config._name_or_path = "tester/whole"
 targets = r".*language_model.*(q_proj|v_proj)"
@@ -49,6 +52,6 @@ for name, parameter in adapted.named_parameters():
 adapted.eval().save_pretrained(memory / "adapter")
 processor.save_pretrained(memory / "adapter")
 push_folder(memory / "adapter", "tester/adapter")
-remembered["adapter"] = ask_logits(adapted, processor)
+remembered["adapter"] = prompt_logits(adapted, processor)
 assert not torch.equal(remembered["adapter"], remembered["whole"])
 save_file(remembered, memory / "logits.safetensors")

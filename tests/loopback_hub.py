@@ -1,5 +1,4 @@
-"""
-A small Hub on the loopback interface: as much of the Hub's HTTP API as `huggingface_hub` and `transformers` use.
+"""A small Hub on the loopback interface: the part of the Hub's HTTP API that `huggingface_hub` and `transformers` use.
 
 Repositories of models, commits, branches, pull requests, the LFS protocol with resumable results, file downloads with
 etags, ranges and redirects, listings, tokens. Everything is in memory. Point clients at it with `environment()`.
@@ -73,7 +72,7 @@ class LoopbackHub:
         self.large_files: dict[str, bytes] = {}
         self.broken_uploads = self.broken_downloads = 0
         self.stalled: threading.Event | None = None
-        self.go_on = threading.Event()
+        self.resume = threading.Event()
         self.requests: list[str] = []
         handler = type("Handler", (_Handler,), {"hub": self})
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
@@ -87,23 +86,23 @@ class LoopbackHub:
         try:
             yield self
         finally:
-            for server, thread in zip(self.servers, threads):
+            for server, thread in zip(self.servers, threads, strict=True):
                 server.shutdown()
                 server.server_close()
                 thread.join()
 
     def break_uploads(self, count: int) -> None:
-        """Cut off that many of the next large-file uploads half-way."""
+        """Break off that many of the next large-file uploads half-way."""
         self.broken_uploads = count
 
     def break_downloads(self, count: int) -> None:
-        """Cut off that many of the next large-file downloads half-way."""
+        """Break off that many of the next large-file downloads half-way."""
         self.broken_downloads = count
 
     def stall_uploads(self) -> threading.Event:
-        """Read half of the next large file and wait until `go_on` is set; the event returned says that it waits."""
+        """Read half of the next large file and wait until `resume` is set. The returned event is set while it waits."""
         self.stalled = threading.Event()
-        self.go_on.clear()
+        self.resume.clear()
         return self.stalled
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
@@ -206,12 +205,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create_repository(self):
         self.may_write()
-        asked = self.json()
-        repo = f"{asked.get('organization') or USER}/{asked['name']}"
+        wanted = self.json()
+        repo = f"{wanted.get('organization') or USER}/{wanted['name']}"
         url = {"url": f"{self.hub.endpoint}/{repo}", "name": repo}
         if repo in self.hub.repositories:
             return self._send({"error": "You already created this model repo", **url}, 409)
-        repository = self.hub.repositories[repo] = Repository(private=asked.get("visibility") == "private")
+        repository = self.hub.repositories[repo] = Repository(private=wanted.get("visibility") == "private")
         repository.commit("main", {}, "initial commit")
         self._send(url)
 
@@ -274,12 +273,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.may_write()
         _, files = self.at(repo, revision)
         modes = []
-        for asked in self.json()["files"]:
-            known = files.get(asked["path"])
-            binary = b"\0" in base64.b64decode(asked["sample"]) or asked["path"].endswith(".safetensors")
-            mode = "lfs" if binary or asked["size"] > 10**7 else "regular"
+        for wanted in self.json()["files"]:
+            known = files.get(wanted["path"])
+            binary = b"\0" in base64.b64decode(wanted["sample"]) or wanted["path"].endswith(".safetensors")
+            mode = "lfs" if binary or wanted["size"] > 10**7 else "regular"
             modes.append(
-                {"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": known and known.etag}
+                {"path": wanted["path"], "uploadMode": mode, "shouldIgnore": False, "oid": known and known.etag}
             )
         self._send({"files": modes})
 
@@ -287,10 +286,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.may_write()
         self.repository(repo)
         objects = []
-        for asked in self.json()["objects"]:
-            shown = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.hub.large_files:
-                upload = {"href": f"{self.hub.endpoint}/lfs/{asked['oid']}"}
+        for wanted in self.json()["objects"]:
+            shown = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.large_files:
+                upload = {"href": f"{self.hub.endpoint}/lfs/{wanted['oid']}"}
                 shown["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.endpoint}/lfs/verify"}}
             objects.append(shown)
         self._send({"transfer": "basic", "objects": objects})
@@ -304,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.stalled is not None:
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
             self.hub.stalled.set()
-            self.hub.go_on.wait(60)
+            self.hub.resume.wait(60)
             self.close_connection = True
             return
         content = self.body()
@@ -314,9 +313,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({})
 
     def lfs_verify(self):
-        asked = self.json()
-        if len(self.hub.large_files.get(asked["oid"], b"")) != asked["size"]:
-            raise HubError(400, f"{asked['oid']} was not uploaded whole")
+        wanted = self.json()
+        if len(self.hub.large_files.get(wanted["oid"], b"")) != wanted["size"]:
+            raise HubError(400, f"{wanted['oid']} was not uploaded whole")
         self._send({})
 
     def commit(self, repo: str, revision: str):
@@ -374,10 +373,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_file(content, {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
     def _send_file(self, content: bytes, headers: dict[str, str]):
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None:
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted is None:
             return self._send(content, 200, headers)
-        start, end = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
+        start, end = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
         if start >= len(content):
             raise HubError(416, "range not satisfiable")
         self._send(content[start : end + 1], 206, {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"})

@@ -33,16 +33,30 @@ def call(model: SDLlavaDiffusionModel, n: int = 2, **kwargs):
         return model(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"], **kwargs)
 
 
-def by_hand(model: SDLlavaDiffusionModel, layer_path: str, timestep: int, n: int) -> torch.Tensor:
-    """Softmax of q and k of a whole stock UNet, head by head: `(n, heads, tokens, side, side)`."""
+LAYERS = {
+    "D-L0-R1-B0": "down_blocks.0.attentions.1.transformer_blocks.0.attn2",
+    "M-L0-R0-B0": "mid_block.attentions.0.transformer_blocks.0.attn2",
+    "U-L1-R1-B0": "up_blocks.1.attentions.1.transformer_blocks.0.attn2",
+}
+
+
+def whole_unet(model: SDLlavaDiffusionModel) -> UNet2DConditionModel:
+    """A stock UNet with the weights of a truncated one."""
     unet = UNet2DConditionModel.from_config(model.config.unet_config).eval()
     missing = unet.load_state_dict(model.unet.state_dict(), strict=False)
     assert not missing.unexpected_keys
+    return unet
+
+
+def softmax_by_head(unet: UNet2DConditionModel, model, timestep: int, n: int) -> dict[str, torch.Tensor]:
+    """Softmax of the queries and keys of each layer, head by head: `(n, heads, tokens, side, side)`."""
     read = {}
-    attention = unet.get_submodule(layer_path)
     handles = [
-        module.register_forward_hook(lambda m, a, output, name=name: read.update({name: output}))
-        for name, module in (("q", attention.to_q), ("k", attention.to_k))
+        getattr(unet.get_submodule(path), projection).register_forward_hook(
+            lambda m, a, output, key=(layer, projection): read.update({key: output})
+        )
+        for layer, path in LAYERS.items()
+        for projection in ("to_q", "to_k")
     ]
     inputs = tiny.image_inputs(n)
     with torch.no_grad():
@@ -51,35 +65,35 @@ def by_hand(model: SDLlavaDiffusionModel, layer_path: str, timestep: int, n: int
         unet(noisy, timestep, model.encode_prompts(inputs["diffusion_input_ids"])["encoder_hidden_states"])
     for handle in handles:
         handle.remove()
-    heads, width = attention.heads, read["q"].shape[-1] // attention.heads
-    maps = []
-    for row in range(n):
-        for head in range(heads):
-            part = slice(head * width, (head + 1) * width)
-            scores = read["q"][row][:, part] @ read["k"][row][:, part].T / math.sqrt(width)
-            maps.append(torch.exp(scores) / torch.exp(scores).sum(dim=-1, keepdim=True))
-    stacked = torch.stack(maps).unflatten(0, (n, heads)).transpose(2, 3)
-    side = math.isqrt(stacked.shape[-1])
-    return stacked.unflatten(3, (side, side))
+    found = {}
+    for layer, path in LAYERS.items():
+        query, key = read[layer, "to_q"], read[layer, "to_k"]
+        heads = unet.get_submodule(path).heads
+        width = query.shape[-1] // heads
+        maps = []
+        for row in range(n):
+            for head in range(heads):
+                part = slice(head * width, (head + 1) * width)
+                scores = query[row][:, part] @ key[row][:, part].T / math.sqrt(width)
+                maps.append(torch.exp(scores) / torch.exp(scores).sum(dim=-1, keepdim=True))
+        stacked = torch.stack(maps).unflatten(0, (n, heads)).transpose(2, 3)
+        side = math.isqrt(stacked.shape[-1])
+        found[layer] = stacked.unflatten(3, (side, side))
+    return found
 
 
 @pytest.mark.parametrize("tap", ["U-L1-R1-B0-Cross-Q", "U-L1-R2-B0-Out"])
-@pytest.mark.parametrize(
-    ("layer", "path"),
-    [
-        ("D-L0-R1-B0", "down_blocks.0.attentions.1.transformer_blocks.0.attn2"),
-        ("M-L0-R0-B0", "mid_block.attentions.0.transformer_blocks.0.attn2"),
-        ("U-L1-R1-B0", "up_blocks.1.attentions.1.transformer_blocks.0.attn2"),
-    ],
-)
-def test_probabilities_of_a_truncated_tower_equal_the_softmax_of_a_whole_unet(tap, layer, path):
+def test_probabilities_of_a_truncated_tower_equal_the_softmax_of_a_whole_unet(tap):
     model = truncated_tower(tap)
-    with model.capture_attention(layers=[layer], per_head=True) as maps:
+    with model.capture_attention(layers=list(LAYERS), per_head=True) as maps:
         call(model)
-    assert list(maps) == [(layer, 50), (layer, 500)]
+    assert sorted(maps) == [(layer, timestep) for layer in LAYERS for timestep in (50, 500)]
+    unet = whole_unet(model)
     for timestep in (50, 500):
-        torch.testing.assert_close(maps[layer, timestep], by_hand(model, path, timestep, 2), rtol=0, atol=2e-6)
-        torch.testing.assert_close(maps[layer, timestep].sum(dim=2), torch.ones_like(maps[layer, timestep][:, :, 0]))
+        for layer, expected in softmax_by_head(unet, model, timestep, 2).items():
+            found = maps[layer, timestep]
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+            torch.testing.assert_close(found.sum(dim=2), torch.ones_like(found[:, :, 0]))
 
 
 def test_heads_are_averaged_by_default():
@@ -218,7 +232,13 @@ def test_a_map_is_only_cropped_where_pixels_are_cells():
     assert np.array_equal(map_onto_image(grid, (3, 8)), grid[:, 2:5])
 
 
-def test_question_attention_of_a_checkpoint_and_of_a_diffusion_model(composed, published):
+@pytest.fixture(scope="module")
+def loaded(composed) -> tuple[SDLlavaForConditionalGeneration, SDLlavaProcessor]:
+    model = SDLlavaForConditionalGeneration.from_pretrained(composed).eval()
+    return model, SDLlavaProcessor.from_pretrained(composed)
+
+
+def test_question_attention_of_a_checkpoint_and_of_a_diffusion_model(composed, published, loaded):
     image = Image.effect_noise((40, 24), 80).convert("RGB")
     whole = load_analysis_model(str(published["sd2"]))
     found = question_attention(whole.tower, whole.processor, image, "a red dog?", timesteps=[10, 250], resolution=2)
@@ -235,17 +255,15 @@ def test_question_attention_of_a_checkpoint_and_of_a_diffusion_model(composed, p
     assert not hasattr(cut.tower, "language_model")
     assert cut.tower.config.truncate
     deepest = question_attention(cut.tower, cut.processor, image, "a red dog?", layers=["U-L1-R1-B0"])
-    model = SDLlavaForConditionalGeneration.from_pretrained(composed).eval()
-    processor = SDLlavaProcessor.from_pretrained(composed)
+    model, processor = loaded
     with torch.no_grad(), model.model.diffusion_tower.capture_attention(["U-L1-R1-B0"]) as maps:
         model.get_image_features(**processor(images=image, question="a red dog?", return_tensors="pt"))
     expected = maps.average()[0][list(deepest.words[3].tokens)].sum(dim=0).numpy()
     np.testing.assert_allclose(deepest.word("dog").grid, expected, atol=2e-6)
 
 
-def test_question_heatmap_of_a_model(composed):
-    model = SDLlavaForConditionalGeneration.from_pretrained(composed).eval()
-    processor = SDLlavaProcessor.from_pretrained(composed)
+def test_question_heatmap_of_a_model(loaded, monkeypatch):
+    model, processor = loaded
     image = Image.effect_noise((40, 24), 80).convert("RGB")
     heat = question_heatmap(model, processor, image, "a red dog?")
     assert heat.values.shape == (24, 40)
@@ -255,6 +273,6 @@ def test_question_heatmap_of_a_model(composed):
     encodings = model.encode_images(pixels["pixel_values"], pixels["diffusion_pixel_values"])
     again = model_attention(model, processor, image, "a red dog?", image_encodings=encodings).question()
     np.testing.assert_allclose(again.grid, heat.grid, atol=2e-6)
-    model.model.diffusion_tower.config.conditioning = "none"
+    monkeypatch.setattr(model.model.diffusion_tower.config, "conditioning", "none")
     with pytest.raises(ValueError, match="only reads the empty prompt"):
         question_heatmap(model, processor, image, "a red dog?")

@@ -1,5 +1,6 @@
 """`sdllava inspect`: pictures that agree with the numbers, and numbers for notebooks."""
 
+import functools
 import json
 
 import numpy as np
@@ -23,6 +24,14 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def load_once():
+    """Each model is loaded once for all commands of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdllava.analysis.loading.load_analysis_model", functools.cache(load_analysis_model))
+        yield
+
+
 def run(*arguments, fails: bool = False):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if not fails and result.exception is not None:
@@ -39,14 +48,14 @@ def picture_size(path) -> tuple[int, int]:
 def test_attention_writes_a_picture_and_its_numbers(composed, images, tmp_path):
     options = ("--model", composed, "--timesteps", "50,500")
     outputs = ("-o", tmp_path / "a.png", "-o", tmp_path / "a.npz", "-o", tmp_path / "a.json")
-    run("attention", images / "0.png", "Is it red?", *options, *outputs)
+    run("attention", images / "0.png", "red?", *options, *outputs)
     picture_size(tmp_path / "a.png")
     numbers = np.load(tmp_path / "a.npz")
     meta = json.loads(str(numbers["meta"]))
     model = load_analysis_model(str(composed))
-    expected = question_attention(model.tower, model.processor, images / "0.png", "Is it red?", timesteps=[500])
+    expected = question_attention(model.tower, model.processor, images / "0.png", "red?", timesteps=[500])
     np.testing.assert_allclose(numbers["t = 500"], expected.maps, atol=1e-6)
-    assert [word["text"] for word in meta["words"]][:5] == ["<begin>", "is", "it", "red", "?"]
+    assert [word["text"] for word in meta["words"]][:4] == ["<begin>", "red", "?", "<end>"]
     np.testing.assert_allclose(json.loads((tmp_path / "a.json").read_text())["t = 500"], expected.maps, atol=1e-6)
 
 

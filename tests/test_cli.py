@@ -55,6 +55,7 @@ assert not heavy, heavy
     assert done.stderr == "sdllava: --guidance takes finite numbers, not nan.\n"
 
 
+@pytest.mark.slow
 def test_a_real_process_answers(composed, photograph):
     command = [sys.executable, "-m", "sdllava", "ask", str(photograph), "What?", "--model", str(composed)]
     done = subprocess.run([*command, "--max-new-tokens", "3", "--json"], capture_output=True, text=True, timeout=300)
@@ -62,23 +63,19 @@ def test_a_real_process_answers(composed, photograph):
     assert json.loads(done.stdout)["question"] == "What?"
 
 
-def test_ask_prints_answers_and_json(composed, photograph):
-    done = run("ask", photograph, "What?", "Where?", "--model", composed, "--max-new-tokens", 3)
+def test_ask_prints_answers_and_json_and_draws_a_heat_map(composed, photograph, tmp_path):
+    options = ("--model", composed, "--max-new-tokens", 3)
+    done = run("ask", photograph, "What?", "Where?", *options, "--heatmap", tmp_path / "h.png")
     assert done.exit_code == 0, done.stderr
+    with Image.open(tmp_path / "h.png") as opened:
+        assert min(opened.size) > 100
     assert "What?" in done.stdout
     assert "Where?" in done.stdout
-    done = run("ask", photograph, "What?", "--model", composed, "--json", "--guidance", 0, "--max-new-tokens", 3)
+    done = run("ask", photograph, "What?", *options, "--json", "--guidance", 0)
     record = json.loads(done.stdout)
     assert record["question"] == "What?"
     assert 0 < record["score"] < 1
     assert isinstance(record["answer"], str)
-
-
-def test_ask_draws_a_heat_map(composed, photograph, tmp_path):
-    done = run("ask", photograph, "What?", "--model", composed, "--max-new-tokens", 1, "--heatmap", tmp_path / "h.png")
-    assert done.exit_code == 0, done.stderr
-    with Image.open(tmp_path / "h.png") as opened:
-        assert min(opened.size) > 100
 
 
 def test_ask_answers_with_another_vision_language_model(published, photograph):

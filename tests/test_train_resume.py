@@ -82,9 +82,7 @@ def whole_run(work: Path, name: str, **settings) -> Path:
 )
 def test_a_stopped_run_resumes(work, stop, name, steps, settings, file):
     """Three steps are within the second epoch, four right after a checkpoint."""
-    settings = {**RANDOM, **settings}
-    if "unet_lora_r" in settings:
-        settings["init_from"] = work / "trained"
+    settings = {**RANDOM, "init_from": work / "trained", **settings}
     whole = whole_run(work, name, **settings)
     arguments = command(work, f"stopped-{name}-{steps}", **settings)
     folder = work / f"stopped-{name}-{steps}"
@@ -107,10 +105,11 @@ def test_a_stopped_run_resumes(work, stop, name, steps, settings, file):
     ],
 )
 def test_a_killed_run_resumes(work, name, die, settings, last, file):
-    """Within a save; while streaming, over the end of the data and shuffled; with LoRA on both models."""
-    settings = {**RANDOM, **settings}
-    if name == "lora":
-        settings["init_from"] = work / "trained"
+    """Within a save; while streaming, over the end of the data and shuffled; with LoRA on both models.
+
+    The killed process also shows that a run continues from a checkpoint where nothing has registered the model yet.
+    """
+    settings = {**RANDOM, "init_from": work / "trained", **settings}
     whole = whole_run(work, name, **settings)
     folder = work / f"killed-{name}"
     arguments = command(work, folder.name, **settings)
@@ -129,7 +128,7 @@ def test_a_stop_within_a_save_leaves_no_checkpoint(work, monkeypatch):
 
     monkeypatch.setattr(SDLlavaTrainer, "_save_optimizer_and_scheduler", stopped)
     with pytest.raises(StoppedError):
-        train(command(work, "stopped-save", max_steps=1, save_steps=1))
+        train(command(work, "stopped-save", init_from=work / "trained", max_steps=1, save_steps=1))
     assert checkpoints(work / "stopped-save") == []
     assert (work / "stopped-save" / UNFINISHED).exists()
 
@@ -140,19 +139,6 @@ def test_other_settings_raise(work):
     shutil.copy(work / "trained" / "run.json", folder)
     with pytest.raises(ValueError, match=r"learning_rate is 0\.01 there and 0\.1 here"):
         train(command(work, "settings", learning_rate=0.1))
-
-
-def test_a_folder_without_checkpoints_is_used_again(work):
-    """Its settings and its model are replaced; other files are kept."""
-    folder = work / "begun"
-    folder.mkdir()
-    for name, text in {"run.json": '{"learning_rate": 7}', "model.safetensors": "old", "notes.txt": "old"}.items():
-        (folder / name).write_text(text)
-    train(command(work, "begun", max_steps=1, save_strategy="no"))
-    assert json.loads((folder / "run.json").read_text())["learning_rate"] == 5e-3
-    assert weights(folder)
-    assert (folder / "notes.txt").read_text() == "old"
-    assert not (folder / UNFINISHED).exists()
 
 
 def test_a_replaced_checkpoint_is_never_there_in_part(tmp_path, monkeypatch):
@@ -172,7 +158,11 @@ def test_a_replaced_checkpoint_is_never_there_in_part(tmp_path, monkeypatch):
 
 
 def test_checkpoints_rotate_name_the_best_and_are_pushed_when_complete(work, monkeypatch):
-    pushed = []
+    """In a folder of an earlier run without checkpoints: settings and model are replaced, other files are kept."""
+    folder, pushed = work / "best", []
+    folder.mkdir()
+    for name, text in {"run.json": '{"learning_rate": 7}', "model.safetensors": "old", "notes.txt": "old"}.items():
+        (folder / name).write_text(text)
 
     def push(self, folder):
         pushed.append(Path(folder).relative_to(work))
@@ -183,13 +173,18 @@ def test_checkpoints_rotate_name_the_best_and_are_pushed_when_complete(work, mon
     monkeypatch.setattr(SDLlavaTrainer, "push_to_hub", lambda self, **options: None)
     flags = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
     flags |= {"load_best_model_at_end": "true", "push_to_hub": "true", "learning_rate": None}
+    flags["init_from"] = work / "trained"
     recipe = work / "eval.yaml"
     recipe.write_text(f"eval_datasets: [{{path: {work}/data/colours.json}}]\nlearning_rate: 10.0\n")
     train(["--config", str(recipe), *command(work, "best", **flags)])
-    found = sorted((work / "best").glob("checkpoint-*"))
+    assert json.loads((folder / "run.json").read_text())["learning_rate"] == 10.0
+    assert weights(folder)
+    assert (folder / "notes.txt").read_text() == "old"
+    assert not (folder / UNFINISHED).exists()
+    found = sorted(folder.glob("checkpoint-*"))
     state = json.loads((found[-1] / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
-    assert best.parent == work / "best"
+    assert best.parent == folder
     assert best in found
     assert len(found) == (1 if best == found[-1] else 2)
     assert [str(path) for path in pushed] == [f"best/checkpoint-{step}" for step in (1, 2, 3)]

@@ -78,7 +78,7 @@ def _check(part: AnyPart, scale: Scale, folder: Path, seed: int) -> dict[str, fl
     judge = JudgePart(scale.judge_width, seed)
     Run(judge, scale.budgets["judge"], folder / "state", seed).finish()
     scenes = [sample_scene("validation", number) for number in range(count)]
-    samples = part.sample([caption(scene) for scene in scenes])
+    samples = part.sample([caption(scene) for scene in scenes], scale.sample_steps)
     with atomic_path(folder / "samples.png") as written:
         contact_sheet(samples).save(written)
     return part.check(count) | judge.agreement(samples, scenes)

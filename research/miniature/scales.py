@@ -60,6 +60,7 @@ class Scale:
         check_scenes: The number of held-out scenes in each part's check.
         fusion_heads: Heads of the cross-attention fusion.
         stages: The budgets of both stages.
+        sample_steps: Denoising steps of the UNet's samples in its check.
     """
 
     judge_width: int
@@ -72,6 +73,7 @@ class Scale:
     check_scenes: dict[str, int]
     fusion_heads: int
     stages: dict[str, StageBudget]
+    sample_steps: int = 25
 
 
 _MINI = Scale(
@@ -112,7 +114,9 @@ SCALES = {
         clip=(32, 1, 32, 1),
         llm=(32, 1, 2),
         unet_channels=(8, 8, 16, 16),
-        budgets={name: Budget(4, 2, 1e-3, ema=0.9 if name == "unet" else 0.0, save_every=2) for name in PARTS},
+        budgets={
+            name: Budget(4, 2, 1e-3, ema=0.9 if name in ("judge", "unet") else 0.0, save_every=2) for name in PARTS
+        },
         gates={},
         check_scenes=dict.fromkeys(PARTS, 2),
         fusion_heads=2,
@@ -120,6 +124,7 @@ SCALES = {
             "align": StageBudget(scenes=8, epochs=1, batch_size=4),
             "finetune": StageBudget(scenes=8, epochs=1, batch_size=4, turns=2),
         },
+        sample_steps=2,
     ),
     "mini": _MINI,
     "gpu": replace(

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -95,7 +96,7 @@ class Page:
     def ask(self, encoded: EncodedImage | None, question: str, scale: float) -> tuple:
         """Compute the attention maps of a question and its effect on the features."""
         if encoded is None:
-            raise gr.Error("There is not yet an image. Choose an example or upload one.", title="Error")
+            raise gr.Error("No image is open. Choose an example or upload one.", title="Error")
         question = _or_error(check_length, question)
         attention = _or_error(self.engine.attention, encoded, question)
         words = [(word.text, i) for i, word in enumerate(attention.words) if not word.special]
@@ -148,54 +149,69 @@ def build_page(engine: Engine) -> gr.Blocks:
     page = Page(engine)
     with gr.Blocks(title="sdllava", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
         gr.Markdown(INTRODUCTION.format(name=engine.name))
-        encoded, current = (gr.State(None, time_to_live=3600) for _ in range(2))
         with gr.Row():
             with gr.Column(scale=1):
-                picture = gr.HTML("Choose an example or upload an image.", elem_id="picture")
-                upload = gr.File(label="Upload an image", file_types=["image"], height=130, elem_id="upload")
-                gallery = gr.Gallery(
-                    [image for image, _ in page.examples],
-                    label="Examples", columns=3, height=300, allow_preview=False, interactive=False, buttons=[],
-                    elem_id="examples",
-                )  # fmt: skip
+                inputs = _image_components(page)
             with gr.Column(scale=2):
-                with gr.Row():
-                    question = gr.Textbox(label="Question", scale=4, max_lines=2, elem_id="question")
-                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                with gr.Row():
-                    fused = gr.Textbox(label="Fused", interactive=False, elem_id="fused")
-                    vision_only = gr.Textbox(
-                        label="CLIP only, without the diffusion features",
-                        interactive=False, visible=engine.has_vision_encoder, elem_id="vision-only",
-                    )  # fmt: skip
-                with gr.Row():
-                    with gr.Column():
-                        words = gr.Radio([], label="Click a word for its attention map", elem_id="words")
-                        heat = gr.HTML(elem_id="heat")
-                    with gr.Column():
-                        scale = gr.Slider(
-                            0, MAX_SCALE, engine.guidance_scale or 1.0, step=0.5, label="Guidance scale s",
-                            visible=engine.guidance_scale is not None, elem_id="scale",
-                        )  # fmt: skip
-                        delta = gr.HTML(elem_id="delta")
-                history = gr.Dataframe(
-                    [], headers=HISTORY_HEADERS, column_count=len(HISTORY_HEADERS), type="array",
-                    column_widths=["40%", "10%", "25%", "25%"], interactive=False, wrap=True, label="History",
-                    elem_id="history",
-                )  # fmt: skip
-
-        model: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-        opened = [upload, question, encoded, current, picture, words, heat, delta, fused]
-        upload.upload(page.upload, upload, opened, **model)
-        gallery.select(page.choose_example, None, opened, **model)
-        answers = (page.answers, [encoded, current, scale, history], [fused, vision_only, history])
-        for event in (ask.click, question.submit):
-            answered = event(page.ask, [encoded, question, scale], [current, words, heat, delta], **model)
-            answered.success(*answers, **model)
-        words.input(page.choose_word, [current, words], heat, api_visibility="private")
-        moved = scale.release(page.move_slider, [encoded, current, scale], delta, **model)
-        moved.success(*answers, **model)
+                outputs = _question_components(engine)
+        _connect(page, SimpleNamespace(**inputs, **outputs))
     return blocks
+
+
+def _image_components(page: Page) -> dict[str, Any]:
+    return {
+        "picture": gr.HTML("Choose an example or upload an image.", elem_id="picture"),
+        "upload": gr.File(label="Upload an image", file_types=["image"], height=130, elem_id="upload"),
+        "gallery": gr.Gallery(
+            [image for image, _ in page.examples],
+            label="Examples", columns=3, height=300, allow_preview=False, interactive=False, buttons=[],
+            elem_id="examples",
+        ),
+    }  # fmt: skip
+
+
+def _question_components(engine: Engine) -> dict[str, Any]:
+    with gr.Row():
+        question = gr.Textbox(label="Question", scale=4, max_lines=2, elem_id="question")
+        ask = gr.Button("Ask", variant="primary", elem_id="ask")
+    with gr.Row():
+        fused = gr.Textbox(label="Fused", interactive=False, elem_id="fused")
+        vision_only = gr.Textbox(
+            label="CLIP only, without the diffusion features",
+            interactive=False, visible=engine.has_vision_encoder, elem_id="vision-only",
+        )  # fmt: skip
+    with gr.Row():
+        with gr.Column():
+            words = gr.Radio([], label="Click a word for its attention map", elem_id="words")
+            heat = gr.HTML(elem_id="heat")
+        with gr.Column():
+            scale = gr.Slider(
+                0, MAX_SCALE, engine.guidance_scale or 1.0, step=0.5, label="Guidance scale s",
+                visible=engine.guidance_scale is not None, elem_id="scale",
+            )  # fmt: skip
+            delta = gr.HTML(elem_id="delta")
+    history = gr.Dataframe(
+        [], headers=HISTORY_HEADERS, column_count=len(HISTORY_HEADERS), type="array",
+        column_widths=["40%", "10%", "25%", "25%"], interactive=False, wrap=True, label="History", elem_id="history",
+    )  # fmt: skip
+    answers = {"fused": fused, "vision_only": vision_only, "history": history}
+    return {"question": question, "ask": ask, "words": words, "heat": heat, "scale": scale, "delta": delta, **answers}
+
+
+def _connect(page: Page, c: SimpleNamespace) -> None:
+    """Connect the components' events to the methods of `page`. Calls of the model run one at a time."""
+    encoded, current = (gr.State(None, time_to_live=3600) for _ in range(2))
+    model: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+    opened = [c.upload, c.question, encoded, current, c.picture, c.words, c.heat, c.delta, c.fused]
+    c.upload.upload(page.upload, c.upload, opened, **model)
+    c.gallery.select(page.choose_example, None, opened, **model)
+    answers = (page.answers, [encoded, current, c.scale, c.history], [c.fused, c.vision_only, c.history])
+    for event in (c.ask.click, c.question.submit):
+        answered = event(page.ask, [encoded, c.question, c.scale], [current, c.words, c.heat, c.delta], **model)
+        answered.success(*answers, **model)
+    c.words.input(page.choose_word, [current, c.words], c.heat, api_visibility="private")
+    moved = c.scale.release(page.move_slider, [encoded, current, c.scale], c.delta, **model)
+    moved.success(*answers, **model)
 
 
 def launch(engine: Engine, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:

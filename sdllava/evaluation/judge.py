@@ -27,7 +27,7 @@ class Judge(Protocol):
 
 
 class EndpointJudge:
-    """A model behind `POST {url}/chat/completions`.
+    """A model at `POST {url}/chat/completions`.
 
     Args:
         model: The endpoint's name of the model, for example gpt-4-0314.

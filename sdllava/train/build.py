@@ -40,7 +40,7 @@ def build_processor(arguments: ModelArguments) -> SDLlavaProcessor:
     processor = SDLlavaProcessor.from_pretrained(**split_revision(source))
     if kind == "adapter":
         return processor
-    config = _with_overrides(SDLlavaConfig.from_pretrained(**split_revision(source)), arguments)
+    config = apply_overrides(SDLlavaConfig.from_pretrained(**split_revision(source)), arguments)
     processor.num_image_tokens = config.num_image_tokens
     if isinstance(config.diffusion_config, SDLlavaDiffusionConfig):
         processor.diffusion_image_processor = diffusion_image_processor(config.diffusion_config)
@@ -141,8 +141,16 @@ def _load(arguments: ModelArguments, kind: str) -> SDLlavaForConditionalGenerati
     return _load_checkpoint(arguments, dtype=dtype)
 
 
-def _with_overrides(config: SDLlavaConfig, arguments: ModelArguments) -> SDLlavaConfig:
-    """Change a checkpoint's configuration as the run sets it, in place; its trained parts must still fit."""
+def apply_overrides(config: SDLlavaConfig, arguments: ModelArguments) -> SDLlavaConfig:
+    """Change a checkpoint's configuration as the run sets it, in place.
+
+    Args:
+        config: The checkpoint's configuration.
+        arguments: The arguments of the run.
+
+    Raises:
+        ValueError: The checkpoint has no diffusion tower for the fields, or its projector would not fit.
+    """
     before = config.fused_hidden_size
     changes = arguments.diffusion_overrides()
     if changes and config.diffusion_config is None:
@@ -164,7 +172,7 @@ def _with_overrides(config: SDLlavaConfig, arguments: ModelArguments) -> SDLlava
 
 def _load_checkpoint(arguments: ModelArguments, **options: Any) -> SDLlavaForConditionalGeneration:
     where = split_revision(str(arguments.init_from))
-    config = _with_overrides(SDLlavaConfig.from_pretrained(**where), arguments)
+    config = apply_overrides(SDLlavaConfig.from_pretrained(**where), arguments)
     model, info = SDLlavaForConditionalGeneration.from_pretrained(
         config=config, output_loading_info=True, **where, **options
     )

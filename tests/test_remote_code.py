@@ -1,4 +1,4 @@
-"""Who may import whom, what travels with a checkpoint, what the wheel holds."""
+"""What travels with a checkpoint loads where the package is not installed, and the wheel holds what it needs."""
 
 import ast
 import subprocess
@@ -7,66 +7,27 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
-from sdllava.remote_code import CODE_FILES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sdllava"
-HUB_ROOM = {name.removesuffix(".py") for name in CODE_FILES}
-
-HUB = {"registration", *(file.stem for file in PACKAGE.glob("hub*.py"))}
-ALLOWED = {
-    "data": {"data"},
-    "train": {"train", "data", *HUB, *HUB_ROOM},
-    "evaluation": {"evaluation", "data", *HUB, *HUB_ROOM},
-    "analysis": {"analysis", "data", *HUB, *HUB_ROOM},
-    "hub": {*HUB, *HUB_ROOM},
-    **dict.fromkeys(HUB_ROOM, HUB_ROOM),
-}
-"""The rooms of the package that each room may import; those not named may import everything."""
 
 
-def imported_rooms(file: Path) -> set[str]:
-    """Rooms of this package that a module imports, at any depth of its code."""
-    package = ("sdllava", *file.relative_to(PACKAGE).with_suffix("").parts)
-    rooms = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        rooms |= {name.split(".")[1] for name in names if name.startswith("sdllava.") and name.count(".")}
-    return rooms
-
-
-def room_files(room: str) -> list[Path]:
-    single = PACKAGE / f"{room}.py"
-    files = [single] if single.exists() else []
-    return files + sorted((PACKAGE / room).rglob("*.py")) + sorted(PACKAGE.glob(f"{room}_*.py"))
-
-
-@pytest.mark.parametrize("room", sorted(ALLOWED))
-def test_the_arrows_between_rooms(room):
-    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir()} | {p.stem for p in PACKAGE.glob("*.py")}
-    for file in room_files(room):
-        if file.name == "cli.py" or file.stem.endswith("_cli"):
-            continue
-        wrong = (imported_rooms(file) & rooms) - ALLOWED[room] - {room}
-        assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
-
-
-def test_the_code_beside_a_checkpoint_imports_siblings_only():
-    for name in CODE_FILES:
-        for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1 and node.module and "." not in node.module, f"{name}: {ast.unparse(node)}"
-                assert f"{node.module}.py" in CODE_FILES, f"{name} needs {node.module}"
+def test_the_code_of_a_checkpoint_gives_the_same_model(composed):
+    name = "modeling_sdllava.SDLlavaForConditionalGeneration"
+    travelled = get_class_from_dynamic_module(name, str(composed)).from_pretrained(composed)
+    assert type(travelled).__module__.startswith("transformers_modules.")
+    assert type(travelled.config).__module__.startswith("transformers_modules.")
+    model = SDLlavaForConditionalGeneration.from_pretrained(composed)
+    inputs = tiny.image_inputs(1)
+    with torch.no_grad():
+        features, expected = (m.get_image_features(**inputs).pooler_output for m in (travelled, model))
+    torch.testing.assert_close(features[0], expected[0], rtol=0, atol=1e-5)
 
 
 WITHOUT_PACKAGE = """
@@ -83,11 +44,14 @@ from transformers.models.auto.modeling_auto import AutoModelForVisualQuestionAns
 folder, image = sys.argv[1:]
 trust = {"trust_remote_code": True}
 assert type(AutoConfig.from_pretrained(folder, **trust)).__name__ == "SDLlavaConfig"
-for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForVisualQuestionAnswering):
-    assert type(auto.from_pretrained(folder, **trust)).__name__ == "SDLlavaForConditionalGeneration"
-assert type(AutoModel.from_pretrained(folder, **trust)).__name__ == "SDLlavaModel"
+with torch.device("meta"):
+    config = AutoConfig.from_pretrained(folder, **trust)
+    for auto in (AutoModelForMultimodalLM, AutoModelForVisualQuestionAnswering):
+        assert type(auto.from_config(config, **trust)).__name__ == "SDLlavaForConditionalGeneration"
+    assert type(AutoModel.from_config(config, **trust)).__name__ == "SDLlavaModel"
 processor = AutoProcessor.from_pretrained(folder, **trust)
 model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+assert type(model).__name__ == "SDLlavaForConditionalGeneration"
 content = [{"type": "image", "path": image}, {"type": "text", "text": "What?"}]
 inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
     tokenize=True, return_dict=True, return_tensors="pt")
@@ -100,6 +64,7 @@ processor.save_pretrained(sys.argv[1] + "-again")
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_where_the_package_is_not_installed(composed, tmp_path):
     Image.effect_noise((30, 20), 80).convert("RGB").save(tmp_path / "p.png")
     arguments = [sys.executable, "-c", WITHOUT_PACKAGE, str(composed), str(tmp_path / "p.png")]
@@ -117,26 +82,15 @@ def test_a_checkpoint_loads_where_the_package_is_not_installed(composed, tmp_pat
         expected = model(**inputs).logits[0, -1, :5]
     torch.testing.assert_close(torch.tensor(ast.literal_eval(lines["LOGITS"])), expected, rtol=0, atol=1e-5)
     assert "answer" in lines["ANSWER"]
-    # what such a process saves loads here, without a word about remote code
+    # what such a process saves loads here without trust_remote_code
     again = SDLlavaForConditionalGeneration.from_pretrained(f"{composed}-again")
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
 
 
 @pytest.mark.slow
 def test_the_wheel_installs_and_holds_its_data(tmp_path):
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run(build, check=True, timeout=300, capture_output=True)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, timeout=300, capture_output=True)
     (wheel,) = tmp_path.glob("sdllava-*.whl")
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", str(target), str(wheel)]
@@ -146,9 +100,21 @@ def test_the_wheel_installs_and_holds_its_data(tmp_path):
     data = [p for p in PACKAGE.rglob("*") if p.suffix in (".yaml", ".json", ".safetensors", ".jinja")]
     missing = {str(p.relative_to(ROOT)) for p in data} - set(names)
     assert not missing
-    code = "import sdllava, pathlib; print(pathlib.Path(sdllava.__file__).parent, sdllava.SDLlavaConfig.model_type)"
+    assert {name.split("/")[0] for name in names if not name.startswith("sdllava-")} == {"sdllava"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(target)},
-        timeout=300,
+        [sys.executable, "-c", INSTALLED], capture_output=True, text=True, cwd=tmp_path,
+        env={"PYTHONPATH": str(target)}, timeout=300,
     )  # fmt: skip
-    assert done.stdout.strip() == f"{target / 'sdllava'} sdllava", done.stderr[-2000:]
+    assert done.stdout.split() == [str(target / "sdllava"), "sdllava"], done.stderr[-2000:]
+
+
+INSTALLED = """
+import pathlib
+import sdllava
+from sdllava.evaluation.metrics import METRICS, metric_path
+from sdllava.train.recipes import RECIPE_FOLDER
+assert (sdllava.mini_path() / "model.safetensors").is_file()
+assert all((metric_path(name) / f"{name}.py").is_file() for name in METRICS)
+assert len(list(RECIPE_FOLDER.rglob("*.yaml"))) > 50
+print(pathlib.Path(sdllava.__file__).parent, sdllava.SDLlavaConfig.model_type)
+"""
