@@ -22,7 +22,7 @@ demo: $(VENV)/.demo  ## ask the embedded miniature about a picture
 	$(BIN)/sdllava ask demo-scene.png "What colour is the circle?" "How many objects are there?" --max-new-tokens 16
 
 test: $(VENV)/.dev  ## the tests that are neither slow nor need a GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
 
 test-slow: $(VENV)/.dev  ## only the slow tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not gpu" --durations 10

@@ -31,7 +31,7 @@ from measure import (
 )
 
 from sdllava import SDLlavaDiffusionModel
-from sdllava.diffusion import guide
+from sdllava.guidance import guide
 
 
 class Part(StrEnum):

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sdllava import SDLlavaConfig, SDLlavaDiffusionConfig, SDLlavaDiffusionModel, SDLlavaForConditionalGeneration
-from sdllava.configuration import CLIP_VIT_L_14_336, STABLE_DIFFUSION_2_1_BASE
+from sdllava.configuration import CLIP_VIT_L_14_336
+from sdllava.families import StableDiffusion
 
 CLIP_L_TEXT = {
     "hidden_size": 768,
@@ -56,7 +57,7 @@ SDXL = {
         "projection_class_embeddings_input_dim": 2816,
         "use_linear_projection": True,
     },
-    "vae_config": {**STABLE_DIFFUSION_2_1_BASE["vae_config"], "scaling_factor": 0.13025, "sample_size": 1024},
+    "vae_config": {**StableDiffusion.default_parts["vae_config"], "scaling_factor": 0.13025, "sample_size": 1024},
     "text_encoder_config": CLIP_L_TEXT,
     "text_encoder_2_config": OPEN_CLIP_BIG_G_TEXT,
     "null_input_ids": [49406] + [49407] * 76,
@@ -67,7 +68,11 @@ DIFFUSION_MODELS: dict[str, dict[str, Any]] = {"sd15": SD_1_5, "sd21": {}, "sdxl
 
 _SMALL_CHANNELS = {"sd15": [32, 64, 128, 128], "sd21": [32, 64, 128, 128], "sdxl": [32, 64, 128]}
 _SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-_SMALL_VAE = {**STABLE_DIFFUSION_2_1_BASE["vae_config"], "block_out_channels": [32, 32, 64, 64], "norm_num_groups": 8}
+_SMALL_VAE = {
+    **StableDiffusion.default_parts["vae_config"],
+    "block_out_channels": [32, 32, 64, 64],
+    "norm_num_groups": 8,
+}
 
 
 def diffusion_config(model: str, size: str, **fields: Any) -> SDLlavaDiffusionConfig:
@@ -83,7 +88,7 @@ def diffusion_config(model: str, size: str, **fields: Any) -> SDLlavaDiffusionCo
     """
     if model not in DIFFUSION_MODELS:
         raise SystemExit(f"--model {model!r} is not supported. Use {', '.join(DIFFUSION_MODELS)}.")
-    parts = {**STABLE_DIFFUSION_2_1_BASE, **DIFFUSION_MODELS[model]}
+    parts = {**StableDiffusion.default_parts, **DIFFUSION_MODELS[model]}
     if size == "mini":
         parts = _shrink(model, parts)
         fields = {"image_size": 128, "grid_size": 4, **fields}

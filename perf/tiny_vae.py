@@ -14,7 +14,7 @@ from measure import DEFAULT_DEVICE, DEFAULT_DTYPE, Bench, Device, DType, Output,
 
 from sdllava import SDLlavaDiffusionModel
 from sdllava.image_loading import load_rgb
-from sdllava.processors import diffusion_image_processor
+from sdllava.parts import diffusion_image_processor
 
 
 def load_tower(model: str, dtype: torch.dtype) -> SDLlavaDiffusionModel:

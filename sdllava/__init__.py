@@ -1,11 +1,10 @@
-"""Stable Diffusion as a question-aware visual encoder for LLaVA-style vision-language models.
+"""Stable Diffusion as a question-conditioned visual encoder for LLaVA-style vision-language models.
 
-Importing the package makes transformers' Auto classes and `pipeline("visual-question-answering")` know it. Only the
-`sdllava` command, which must answer `--help` at once, puts that off until it needs a model (`sdllava.register()`).
+Importing the package imports nothing else. The first use of a public name makes transformers' Auto classes and
+`pipeline("visual-question-answering")` know it; `sdllava.register()` does the same where no name is used.
 """
 
-import os
-import sys
+from importlib import import_module
 from typing import Any
 
 from .version import __version__
@@ -15,7 +14,7 @@ _PUBLIC = {
     "SDLlavaDiffusionConfig": "configuration",
     "SDLlavaDiffusionModel": "diffusion",
     "SDLlavaForConditionalGeneration": "modeling_sdllava",
-    "SDLlavaImageEncodings": "modeling_sdllava",
+    "SDLlavaImageEncodings": "outputs",
     "SDLlavaModel": "modeling_sdllava",
     "SDLlavaProcessor": "processors",
     "VisualQuestionAnsweringPipeline": "pipeline",
@@ -29,13 +28,9 @@ __all__ = [*_PUBLIC, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'sdllava' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"sdllava.{_PUBLIC[name]}"), name)
-
-
-if os.path.splitext(os.path.basename(sys.argv[0] if sys.argv else ""))[0] not in ("sdllava", "-m"):
-    from .registration import register
-
-    register()
+        raise AttributeError(f"Module 'sdllava' has no attribute {name!r}.")
+    if name != "register":
+        import_module("sdllava.registration").register()
+    value = getattr(import_module(f"sdllava.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value

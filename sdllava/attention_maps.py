@@ -1,40 +1,45 @@
-"""Cross-attention maps of a diffusion tower, read by hooks on stock diffusers modules.
+"""Cross-attention maps of a diffusion model, read by hooks on stock diffusers modules.
 
 The probabilities are computed from the query that the module computed and from its own key projection, with
 `Attention.get_attention_scores`, so the module's scale and upcasting hold. Nothing is replaced, and the hooks are
-removed when the context ends.
+removed when the capture ends.
 """
 
 import difflib
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from .taps import canonical_tap_name, list_taps
+from .taps import Tap, canonical_tap_name
+from .unet_pass import removed_at_exit
 
 _SUFFIX = "-Cross-Q"
 
 
 class AttentionMaps(Mapping):
-    """What the image's positions looked at in the prompt, by layer and timestep: of one call, one row an image.
+    """Cross-attention of image positions over prompt tokens, by layer and timestep: of one call, one row per image.
 
     `maps[layer, timestep]` is a `torch.FloatTensor` of shape `(n, heads, tokens, height, width)` on the CPU, with the
     layer's own height and width; `heads` is 1 where heads were averaged. Over tokens it sums to one.
 
     Attributes:
-        layers (`list[str]`): transformer blocks whose maps are kept, e.g. `U-L1-R1-B0`, in the order in which they ran.
-        input_ids (`torch.LongTensor` of shape `(n, 77)`, *optional*): the prompts of the call.
+        layers (`list[str]`): Transformer blocks whose maps are kept, e.g. `U-L1-R1-B0`, in the order in which they ran.
+        input_ids (`torch.LongTensor` of shape `(n, 77)`, *optional*): The prompts of the call.
     """
 
     def __init__(self, layers: Sequence[str]):
         self.layers = list(layers)
         self.input_ids: torch.Tensor | None = None
         self._maps: dict[tuple[str, int], torch.Tensor] = {}
+
+    def set_call(self, input_ids: torch.Tensor | None, maps: dict[tuple[str, int], torch.Tensor]) -> None:
+        """Replace the maps by those of another call."""
+        self.input_ids, self._maps = input_ids, maps
 
     def __getitem__(self, key: tuple[str, int]) -> torch.Tensor:
         return self._maps[key]
@@ -61,17 +66,17 @@ class AttentionMaps(Mapping):
         layers: Sequence[str] | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """The mean over heads, layers and timesteps at one resolution, as in S3, Figure 4 (there 16).
+        """The mean over heads, layers and timesteps at one resolution; S3, Figure 4, has it at 16.
 
         Args:
-            resolution: only layers whose maps have this height; not needed where all have the same.
-            layers, timesteps: only these; default all.
+            resolution: Only layers whose maps have this height; not needed where all have the same.
+            layers, timesteps: Only these. Default: all.
 
         Returns:
             `torch.FloatTensor` of shape `(n, tokens, resolution, resolution)`, summing to one over tokens.
         """
         if not self._maps:
-            raise ValueError("no attention was captured: call the model with a question inside the context")
+            raise ValueError("No attention was captured. Call the model with a question inside the context.")
         chosen = {
             key: value.mean(dim=1)
             for key, value in self._maps.items()
@@ -81,154 +86,141 @@ class AttentionMaps(Mapping):
         if resolution is None and len(sizes) == 1:
             resolution = sizes[0]
         if resolution not in sizes:
-            raise ValueError(f"no captured layer has the resolution {resolution}: there are {sizes}")
+            raise ValueError(f"No captured layer has the resolution {resolution!r}. Use one of {sizes}.")
         return torch.stack([value for value in chosen.values() if value.shape[-1] == resolution]).mean(dim=0)
 
 
-def attention_layers(tower: nn.Module) -> list[str]:
-    """The transformer blocks whose cross-attention runs in a tower, up to its deepest tap, in order."""
-    return list(_layers(tower))
+def attention_layers(known: Sequence[Tap], read: Sequence[Tap]) -> dict[str, str]:
+    """The transformer blocks whose cross-attention runs up to the last tap that is read, in order.
 
+    Args:
+        known: Every tap of the denoiser, in the order of its forward pass.
+        read: The taps that are read.
 
-def _layers(tower: Any) -> dict[str, str]:
-    """Names and the paths of their `attn2` modules."""
-    taps = list_taps(tower.config.unet_config, tower.config.latent_size)
-    deepest = max(taps.index(tap) for tap in tower.taps)
+    Returns:
+        `dict[str, str]`: Names such as `U-L1-R1-B0`, and the paths of their `attn2` modules.
+    """
+    last = max(known.index(tap) for tap in read)
     return {
         tap.name.removesuffix(_SUFFIX): tap.module_path.removesuffix(".to_q")
-        for tap in taps[: deepest + 1]
+        for tap in known[: last + 1]
         if tap.name.endswith(_SUFFIX)
     }
 
 
-def _chosen_layers(tower: nn.Module, names: Sequence[str] | None) -> dict[str, str]:
-    known = _layers(tower)
+def choose_layers(layers: dict[str, str], names: Sequence[str] | None) -> dict[str, str]:
+    """Those of `layers` that are named, in short or long form; all of them where `names` is None.
+
+    Raises:
+        ValueError: A name is not one of them. The message names the nearest.
+    """
     if names is None:
-        return known
+        return layers
     chosen = {}
     for name in names:
         short = canonical_tap_name(name).removesuffix(_SUFFIX)
-        if short not in known:
-            nearest = ", ".join(difflib.get_close_matches(short, known, n=3, cutoff=0.0)) or "none"
+        if short not in layers:
+            nearest = ", ".join(difflib.get_close_matches(short, layers, n=3, cutoff=0.0)) or "none"
             raise ValueError(
-                f"no cross-attention {name!r} runs up to this tower's tap(s) {[tap.name for tap in tower.taps]}: the "
-                f"nearest that do are {nearest}; a tower loaded with a deeper tap and truncate=False reaches further"
+                f"No cross-attention {name!r} runs up to this tower's last tap. The nearest that do are {nearest}; "
+                "to reach further, load the tower with a later tap and truncate=False."
             )
-        chosen[short] = known[short]
+        chosen[short] = layers[short]
     return chosen
 
 
-@contextmanager
-def capture_attention(
-    tower: nn.Module, layers: Sequence[str] | None = None, per_head: bool = False
-) -> Iterator[AttentionMaps]:
-    """Keep the cross-attention probabilities of calls of `tower`, or of a model that holds it, inside the context.
+class AttentionCapture:
+    """Keeps the cross-attention probabilities of a denoiser's passes.
 
-    Maps are reduced as they come: only the prompt's half of a guided pass is kept, averaged over heads, and each call
-    with a prompt replaces the maps of the one before. The call's outputs are the same as without.
+    Maps are reduced at once: only the given prompt's half of a guided pass is kept, averaged over heads. The tower
+    calls `begin`, sets `timestep`, and calls `end`.
 
     Args:
-        tower: a `SDLlavaDiffusionModel`.
-        layers: transformer blocks, e.g. `["U-L1-R1-B0"]`; default all that run.
-        per_head: keep the heads apart.
+        denoiser: The module that runs.
+        layers: Names of transformer blocks and the paths of their cross-attention modules.
+        per_head: Keep the heads apart.
+
+    Attributes:
+        maps (`AttentionMaps`): Of the last call with a prompt.
+        timestep (`int`): Of the pass in progress.
 
     Raises:
-        ValueError: a layer does not exist, or lies behind the tower's deepest tap.
-        RuntimeError: a layer was compiled.
+        RuntimeError: A layer is compiled.
     """
-    paths = _chosen_layers(tower, layers)
-    _refuse_compiled(tower.unet, paths)
-    capture = _Capture(tower, AttentionMaps(list(paths)), per_head)
-    with ExitStack() as stack:
-        for handle in capture.register(paths):
-            stack.callback(handle.remove)
-        yield capture.maps
 
+    def __init__(self, denoiser: nn.Module, layers: dict[str, str], per_head: bool = False):
+        _require_uncompiled(denoiser, layers)
+        self.maps = AttentionMaps(list(layers))
+        self.timestep = 0
+        self._denoiser, self._layers, self._per_head = denoiser, layers, per_head
+        self._rows = 0
+        self._prompts: dict[str, torch.Tensor] = {}
+        self._running: dict[tuple[str, int], torch.Tensor] = {}
 
-def _refuse_compiled(unet: Any, paths: dict[str, str]) -> None:
-    compiled = [path for path, module in unet.named_modules() if module._compiled_call_impl is not None]
-    for layer, path in paths.items():
-        if any(f"{path}.".startswith(f"{outer}." if outer else "") for outer in compiled):
-            raise RuntimeError(
-                f"{layer} cannot be captured, as compiled code calls no hooks: capture before compiling, or choose "
-                "layers that were not compiled"
-            )
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Inside the context, passes of the denoiser are captured."""
+        handles: list[RemovableHandle] = []
+        with removed_at_exit(handles):
+            for name, path in self._layers.items():
+                attention: Any = self._denoiser.get_submodule(path)
+                handles.append(attention.register_forward_pre_hook(self._note_prompt(name), with_kwargs=True))
+                handles.append(attention.to_q.register_forward_hook(self._keep(name, attention)))
+            yield
 
+    def begin(self, rows: int) -> None:
+        """Start a call about that many images."""
+        self._rows, self._running = rows, {}
 
-class _UncompiledCalls:
-    """Until it is removed, a tower runs uncompiled, as compiled code calls no hooks."""
+    def end(self, input_ids: torch.Tensor | None, has_prompt: bool) -> None:
+        """Finish a call. One without a prompt leaves the maps of the call before.
 
-    def __init__(self, tower: Any):
-        self.tower = tower
-        tower._captures += 1
+        Args:
+            input_ids (`torch.LongTensor` of shape `(n, 77)`): The prompts.
+            has_prompt: Whether the denoiser ran with a given prompt.
+        """
+        if has_prompt:
+            self.maps.set_call(input_ids, self._running)
+        self._running = {}
 
-    def remove(self) -> None:
-        self.tower._captures -= 1
-
-
-class _Capture:
-    """The hooks, and what they know of the call in progress."""
-
-    def __init__(self, tower: nn.Module, maps: AttentionMaps, per_head: bool):
-        self.tower, self.maps, self.per_head = tower, maps, per_head
-        self.rows, self.timestep = 0, 0
-        self.prompts: dict[str, torch.Tensor] = {}
-        self.running: dict[tuple[str, int], torch.Tensor] = {}
-
-    def register(self, paths: dict[str, str]) -> Iterator[Any]:
-        unet = self.tower.unet
-        yield _UncompiledCalls(self.tower)
-        yield self.tower.register_forward_pre_hook(self._begin, with_kwargs=True)
-        yield self.tower.register_forward_hook(self._end, with_kwargs=True)
-        yield unet.register_forward_pre_hook(self._note_timestep, with_kwargs=True)
-        for name, path in paths.items():
-            attention = unet.get_submodule(path)
-            yield attention.register_forward_pre_hook(self._note_prompt(name), with_kwargs=True)
-            yield attention.to_q.register_forward_hook(self._keep(name, attention))
-
-    def _begin(self, module, args, kwargs) -> None:
-        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        images = arguments.get("latents") if arguments.get("latents") is not None else arguments.get("pixel_values")
-        self.rows, self.running = 0 if images is None else len(images), {}
-
-    def _end(self, module, args, kwargs, output) -> None:
-        if output.conditional_features is not None:  # a call without a prompt has nothing to show
-            arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-            self.maps.input_ids = arguments.get("input_ids")
-            self.maps._maps = self.running
-        self.running = {}
-
-    def _note_timestep(self, module, args, kwargs) -> None:
-        self.timestep = int(inspect.signature(module.forward).bind(*args, **kwargs).arguments["timestep"])
-
-    def _note_prompt(self, name: str):
-        def hook(module, args, kwargs) -> None:
-            self.prompts[name] = kwargs["encoder_hidden_states"]
+    def _note_prompt(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self._prompts[name] = kwargs["encoder_hidden_states"]
 
         return hook
 
-    def _keep(self, name: str, attention: nn.Module):
+    def _keep(self, name: str, attention: nn.Module) -> Any:
         @torch.no_grad()
-        def hook(module, args, query) -> None:
-            # the prompt's half comes last: behind the empty prompt's in one batch, or in a pass of its own
-            chosen = slice(-self.rows, None)
-            probabilities = attention_probabilities(attention, query[chosen], self.prompts.pop(name)[chosen])
-            if not self.per_head:
+        def hook(module: nn.Module, args: Any, query: torch.Tensor) -> None:
+            # the given prompt's half comes last: after the empty prompt's in one batch, or in a pass of its own
+            chosen = slice(-self._rows, None)
+            probabilities = attention_probabilities(attention, query[chosen], self._prompts.pop(name)[chosen])
+            if not self._per_head:
                 probabilities = probabilities.mean(dim=1, keepdim=True)
             side = math.isqrt(probabilities.shape[2])
             maps = probabilities.transpose(2, 3).unflatten(3, (side, side))
-            self.running[name, self.timestep] = maps.cpu()
+            self._running[name, self.timestep] = maps.cpu()
 
         return hook
+
+
+def _require_uncompiled(denoiser: nn.Module, layers: dict[str, str]) -> None:
+    compiled = [path for path, module in denoiser.named_modules() if module._compiled_call_impl is not None]
+    for layer, path in layers.items():
+        if any(f"{path}.".startswith(f"{outer}." if outer else "") for outer in compiled):
+            raise RuntimeError(
+                f"{layer!r} cannot be captured, because compiled code calls no hooks. Capture before compiling, or "
+                "choose layers that are not compiled."
+            )
 
 
 def attention_probabilities(attention: Any, query: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
     """Softmax of scaled products of queries and keys, in float32.
 
     Args:
-        attention: a diffusers `Attention`; its value projection is not needed.
-        query (`torch.Tensor` of shape `(n, positions, heads * width)`): what `to_q` gave.
-        encoder_hidden_states (`torch.Tensor` of shape `(n, tokens, channels)`): what it attends to.
+        attention: A diffusers `Attention`; its value projection is not needed.
+        query (`torch.Tensor` of shape `(n, positions, heads * width)`): The output of `to_q`.
+        encoder_hidden_states (`torch.Tensor` of shape `(n, tokens, channels)`): The prompt.
 
     Returns:
         `torch.FloatTensor` of shape `(n, heads, positions, tokens)`.

@@ -41,11 +41,16 @@ FLATTEN_IMAGES = (
     "{%- endfor -%}"
     "{%- set messages = flat.messages -%}"
 )
-"""Put before a text-only model's template: writes each image of a message as the image token."""
+"""Prepended to a text-only model's template: writes each image of a message as the image token."""
 
 
 def chat_template_for(language_template: str | None, image_token: str) -> str:
-    """A template that places images: the language model's own behind `FLATTEN_IMAGES`, or Vicuna v1.5's."""
+    """A template that places images: the language model's own after `FLATTEN_IMAGES`, or Vicuna v1.5's.
+
+    Args:
+        language_template: The language model's chat template; None where it has none.
+        image_token: The placeholder, for example "<image>".
+    """
     if language_template is None:
         return VICUNA_V1_5.replace("<image>", image_token)
     if image_token in language_template:
@@ -55,14 +60,18 @@ def chat_template_for(language_template: str | None, image_token: str) -> str:
 
 @dataclass(frozen=True)
 class UserTurnMarkers:
-    """The strings that a template writes before and behind each user turn."""
+    """The strings that a template writes before and after each user turn."""
 
     start: str
     end: str
 
 
 def user_turn_markers(processor: Any) -> UserTurnMarkers | None:
-    """How a processor's chat template frames user turns, found by rendering a probe; None where it does not show."""
+    """How a processor's chat template frames user turns, found by rendering a probe; None where it cannot be found.
+
+    Args:
+        processor: With `chat_template` and `tokenizer`.
+    """
     template = processor.chat_template
     if not isinstance(template, str):
         return None
@@ -70,10 +79,10 @@ def user_turn_markers(processor: Any) -> UserTurnMarkers | None:
 
 
 @lru_cache(maxsize=16)
-def _markers(template: str, special_tokens: tuple) -> UserTurnMarkers | None:
+def _markers(template: str, special_tokens: tuple[tuple[str, Any], ...]) -> UserTurnMarkers | None:
     roles = ["user", "assistant", "user"]
     probes = ["\x01first\x01", "\x01answer\x01", "\x01second\x01"]
-    messages = [{"role": role, "content": probe} for role, probe in zip(roles, probes)]
+    messages = [{"role": role, "content": probe} for role, probe in zip(roles, probes, strict=True)]
     rests = []
     for add_generation_prompt in (False, True):
         try:
@@ -97,5 +106,7 @@ def _markers(template: str, special_tokens: tuple) -> UserTurnMarkers | None:
 
 
 def _common_prefix(first: str, second: str) -> str:
-    length = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    length = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
     return first[:length]

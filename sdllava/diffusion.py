@@ -1,33 +1,37 @@
-"""The diffusion tower: a frozen text-to-image model as a question-aware visual encoder (S3, sections 3 and 4)."""
+"""The diffusion tower: a frozen text-to-image model as a question-conditioned visual encoder (S3, sections 3 and 4)."""
 
-import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .attention_maps import AttentionMaps, capture_attention
-from .backbones import backbone_for, without_autocast
+from .attention_maps import AttentionCapture, AttentionMaps, attention_layers, choose_layers
+from .backbone import Prompts, PublishedDiffusion, without_autocast
+from .backbones import build_backbone, freeze, read_published
 from .checkpoints import CheckpointMixin
-from .compiled_pass import CompiledPass
 from .configuration import SDLlavaDiffusionConfig
+from .grids import as_map, resize_grid
+from .guidance import FeatureEnsemble, guide
+from .noise import draw_noise
+from .repositories import as_dtype
+from .unet_pass import CompiledPass
 
 
 @dataclass
 class SDLlavaDiffusionOutput(ModelOutput):
-    """Args:
-    last_hidden_state (`torch.FloatTensor` of shape `(n, grid_size ** 2, hidden_size)`): guided and ensembled.
-    unconditional_features, conditional_features (`torch.FloatTensor` of shape `(n, grid_size ** 2, channels)`):
-        the features of the empty and of the given prompt, taps and timesteps side by side on channels; None where
-        no guidance scale needs them.
+    """Features of a call.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(n, grid_size ** 2, hidden_size)`): Guided and ensembled.
+        unconditional_features, conditional_features (`torch.FloatTensor` of shape `(n, grid_size ** 2, channels)`):
+            The features of the empty and of the given prompt, taps and timesteps on channels; None where no guidance
+            scale needs them.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -35,37 +39,12 @@ class SDLlavaDiffusionOutput(ModelOutput):
     conditional_features: torch.Tensor | None = None
 
 
-class FeatureEnsemble(nn.Module):
-    """Several taps, timesteps and guidance scales become one map: side by side, their mean, or a learned mean."""
-
-    def __init__(self, config: SDLlavaDiffusionConfig):
-        super().__init__()
-        self.mode = config.ensemble
-        self.widths = [tap.channels for tap in config.resolved_taps() for _ in config.timesteps]
-        if self.mode == "learned":
-            self.weight = nn.Parameter(torch.zeros(len(self.widths) * len(config.guidance_scales)))
-
-    def forward(self, by_scale: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Args:
-            by_scale: one `(n, tokens, channels)` tensor a guidance scale.
-
-        Returns:
-            `torch.Tensor` of shape `(n, tokens, hidden_size)`, in the order tap, timestep, scale.
-        """
-        parts = [part for parts in zip(*(x.split(self.widths, dim=-1) for x in by_scale)) for part in parts]
-        if self.mode == "concat":
-            return torch.cat(parts, dim=-1)
-        if self.mode == "mean":
-            return torch.stack(parts).mean(dim=0)
-        weight = self.weight.softmax(dim=0).to(parts[0].dtype)
-        return torch.einsum("s,sntc->ntc", weight, torch.stack(parts))
-
-
 class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
-    """Ask a frozen Stable Diffusion with a prompt and take its inner features: VAE encode, noise, UNet up to the taps,
-    guidance on features, ensemble, grid.
+    """Conditions a frozen diffusion model on a prompt and reads its features.
 
-    The parts are stock modules under `backbone`: `unet`, `vae`, `text_encoder` (and `text_encoder_2`).
+    The image is encoded to latents and noised; the denoiser runs up to the taps; guidance, ensemble and grid follow.
+    The parts are stock modules under `backbone`, for Stable Diffusion `unet`, `vae`, `text_encoder` (and
+    `text_encoder_2`).
     """
 
     config: SDLlavaDiffusionConfig
@@ -84,84 +63,127 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
     def __init__(self, config: SDLlavaDiffusionConfig):
         super().__init__(config)
         self.taps = config.resolved_taps()
-        self.backbone = backbone_for(config)
+        self.backbone = build_backbone(config)
         if config.truncate:
             self.backbone.cut(self.taps)
         self.ensemble = FeatureEnsemble(config)
         self._keep_in_fp32_modules_strict = ["vae"] if config.vae_in_fp32 else []
-        with torch.device("cpu"):
-            alphas_cumprod = DDPMScheduler.from_config(dict(config.scheduler_config)).alphas_cumprod
-        self._signal_rates = (alphas_cumprod**0.5).tolist()
-        self._noise_rates = ((1 - alphas_cumprod) ** 0.5).tolist()
-        self._null_prompt: tuple[Any, dict[str, torch.Tensor]] | None = None
+        self._null_prompt: tuple[Any, Prompts] | None = None
         self._compiled_pass: CompiledPass | None = None
-        self._captures = 0
+        self._captures: list[AttentionCapture] = []
         self.freeze()
         self.post_init()
 
     @classmethod
-    def from_component_pretrained(cls, diffusion: str, truncate: bool = False, **config) -> "SDLlavaDiffusionModel":
-        """Load a published diffusers repository or folder as a tower; see [`~sdllava.diffusion_loading.load_diffusion`].
+    def from_component_pretrained(
+        cls,
+        diffusion: str,
+        truncate: bool = False,
+        dtype: torch.dtype | str = torch.float32,
+        **config: Any,
+    ) -> "SDLlavaDiffusionModel":
+        """Load a published diffusers repository or folder as a tower.
 
         Args:
-            diffusion (`str`): repository id, `id@revision`, or local folder with `model_index.json`.
-            truncate (`bool`): cut away what lies behind the deepest tap.
-            config: fields of [`SDLlavaDiffusionConfig`]; `dtype` sets the weights' type.
-        """
-        from .diffusion_loading import load_diffusion
+            diffusion (`str`): Repository id, `id@revision`, or local folder in the diffusers layout, with safetensors.
+            truncate (`bool`): Cut away what comes after the last tap.
+            dtype (`torch.dtype` or `str`): Of the weights; the VAE stays in float32 unless `vae_in_fp32=False`.
+            config: Fields of [`SDLlavaDiffusionConfig`].
 
-        return load_diffusion(diffusion, truncate=truncate, **config)
+        Raises:
+            OSError: A part cannot be read.
+            ValueError: The parts do not fit together, a field does not fit them, or the weights are pickles.
+        """
+        return cls.from_published(read_published(diffusion, truncate=truncate, **config), dtype)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; of a whole model's checkpoint, the tower alone is read."""
+    def from_published(
+        cls, published: PublishedDiffusion, dtype: torch.dtype | str = torch.float32
+    ) -> "SDLlavaDiffusionModel":
+        """Load a published diffusion model whose configuration has been read.
+
+        Args:
+            published: From `read_published` or `read_whole`.
+            dtype (`torch.dtype` or `str`): Of the weights; the VAE stays in float32 where the configuration says so.
+
+        Raises:
+            OSError: A part cannot be read.
+            ValueError: The weights are pickles.
+        """
+        with torch.device("meta"):
+            tower = cls(published.config)
+        return tower.load_published(published.source, as_dtype(dtype))
+
+    def load_published(self, diffusion: str, dtype: torch.dtype) -> "SDLlavaDiffusionModel":
+        """Fill a tower that was built on the meta device with the weights of the repository that it describes.
+
+        Args:
+            diffusion: Where its configuration was read.
+            dtype: Of the weights; the VAE stays in float32 where the configuration says so.
+
+        Raises:
+            OSError: A part cannot be read.
+            ValueError: The weights are pickles.
+        """
+        self.backbone.load_published(diffusion, dtype)
+        if self.config.truncate:
+            self.backbone.cut(self.taps)
+        self.ensemble = FeatureEnsemble(self.config).to(dtype)
+        self.config.dtype = dtype
+        self.freeze()
+        return self.eval()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; of a whole model's checkpoint, only the tower is read."""
         kwargs.setdefault("key_mapping", {r"^model\.diffusion_tower\.": ""})
         return super().from_pretrained(*args, **kwargs)
 
     def use_tiny_vae(self, source: str) -> None:
-        """Encode images with a tiny autoencoder instead of the VAE, here and in checkpoints saved from now on: a ninth of
-        its operations, and slightly different features.
+        """Encode images with a tiny autoencoder instead of the VAE, also in checkpoints saved from now on.
+
+        It costs a ninth of the VAE's operations, and its features differ slightly.
 
         Args:
-            source (`str`): repository id, `id@revision` or folder of a diffusers `AutoencoderTiny`, for example
+            source (`str`): Repository id, `id@revision` or folder of a diffusers `AutoencoderTiny`, for example
                 `madebyollin/taesd`.
 
         Raises:
-            OSError: it is not there.
-            ValueError: it makes latents that this UNet does not take, or its weights are no safetensors.
+            OSError: It cannot be read.
+            ValueError: This family has no VAE, its latents do not fit the UNet, or its weights are pickles.
         """
-        from .diffusion_loading import load_tiny_vae
-
-        self.backbone.vae, self.config.vae_config = load_tiny_vae(source, self.config, self.vae.device, self.vae.dtype)
-        if self.config.truncate:
-            self.backbone.cut_decoder()
+        self.config.vae_config = self.backbone.load_tiny_vae(source)
         self.freeze()
 
     def compile_pass(self, **options: Any) -> None:
-        """Compile the UNet's pass up to the taps, for calls that record no gradients; the first call on inputs of another
-        shape says so and takes a minute or more. To be called where the tower is on the device on which it stays.
+        """Compile the denoiser's pass up to the taps, for calls that record no gradients.
+
+        The first call on inputs of another shape takes a minute or more and logs it. Call this where the tower is on
+        the device on which it stays.
 
         Args:
-            options: of `torch.compile`; `mode="reduce-overhead"` uses CUDA graphs on a GPU.
+            options: Of `torch.compile`; `mode="reduce-overhead"` uses CUDA graphs on a GPU.
         """
-        self._compiled_pass = CompiledPass(self.backbone, self.taps, **options)
+        self._compiled_pass = self.backbone.compile_pass(self.taps, **options)
 
     @property
     def unet(self) -> Any:
-        return self.backbone.unet
+        """The denoiser."""
+        return self.backbone.denoiser
 
     @property
     def vae(self) -> Any:
+        """The image encoder of a latent diffusion model."""
         return self.backbone.vae
 
     @property
     def text_encoder(self) -> Any:
+        """The first text encoder."""
         return self.backbone.text_encoder
 
     def freeze(self) -> None:
         """Stop gradients to the diffusion model's own weights; the ensemble's weights stay trainable."""
-        self.backbone.requires_grad_(False)
-        self.backbone.eval()
+        freeze(self.backbone)
 
     def train(self, mode: bool = True) -> "SDLlavaDiffusionModel":
         """As `nn.Module.train`, but a frozen diffusion model stays in evaluation mode."""
@@ -170,29 +192,29 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return self
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Diffusers' modules initialise themselves when they are built."""
+        """diffusers' modules initialise themselves when they are built."""  # noqa: D403  # the library's own name
         if isinstance(module, FeatureEnsemble) and module.mode == "learned":
             init.zeros_(module.weight)
 
     @torch.no_grad()
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Latents z0 of images `(n, 3, height, width)` in [-1, 1]: `(n, 4, height / 8, width / 8)`, float32."""
-        device = self.vae.device
+        """Latents z0 of images `(n, 3, height, width)` in [-1, 1]: `(n, channels, h, w)`, float32."""
+        device = self.backbone.image_weight.device
         return self.backbone.encode_image(pixel_values if device.type == "meta" else pixel_values.to(device))
 
     @torch.no_grad()
-    def encode_prompts(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor | None = None) -> dict:
-        """Conditioning of n prompts, from token ids `(n, 77)`; see `StableDiffusionBackbone.encode_prompts`."""
+    def encode_prompts(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor | None = None) -> Prompts:
+        """Conditioning of n prompts, from token ids `(n, 77)`; see `DiffusionBackbone.encode_prompts`."""
         return self.backbone.encode_prompts(input_ids, input_ids_2)
 
     @torch.compiler.disable
-    def null_prompt(self, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+    def null_prompt(self, device: torch.device | str | None = None) -> Prompts:
         """Conditioning of the empty prompt, first dimension 1; computed once for the weights as they are.
 
         Args:
-            device: where its token ids lie; default the text encoder's.
+            device: Where its token ids lie. Default: the text encoder's device.
         """
-        weight = self.text_encoder.get_input_embeddings().weight
+        weight = self.backbone.prompt_weight
         version = None if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype, weight.device)
         if self._null_prompt is None or self._null_prompt[0] != key:
@@ -204,67 +226,76 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return self._null_prompt[1]
 
     def noise(self, latents: torch.Tensor, noise_seed: torch.Tensor | None = None) -> torch.Tensor:
-        """Standard normal noise for latents `(n, 4, h, w)`, drawn on the CPU in float32.
+        """Standard normal noise for latents `(n, channels, h, w)`, drawn on the CPU in float32.
 
         One map for all of them from the configuration's seed, or one each from `noise_seed`, a `(n,)` integer tensor.
         """
-        seeds = [self.config.noise_seed] if noise_seed is None else noise_seed.tolist()
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = tuple(latents.shape[1:])
-        maps = [torch.randn(shape, generator=g, device="cpu", dtype=torch.float32) for g in generators]
-        return torch.stack(maps).to(latents.device, non_blocking=latents.is_cuda).expand_as(latents)
+        return draw_noise(latents, [self.config.noise_seed] if noise_seed is None else noise_seed.tolist())
 
     def add_noise(self, latents: torch.Tensor, timestep: int, noise: torch.Tensor) -> torch.Tensor:
-        """x_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps, on the 1000-step training schedule."""
-        return self._signal_rates[timestep] * latents.float() + self._noise_rates[timestep] * noise
+        """x_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps on the training schedule, or the family's own rates."""
+        signal_rate, noise_rate = self.backbone.noise_rates(timestep)
+        return signal_rate * latents.float() + noise_rate * noise
 
-    def extract(
-        self,
-        latents: torch.Tensor,
-        prompts: dict[str, torch.Tensor],
-        noise_seed: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def extract(self, latents: torch.Tensor, prompts: Prompts, noise_seed: torch.Tensor | None = None) -> torch.Tensor:
         """Features of noisy latents under prompts, at every tap and timestep.
 
         Args:
-            latents (`torch.Tensor` of shape `(n, 4, h, w)`): z0.
-            prompts: from `encode_prompts`; k times n of them read each latent k times, in blocks of n.
-            noise_seed (`torch.LongTensor` of shape `(n,)`, *optional*): see `noise`.
+            latents (`torch.Tensor` of shape `(n, channels, h, w)`): z0.
+            prompts: From `encode_prompts`; k times n of them read each latent k times, in blocks of n.
+            noise_seed (`torch.LongTensor` of shape `(n,)`, *optional*): See `noise`.
 
         Returns:
-            `torch.Tensor` of shape `(k * n, grid_size ** 2, channels)`: taps and timesteps side by side, tap first.
+            `torch.Tensor` of shape `(k * n, grid_size ** 2, channels)`: Taps and timesteps on channels, tap first.
         """
         noise = self.noise(latents, noise_seed)
         by_tap: list[list[torch.Tensor]] = [[] for _ in self.taps]
         for timestep in self.config.timesteps:
-            noisy = self.add_noise(latents, timestep, noise)
-            for features, read in zip(by_tap, self._read(noisy, timestep, prompts)):
-                features.append(self._to_grid(read))
+            read = self._read(self.add_noise(latents, timestep, noise), timestep, prompts)
+            for features, output in zip(by_tap, read, strict=True):
+                maps = as_map(output) if output.ndim == 3 else output
+                features.append(resize_grid(maps, self.config.grid_size))
         return torch.cat([features for tap in by_tap for features in tap], dim=-1)
 
-    def _read(self, noisy, timestep, prompts) -> list[torch.Tensor]:
+    def _read(self, noisy: torch.Tensor, timestep: int, prompts: Prompts) -> list[torch.Tensor]:
+        for capture in self._captures:
+            capture.timestep = timestep
         if self._compiled_pass is None or self._captures or torch.is_grad_enabled():
             return self.backbone.read(noisy, timestep, prompts, self.taps)
         return self._compiled_pass(noisy, timestep, prompts)
 
-    def _to_grid(self, features: torch.Tensor) -> torch.Tensor:
-        if features.ndim == 3:
-            side = math.isqrt(features.shape[1])
-            features = features.transpose(1, 2).unflatten(2, (side, side))
-        return resize_grid(features, self.config.grid_size)
+    def attention_layers(self) -> list[str]:
+        """The transformer blocks whose cross-attention runs, up to the last tap, in order; e.g. `U-L1-R1-B0`."""
+        return list(attention_layers(self.config.all_taps(), self.taps))
 
-    def capture_attention(
-        self, layers: Sequence[str] | None = None, per_head: bool = False
-    ) -> AbstractContextManager[AttentionMaps]:
-        """Keep the cross-attention maps of calls inside a context; see [`~sdllava.attention_maps.capture_attention`].
+    @contextmanager
+    def capture_attention(self, layers: Sequence[str] | None = None, per_head: bool = False) -> Iterator[AttentionMaps]:
+        """Keep the cross-attention probabilities of calls inside a context; outputs are the same as without.
+
+        Each call with a prompt replaces the maps of the call before. A compiled pass is not used meanwhile.
 
         ```python
         >>> with tower.capture_attention(layers=["U-L1-R1-B0"]) as maps:
         ...     model.generate(**inputs)
         >>> maps["U-L1-R1-B0", 50].shape  # (n, 1, 77, 16, 16)
         ```
+
+        Args:
+            layers: Transformer blocks, e.g. `["U-L1-R1-B0"]`. Default: all that run.
+            per_head: Keep the heads apart.
+
+        Raises:
+            ValueError: A layer does not exist, or comes after the last tap.
+            RuntimeError: A layer is compiled.
         """
-        return capture_attention(self, layers, per_head)
+        chosen = choose_layers(attention_layers(self.config.all_taps(), self.taps), layers)
+        capture = AttentionCapture(self.backbone.denoiser, chosen, per_head)
+        self._captures.append(capture)
+        try:
+            with capture.hooked():
+                yield capture.maps
+        finally:
+            self._captures.remove(capture)
 
     def forward(
         self,
@@ -273,6 +304,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         input_ids_2: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         unconditional_features: torch.Tensor | None = None,
+        conditional_features: torch.Tensor | None = None,
         implicit_caption: torch.Tensor | None = None,
         noise_seed: torch.Tensor | None = None,
         guidance_scales: Sequence[float] | float | None = None,
@@ -280,51 +312,73 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         """X = X_u + s (X_c - X_u) for each guidance scale s (S3, equation 1), ensembled.
 
         The unconditional half is skipped at s = 1 and where `unconditional_features` are given, the conditional half
-        at s = 0 and where there is no prompt, which makes X = X_u.
+        at s = 0, where `conditional_features` are given, and where there is no prompt, which makes X = X_u.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(n, 3, image_size, image_size)`): in [-1, 1]; not needed where
-                `latents` `(n, 4, h, w)` are given.
-            input_ids, input_ids_2 (`torch.LongTensor` of shape `(n, 77)`): the prompts.
-            unconditional_features: kept from an earlier call on the same images with the configuration's noise.
-            implicit_caption (`torch.FloatTensor` of shape `(n, k, width)`): prompt tokens appended to the text's.
-            noise_seed (`torch.LongTensor` of shape `(n,)`): a noise map for each image instead of the shared one.
-            guidance_scales: as many as configured; default the configuration's.
-
-        Returns:
-            [`SDLlavaDiffusionOutput`]
+            pixel_values (`torch.FloatTensor` of shape `(n, 3, image_size, image_size)`): In [-1, 1]; not needed where
+                `latents` or all features that the scales need are given.
+            input_ids, input_ids_2 (`torch.LongTensor` of shape `(n, 77)`): The prompts.
+            latents (`torch.FloatTensor` of shape `(n, channels, h, w)`): z0 of the images.
+            unconditional_features, conditional_features: Kept from an earlier call on the same images with the
+                configuration's noise, and the same prompts.
+            implicit_caption (`torch.FloatTensor` of shape `(n, k, width)`): Prompt tokens appended to the text's.
+            noise_seed (`torch.LongTensor` of shape `(n,)`): A noise map for each image instead of the shared one.
+            guidance_scales: As many as configured. Default: the configuration's.
 
         Raises:
-            ValueError: images are not square, or prompts, seeds or kept features are not as many as images.
+            ValueError: Images are not square, prompts, seeds or kept features are not as many as images, or
+                `conditional_features` are given without the unconditional features that a scale needs.
         """
-        if latents is None:
-            latents = self.encode_latents(pixel_values)
-        _check_inputs(
-            latents, prompts=input_ids, implicit_captions=implicit_caption, noise_seeds=noise_seed,
-            unconditional_features=unconditional_features,
-        )  # fmt: skip
         scales = self.scales(guidance_scales)
-        prompts = self._prompts(latents, input_ids, input_ids_2, implicit_caption)
-        want_conditional = prompts is not None and any(s != 0 for s in scales)
-        want_unconditional = unconditional_features is None and (not want_conditional or any(s != 1 for s in scales))
-
-        halves = []
-        if want_unconditional:
-            halves.append(self._null_prompts(latents))
-        if want_conditional:
-            halves.append(prompts)
-        conditional_features = None
-        if halves:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._needs_grad(implicit_caption)):
-                features = self._run_halves(latents, halves, noise_seed)
-            if want_unconditional:
-                unconditional_features = features[0]
-            if want_conditional:
-                conditional_features = features[-1]
+        if conditional_features is None:
+            if latents is None:
+                if pixel_values is None:
+                    raise ValueError("The diffusion tower got neither images nor latents. Give pixel_values.")
+                latents = self.encode_latents(pixel_values)
+            _check_inputs(
+                latents,
+                prompts=input_ids,
+                implicit_captions=implicit_caption,
+                noise_seeds=noise_seed,
+                unconditional_features=unconditional_features,
+            )
+            prompts = self._prompts(latents, input_ids, input_ids_2, implicit_caption)
+            unconditional_features, conditional_features = self._halves(
+                latents, prompts, scales, unconditional_features, noise_seed
+            )
+            for capture in self._captures:
+                capture.end(input_ids, conditional_features is not None)
         by_scale = [guide(unconditional_features, conditional_features, s) for s in scales]
         return SDLlavaDiffusionOutput(self.ensemble(by_scale), unconditional_features, conditional_features)
 
-    def _run_halves(self, latents, halves, noise_seed) -> list[torch.Tensor]:
+    def _halves(
+        self,
+        latents: torch.Tensor,
+        prompts: Prompts | None,
+        scales: Sequence[float],
+        unconditional_features: torch.Tensor | None,
+        noise_seed: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Unconditional and conditional features, as far as the scales need them."""
+        want_conditional = prompts is not None and any(s != 0 for s in scales)
+        want_unconditional = unconditional_features is None and (not want_conditional or any(s != 1 for s in scales))
+        halves = [self._null_prompts(latents)] if want_unconditional else []
+        if prompts is not None and want_conditional:
+            halves.append(prompts)
+        for capture in self._captures:
+            capture.begin(len(latents))
+        if not halves:
+            return unconditional_features, None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._needs_grad(halves)):
+            features = self._run_halves(latents, halves, noise_seed)
+        return (
+            features[0] if want_unconditional else unconditional_features,
+            features[-1] if want_conditional else None,
+        )
+
+    def _run_halves(
+        self, latents: torch.Tensor, halves: Sequence[Prompts], noise_seed: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         lengths = {half["encoder_hidden_states"].shape[1] for half in halves}
         if len(lengths) > 1:  # implicit caption tokens make the conditional prompt longer
             return [self.extract(latents, half, noise_seed) for half in halves]
@@ -332,62 +386,53 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return list(self.extract(latents, prompts, noise_seed).chunk(len(halves)))
 
     def scales(self, guidance_scales: Sequence[float] | float | None) -> list[float]:
-        """The guidance scales of a call: those given, as many as configured, else the configured ones."""
+        """The guidance scales of a call: those given, or else the configured ones.
+
+        Raises:
+            ValueError: They are not as many as configured.
+        """
         if guidance_scales is None:
             return self.config.guidance_scales
         if isinstance(guidance_scales, int | float):
             guidance_scales = [guidance_scales]
         if len(guidance_scales) != len(self.config.guidance_scales):
             raise ValueError(
-                f"this model combines {len(self.config.guidance_scales)} guidance scale(s), but {guidance_scales} was "
-                f"given: pass as many as {self.config.guidance_scales}"
+                f"guidance_scales={list(guidance_scales)} has {len(guidance_scales)} entries, but this model combines "
+                f"{len(self.config.guidance_scales)}. Give as many as {self.config.guidance_scales}."
             )
         return [float(s) for s in guidance_scales]
 
-    def _null_prompts(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        null = self.null_prompt(latents.device if self.text_encoder.device.type == "meta" else None)
+    def _null_prompts(self, latents: torch.Tensor) -> Prompts:
+        is_offloaded = self.backbone.prompt_weight.device.type == "meta"
+        null = self.null_prompt(latents.device if is_offloaded else None)
         return {name: x.expand(len(latents), *x.shape[1:]) for name, x in null.items()}
 
-    def _prompts(self, latents, input_ids, input_ids_2, implicit_caption) -> dict[str, torch.Tensor] | None:
+    def _prompts(
+        self,
+        latents: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        input_ids_2: torch.Tensor | None,
+        implicit_caption: torch.Tensor | None,
+    ) -> Prompts | None:
         if self.config.conditioning == "none" or (input_ids is None and implicit_caption is None):
             return None
-        if input_ids is None:
-            prompts = self._null_prompts(latents)
-        else:
-            prompts = self.encode_prompts(input_ids, input_ids_2)
+        prompts = self._null_prompts(latents) if input_ids is None else self.encode_prompts(input_ids, input_ids_2)
         if implicit_caption is not None:
             text = prompts["encoder_hidden_states"]
             prompts["encoder_hidden_states"] = torch.cat([text, implicit_caption.to(text.dtype)], dim=1)
         return prompts
 
-    def _needs_grad(self, implicit_caption: torch.Tensor | None) -> bool:
-        if implicit_caption is not None and implicit_caption.requires_grad:
+    def _needs_grad(self, halves: Sequence[Prompts]) -> bool:
+        if any(x.requires_grad for half in halves for x in half.values()):
             return True
-        return any(p.requires_grad for p in self.unet.parameters())
+        return any(p.requires_grad for p in self.backbone.denoiser.parameters())
 
 
 def _check_inputs(latents: torch.Tensor, **rows: torch.Tensor | None) -> None:
     if latents.shape[-2] != latents.shape[-1]:
-        raise ValueError(f"latents of {latents.shape[-2]} x {latents.shape[-1]} are not square: pad images to squares")
+        raise ValueError(
+            f"Latents of {latents.shape[-2]} x {latents.shape[-1]} are not square. Pad the images to squares."
+        )
     for name, values in rows.items():
         if values is not None and len(values) != len(latents):
-            raise ValueError(f"{len(values)} {name} for {len(latents)} image(s): give one for each")
-
-
-def guide(unconditional: torch.Tensor | None, conditional: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """X_u + s (X_c - X_u), in float32; X_u where there is no X_c or s = 0, X_c at s = 1."""
-    if conditional is None or scale == 0:
-        return unconditional
-    if scale == 1:
-        return conditional
-    base = unconditional.float()
-    return (base + scale * (conditional.float() - base)).to(conditional.dtype)
-
-
-def resize_grid(features: torch.Tensor, size: int) -> torch.Tensor:
-    """Maps `(n, channels, h, w)` resized to `size` (bilinear, float32) as tokens `(n, size ** 2, channels)`."""
-    if features.shape[-2:] != (size, size):
-        features = F.interpolate(features.float(), (size, size), mode="bilinear", align_corners=False).to(
-            features.dtype
-        )
-    return features.flatten(2).transpose(1, 2)
+            raise ValueError(f"There are {len(values)} {name} for {len(latents)} image(s). Give one per image.")

@@ -15,41 +15,45 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 ImageLike = Any
 """PIL image, path, URL, base64 string, or array `(h, w)`, `(h, w, 3)`, `(3, h, w)`: uint8, or float in [0, 1]."""
 
-
 MAX_DOWNLOAD = 64 << 20
-"""Bytes of an image that a URL may give."""
+"""Largest image that is downloaded, in bytes."""
 
 
 def load_rgb(image: ImageLike) -> Image.Image:
     """Decode an image as upright 8-bit RGB.
 
-    Transparent images are laid on white, 16-bit greyscale is scaled to 8 bits, EXIF orientation is applied. Pillow's
-    limit on decompressed pixels is kept.
+    Transparent images are composited on white, 16-bit greyscale is scaled to 8 bits, EXIF orientation is applied.
+    Pillow's limit on decompressed pixels is kept.
+
+    Args:
+        image: See [`ImageLike`].
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: one sentence that names the image.
+        FileNotFoundError: A string is not an existing file, URL or base64.
+        TypeError: It is not an image in any of these forms.
+        ValueError: It cannot be decoded, has no pixels or values out of range, or is too large.
     """
     name = _name(image)
     try:
         opened = _open(image)
         if min(opened.size) == 0:
-            raise ValueError(f"{name} has no pixels: its size is {opened.width} x {opened.height}")
+            raise ValueError(f"{name} has no pixels: its size is {opened.width} x {opened.height}. Give another image.")
         opened.load()
         return _to_rgb(ImageOps.exif_transpose(opened))
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is refused as a possible decompression bomb: {error}") from error
+        raise ValueError(f"{name} may be a decompression bomb ({error}). Give a smaller image.") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no image that Pillow can read") from error
+        raise ValueError(f"{name} is not an image that Pillow can read. Give PNG, JPEG or WebP.") from error
     except (OSError, SyntaxError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{name} is truncated or unreadable: {error}") from error
+        raise ValueError(f"{name} is truncated or unreadable ({error}). Give an intact file.") from error
 
 
 def _name(image: ImageLike) -> str:
     if isinstance(image, str | os.PathLike):
-        return f"image {str(image)[:80]!r}"
-    return "the image" if isinstance(image, bytes) else f"the {type(image).__name__} image"
+        return f"Image {str(image)[:80]!r}"
+    return "The image" if isinstance(image, bytes) else f"The {type(image).__name__} image"
 
 
 def _open(image: ImageLike) -> Image.Image:
@@ -65,7 +69,7 @@ def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, os.PathLike):
         return Image.open(image)
     if not isinstance(image, str):
-        raise TypeError(f"{image!r} is no image: give a PIL image, path, URL, base64 string or array")
+        raise TypeError(f"{image!r} is not an image. Give a PIL image, path, URL, base64 string or array.")
     if image.startswith(("http://", "https://")):
         return Image.open(BytesIO(_fetch(image)))
     if os.path.exists(image):
@@ -81,9 +85,10 @@ def _fetch(url: str) -> bytes:
             for chunk in response.iter_bytes():
                 body += chunk
                 if len(body) > MAX_DOWNLOAD:
-                    raise ValueError(f"image {url!r} is larger than {MAX_DOWNLOAD >> 20} MiB: download it yourself")
+                    raise ValueError(f"Image {url!r} is larger than {MAX_DOWNLOAD >> 20} MiB. Download it yourself.")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"image {url!r} cannot be fetched: {error}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"Image {url!r} cannot be fetched ({reason}). Check the address.") from error
     return bytes(body)
 
 
@@ -94,7 +99,9 @@ def _decode_base64(text: str) -> bytes:
             raise binascii.Error("too short")
         return base64.b64decode("".join(body.split()), validate=True)
     except binascii.Error as error:
-        raise FileNotFoundError(f"image {text[:80]!r} is no existing file, no URL and no base64") from error
+        raise FileNotFoundError(
+            f"Image {text[:80]!r} is not an existing file, a URL or base64. Check the path."
+        ) from error
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -103,17 +110,17 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ValueError(f"an array of shape {array.shape} is no image: give (h, w), (h, w, 3) or (3, h, w)")
+        raise ValueError(f"An array of shape {array.shape} is not an image. Give (h, w), (h, w, 3) or (3, h, w).")
     if 0 in array.shape:
-        raise ValueError(f"an array of shape {array.shape} has no pixels")
+        raise ValueError(f"An array of shape {array.shape} has no pixels. Give another image.")
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError(f"a float image must lie in [0, 1], not [{array.min():g}, {array.max():g}]")
+            raise ValueError(f"A float image has values in [{array.min():g}, {array.max():g}]. Scale it to [0, 1].")
         array = (array * 255).round()
     elif array.dtype != np.uint8 and (array.min() < 0 or array.max() > 255):
-        raise ValueError(f"an integer image must lie in [0, 255], not [{array.min()}, {array.max()}]")
+        raise ValueError(f"An integer image has values in [{array.min()}, {array.max()}]. Scale it to [0, 255].")
     return Image.fromarray(array.astype(np.uint8))
 
 

@@ -1,5 +1,6 @@
-"""The vision-language model: LLaVA's own modules and names, with a diffusion tower and a fusion beside them."""
+"""The vision-language model: LLaVA's own modules and names, with a diffusion tower and a fusion."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,11 +13,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
+from .assembly import load_weights
 from .checkpoints import FROZEN_PARTS, CheckpointMixin, fetch_frozen, leave_out_frozen
 from .configuration import SDLlavaConfig
-from .diffusion import SDLlavaDiffusionModel, guide
-from .fusion import FUSIONS, CrossAttentionFusion, GatedFusion, ImplicitCaptioner, SDLlavaMultiModalProjector
+from .diffusion import SDLlavaDiffusionModel
+from .fusion import (
+    CrossAttentionFusion,
+    GatedFusion,
+    ImplicitCaptioner,
+    SDLlavaMultiModalProjector,
+    build_fusion,
+)
 from .outputs import SDLlavaCausalLMOutputWithPast, SDLlavaImageEncodings, SDLlavaModelOutputWithPast
+from .parts import Parts, read_llava_parts, read_parts
+from .repositories import as_dtype
 
 IMAGE_INPUTS = (
     "pixel_values",
@@ -28,9 +38,12 @@ IMAGE_INPUTS = (
     "diffusion_guidance_scales",
 )
 """The inputs of `get_image_features`: what `generate` turns into image features once, before the first token."""
+_IMAGES_TWICE = "Both images and mm_encoder_outputs were given. Give one of them."
 
 
 class SDLlavaPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """What both models share: saving, loading and initialisation."""
+
     config: SDLlavaConfig
     config_class = SDLlavaConfig
     base_model_prefix = "model"
@@ -50,7 +63,7 @@ class SDLlavaPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.zeros_(module.out_proj.bias)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`; frozen parts that were left out come from their own repositories."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -58,13 +71,20 @@ class SDLlavaPreTrainedModel(CheckpointMixin, PreTrainedModel):
             fetch_frozen(model)
         return loaded
 
-    def save_pretrained(self, save_directory, *args, bundle_frozen: bool = True, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, with the code beside it for processes without this package.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, bundle_frozen: bool = True, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedModel.save_pretrained`, with the code next to it for processes without this package.
 
         Args:
-            bundle_frozen (`bool`): False leaves out the weights of the frozen diffusion model and static encoder where
-                the configuration records which repository they came from. They are fetched from there at load and
-                must have the recorded hash.
+            save_directory: The folder.
+            args, kwargs: As for `PreTrainedModel.save_pretrained`.
+            bundle_frozen (`bool`): False leaves out the weights of the frozen diffusion model and vision encoder where
+                the configuration records which repository they came from. Loading fetches them from there and
+                compares their hash with the recorded one.
+
+        Raises:
+            ValueError: `bundle_frozen=False`, and the frozen parts are not those of a recorded repository.
         """
         if bundle_frozen:
             return super().save_pretrained(save_directory, *args, **kwargs)
@@ -87,7 +107,7 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         diffusion: Any = config.diffusion_config
         self.vision_tower = None if vision is None else AutoModel.from_config(vision)
         self.diffusion_tower = None if diffusion is None else SDLlavaDiffusionModel(diffusion)
-        self.fusion = None if config.fusion == "none" else FUSIONS[config.fusion](config)
+        self.fusion = build_fusion(config)
         self.implicit_captioner = ImplicitCaptioner(config) if config.implicit_caption_tokens else None
         self.multi_modal_projector = SDLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -96,14 +116,16 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         self.post_init()
 
     def freeze(self) -> None:
-        """Stop gradients to the static encoder, which no stage trains."""
+        """Stop gradients to the vision encoder, which no stage trains."""
         if self.vision_tower is not None:
             self.vision_tower.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embeddings."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embeddings."""
         self.language_model.set_input_embeddings(value)
 
     @torch.no_grad()
@@ -112,29 +134,32 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         diffusion_pixel_values: torch.Tensor | None = None,
     ) -> SDLlavaImageEncodings:
-        """What does not depend on the question: latents, static features, unconditional features.
+        """What does not depend on the question: latents, vision features, unconditional features.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(n, 3, height, width)`): as the static encoder's processor
+            pixel_values (`torch.FloatTensor` of shape `(n, 3, height, width)`): As the vision encoder's processor
                 makes them.
-            diffusion_pixel_values (`torch.FloatTensor` of shape `(n, 3, image_size, image_size)`): in [-1, 1].
+            diffusion_pixel_values (`torch.FloatTensor` of shape `(n, 3, image_size, image_size)`): In [-1, 1].
+
+        Raises:
+            ValueError: The model has an encoder whose images are missing.
         """
         encodings: dict[str, Any] = {}
         if self.vision_tower is not None:
-            if pixel_values is None:
-                raise ValueError("this model has a static encoder: give pixel_values")
-            encodings["vision_features"], encodings["image_embeds"] = self._static_features(pixel_values)
+            encodings["vision_features"], encodings["image_embeds"] = self._vision_features(pixel_values)
         tower = self.diffusion_tower
         if tower is not None:
             if diffusion_pixel_values is None:
-                raise ValueError("this model has a diffusion tower: give diffusion_pixel_values")
+                raise ValueError("This model has a diffusion tower. Give diffusion_pixel_values.")
             encodings["latents"] = tower.encode_latents(diffusion_pixel_values)
             if any(s != 1 for s in tower.config.guidance_scales) or tower.config.conditioning == "none":
                 encodings["unconditional_features"] = tower(latents=encodings["latents"]).unconditional_features
         return SDLlavaImageEncodings(**encodings)
 
-    def _static_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tower = self.vision_tower
+    def _vision_features(self, pixel_values: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if pixel_values is None:
+            raise ValueError("This model has a vision encoder. Give pixel_values, or image_encodings.")
+        tower: Any = self.vision_tower
         options = {"interpolate_pos_encoding": True} if self.config.vision_interpolates else {}
         outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, **options)
         layers = self.config.vision_feature_layer
@@ -155,66 +180,64 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         diffusion_guidance_scales: Sequence[float] | float | None = None,
         return_dict: bool = True,
     ) -> BaseModelOutputWithPooling:
-        """Image features as the language model sees them.
+        """Image features as the language model reads them.
 
         Args:
-            pixel_values, diffusion_pixel_values: see `encode_images`; not needed beside `image_encodings`.
-            diffusion_input_ids, diffusion_input_ids_2 (`torch.LongTensor` of shape `(n, 77)`): what the diffusion
-                model is asked about each image; without it, the empty prompt.
-            diffusion_noise_seed (`torch.LongTensor` of shape `(n,)`): one noise map an image, for training.
-            image_encodings: from `encode_images` on the same images; the call then costs one conditional pass.
-            diffusion_guidance_scales: as many as configured, instead of the configured ones.
+            pixel_values, diffusion_pixel_values: See `encode_images`; not needed with `image_encodings`.
+            diffusion_input_ids, diffusion_input_ids_2 (`torch.LongTensor` of shape `(n, 77)`): The questions on which
+                the diffusion model is conditioned, one per image. Default: the empty prompt.
+            diffusion_noise_seed (`torch.LongTensor` of shape `(n,)`): One noise map per image, for training.
+            image_encodings: From `encode_images` on the same images; the call then costs one conditional pass.
+            diffusion_guidance_scales: As many as configured, instead of the configured ones.
+            return_dict: Ignored; for compatibility with transformers.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` is the fused map `(n, tokens, channels)`, `pooler_output`
             a list with a `(num_image_tokens, hidden_size)` tensor for each image.
+
+        Raises:
+            ValueError: The images of an encoder are missing, or guidance scales are given without a diffusion tower.
         """
         known = SDLlavaImageEncodings(**(image_encodings or {}))
-        static, image_embeds = known.vision_features, known.image_embeds
-        if self.vision_tower is not None and static is None:
-            if pixel_values is None:
-                raise ValueError("this model has a static encoder: give pixel_values or image_encodings")
-            static, image_embeds = self._static_features(pixel_values)
-        features = static
-        if self.diffusion_tower is None and diffusion_guidance_scales is not None:
-            raise ValueError("this model has no diffusion tower: leave out diffusion_guidance_scales")
-        if self.diffusion_tower is not None:
-            diffusion = self._diffusion_features(
-                known, image_embeds, diffusion_pixel_values, diffusion_input_ids, diffusion_input_ids_2,
-                diffusion_noise_seed, diffusion_guidance_scales,
-            )  # fmt: skip
-            like = self.multi_modal_projector.linear_1.weight if static is None else static
+        vision, image_embeds = known.vision_features, known.image_embeds
+        if self.vision_tower is not None and vision is None:
+            vision, image_embeds = self._vision_features(pixel_values)
+        tower, captioner = self.diffusion_tower, self.implicit_captioner
+        if tower is None:
+            if diffusion_guidance_scales is not None:
+                raise ValueError(
+                    f"diffusion_guidance_scales={diffusion_guidance_scales} needs a diffusion tower, which this model "
+                    "does not have. Leave it out."
+                )
+            features = vision
+        else:
+            if diffusion_pixel_values is None and known.latents is None and known.conditional_features is None:
+                raise ValueError("This model has a diffusion tower. Give diffusion_pixel_values, or image_encodings.")
+            diffusion = tower(
+                pixel_values=diffusion_pixel_values,
+                input_ids=diffusion_input_ids,
+                input_ids_2=diffusion_input_ids_2,
+                latents=known.latents,
+                unconditional_features=known.unconditional_features if diffusion_noise_seed is None else None,
+                conditional_features=known.conditional_features,
+                implicit_caption=captioner(image_embeds) if captioner is not None else None,
+                noise_seed=diffusion_noise_seed,
+                guidance_scales=diffusion_guidance_scales,
+            ).last_hidden_state
+            like = self.multi_modal_projector.linear_1.weight if vision is None else vision
             diffusion = diffusion.to(like.device, like.dtype)
-            features = diffusion if self.fusion is None else self.fusion(static, diffusion)
+            features = diffusion if self.fusion is None else self.fusion(vision, diffusion)
         projected = self.multi_modal_projector(features)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
-
-    def _diffusion_features(
-        self, known, image_embeds, pixel_values, input_ids, input_ids_2, noise_seed, guidance_scales
-    ) -> torch.Tensor:
-        tower = self.diffusion_tower
-        if known.conditional_features is not None:
-            scales = tower.scales(guidance_scales)
-            if known.unconditional_features is None and any(s != 1 for s in scales):
-                raise ValueError(f"guidance scales {scales} need unconditional_features beside conditional_features")
-            return tower.ensemble([guide(known.unconditional_features, known.conditional_features, s) for s in scales])
-        if known.latents is None and pixel_values is None:
-            raise ValueError("this model has a diffusion tower: give diffusion_pixel_values or image_encodings")
-        return tower(
-            pixel_values=pixel_values,
-            input_ids=input_ids,
-            input_ids_2=input_ids_2,
-            latents=known.latents,
-            unconditional_features=known.unconditional_features if noise_seed is None else None,
-            implicit_caption=None if image_embeds is None else self.implicit_captioner(image_embeds),
-            noise_seed=noise_seed,
-            guidance_scales=guidance_scales,
-        ).last_hidden_state
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
-        """Where image features go, `(batch, sequence, 1)`; raises where placeholders and features differ in number."""
+        """Where image features go, a mask of shape `(batch, sequence, 1)`.
+
+        Raises:
+            ValueError: Placeholders and image features differ in number.
+        """
         if input_ids is None:
             token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
@@ -223,9 +246,9 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         torch_compilable_check(
             mask.sum() == image_features.shape[0],
             lambda: (
-                f"the text holds {int(mask.sum())} image placeholders, but the images give {image_features.shape[0]} "
-                f"features ({self.config.num_image_tokens} an image): use this model's own processor, or leave the "
-                "images out where the cache holds them"
+                f"The text holds {int(mask.sum())} image placeholders, but the images give {image_features.shape[0]} "
+                f"features ({self.config.num_image_tokens} per image). Use this model's own processor, or leave the "
+                "images out where the cache holds them."
             ),
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
@@ -246,22 +269,26 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SDLlavaModelOutputWithPast:
         """As `LlavaModel.forward`, with the diffusion inputs of `get_image_features`.
 
         Args:
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, instead of the image inputs.
+
+        Raises:
+            ValueError: Inputs are missing or given twice.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            given = "none" if input_ids is None else "both"
+            raise ValueError(f"Give exactly one of input_ids and inputs_embeds, not {given}.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         has_images = any(x is not None for x in (pixel_values, diffusion_pixel_values, image_encodings))
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if image_outputs is not None and has_images:
-            raise ValueError("give images or mm_encoder_outputs, not both")
+            raise ValueError(_IMAGES_TWICE)
         if has_images:
             image_outputs = self.get_image_features(
                 pixel_values, diffusion_pixel_values, diffusion_input_ids, diffusion_input_ids_2,
@@ -304,33 +331,55 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_component_pretrained(
-        cls, diffusion: str | None = None, vision: str | None = None, language_model: str | None = None, **config
-    ) -> "SDLlavaForConditionalGeneration":
-        """Put published parts together; see [`~sdllava.components.compose`]."""
-        from .components import compose
+    def from_parts(cls, parts: Parts, dtype: torch.dtype | str = torch.float32) -> "SDLlavaForConditionalGeneration":
+        """Load published parts whose configurations have been read; fusion and projector are new and need training.
 
-        return compose(diffusion=diffusion, vision=vision, language_model=language_model, **config)
+        Args:
+            parts: From [`~sdllava.parts.read_parts`] or [`~sdllava.parts.read_llava_parts`].
+            dtype (`torch.dtype` or `str`): Of all weights except the VAE's.
+
+        Raises:
+            OSError, ValueError: As [`~sdllava.assembly.load_weights`].
+        """
+        dtype = as_dtype(dtype)
+        with torch.device("meta"):
+            model = cls(parts.config)
+        load_weights(model, parts, dtype)
+        return model
+
+    @classmethod
+    def from_component_pretrained(
+        cls,
+        diffusion: str | None = None,
+        vision: str | None = None,
+        language_model: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        **config: Any,
+    ) -> "SDLlavaForConditionalGeneration":
+        """Put published parts together; see [`~sdllava.parts.read_parts`] and [`from_parts`]."""
+        return cls.from_parts(read_parts(diffusion, vision, language_model, **config), dtype)
 
     @classmethod
     def from_llava_pretrained(
-        cls, llava: str, diffusion: str | None = None, **config
+        cls, llava: str, diffusion: str | None = None, dtype: torch.dtype | str = torch.float32, **config: Any
     ) -> "SDLlavaForConditionalGeneration":
-        """Upgrade a LLaVA-1.5 checkpoint; see [`~sdllava.components.compose_from_llava`]."""
-        from .components import compose_from_llava
-
-        return compose_from_llava(llava, diffusion=diffusion, **config)
+        """Upgrade a LLaVA-1.5 checkpoint; see [`~sdllava.parts.read_llava_parts`] and [`from_parts`]."""
+        return cls.from_parts(read_llava_parts(llava, diffusion, **config), dtype)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embeddings."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embeddings."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
+        """The language-modelling head."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the language-modelling head."""
         self.lm_head = new_embeddings
 
     def encode_images(
@@ -339,16 +388,22 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         """See [`SDLlavaModel.encode_images`]."""
         return self.model.encode_images(pixel_values, diffusion_pixel_values)
 
-    def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`SDLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     def set_stage(self, stage: Literal["align", "finetune"]) -> None:
-        """Set what trains (S3, 5.2): in `align` the projector, the fusion, the implicit captioner and learned ensemble
-        weights; in `finetune` the language model as well. Encoders stay frozen.
+        """Set what trains (S3, 5.2).
+
+        Args:
+            stage: In `"align"` the projector, the fusion, the implicit captioner and learned ensemble weights train;
+                in `"finetune"` the language model as well. Encoders stay frozen.
+
+        Raises:
+            ValueError: There is no such stage.
         """
         if stage not in ("align", "finetune"):
-            raise ValueError(f"stage {stage!r} does not exist: use 'align' or 'finetune'")
+            raise ValueError(f"There is no stage {stage!r}. Use 'align' or 'finetune'.")
         self.requires_grad_(False)
         trained = [self.model.multi_modal_projector, self.model.fusion, self.model.implicit_captioner]
         if self.model.diffusion_tower is not None:
@@ -377,13 +432,13 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SDLlavaCausalLMOutputWithPast:
         """As `LlavaForConditionalGeneration.forward`, with the diffusion inputs of `get_image_features`.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`): -100 where nothing is predicted.
-            logits_to_keep: the last that many positions, or those indexed; 0 keeps all.
+            logits_to_keep: The last that many positions, or those indexed; 0 keeps all.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -416,16 +471,16 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, inputs=None, generation_config=None, **kwargs):
-        """As `GenerationMixin.generate`, with the inputs of `get_image_features`, which run once, before the first token.
+    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`, with the inputs of `get_image_features`, which run once, before decoding.
 
-        Returns:
-            as `GenerationMixin.generate`.
+        Raises:
+            ValueError: As `get_image_features`, or both images and `mm_encoder_outputs` are given.
         """
         image_inputs = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         given = [image_inputs.get(name) for name in ("pixel_values", "diffusion_pixel_values", "image_encodings")]
         if any(x is not None for x in given):
             if kwargs.get("mm_encoder_outputs") is not None:
-                raise ValueError("give images or mm_encoder_outputs, not both")
+                raise ValueError(_IMAGES_TWICE)
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**image_inputs)}
         return super().generate(inputs, generation_config, **kwargs)

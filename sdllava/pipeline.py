@@ -11,14 +11,19 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from .image_loading import load_rgb
-from .modeling_sdllava import SDLlavaImageEncodings
+from .outputs import SDLlavaImageEncodings
 
 NUM_KEPT_IMAGES = 8
-"""How many images' encodings are kept, so that a follow-up question costs one conditional pass."""
+"""Images whose features are cached, so that a follow-up question costs one conditional pass."""
 
 
-class KeptEncodings:
-    """What a model computed of the images that it saw last, and that does not depend on the question."""
+class CachedEncodings:
+    """Cached image features of a model: what does not depend on the question, for the last images.
+
+    Args:
+        model: With `encode_images`.
+        size: The number of images.
+    """
 
     def __init__(self, model: Any, size: int = NUM_KEPT_IMAGES):
         self.model, self.size = model, size
@@ -28,11 +33,11 @@ class KeptEncodings:
         return len(self._kept)
 
     def replace_pixels(self, images: Sequence[Image], inputs: Any) -> None:
-        """Put `image_encodings` in the place of the pixels in a processor's output; each new image is encoded once.
+        """Replace the pixels in a processor's output by `image_encodings`; each new image is encoded once.
 
         Args:
-            images: as they were given to the processor, in order.
-            inputs: with `pixel_values`, `diffusion_pixel_values` or both, `(n, 3, height, width)`; changed in place.
+            images: The processor's images, in order.
+            inputs: With `pixel_values`, `diffusion_pixel_values` or both, `(n, 3, height, width)`; changed in place.
         """
         pixels = {name: inputs.pop(name) for name in ("pixel_values", "diffusion_pixel_values") if name in inputs}
         device = self.model.device
@@ -42,7 +47,7 @@ class KeptEncodings:
         rows = list(new.values())
         if rows:
             given = {name: x[rows].to(device) for name, x in pixels.items()}
-            self._kept.update(zip(new, self.model.encode_images(**given).rows()))
+            self._kept.update(zip(new, self.model.encode_images(**given).rows(), strict=True))
         inputs["image_encodings"] = SDLlavaImageEncodings.cat([self._kept[key] for key in keys])
         for key in keys:
             self._kept.move_to_end(key)
@@ -51,13 +56,16 @@ class KeptEncodings:
 
 
 def check_question(question: Any) -> str:
-    """Raises:
-    TypeError, ValueError: the question is no text, or empty.
+    """Return a question that is text.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is empty.
     """
     if not isinstance(question, str):
-        raise TypeError(f"a question must be text, not {question!r}")
+        raise TypeError(f"Question {question!r} is not a string. Give text.")
     if not question.strip():
-        raise ValueError(f"the question {question!r} is empty: ask something about the image")
+        raise ValueError(f"Question {question!r} is empty. Ask something about the image.")
     return question
 
 
@@ -76,33 +84,41 @@ class VisualQuestionAnsweringPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._kept = KeptEncodings(self.model)
+        self._kept = CachedEncodings(self.model)
 
-    def _sanitize_parameters(self, top_k: int | None = None, guidance_scales=None, **generate_kwargs):
+    def _sanitize_parameters(
+        self, top_k: int | None = None, guidance_scales: Sequence[float] | float | None = None, **generate_kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         forward = dict(generate_kwargs)
         if top_k is not None:
             if top_k < 1:
-                raise ValueError(f"top_k is the number of answers, at least 1, not {top_k}")
+                raise ValueError(f"top_k={top_k} is not a number of answers. Use at least 1.")
             forward.update(num_beams=top_k, num_return_sequences=top_k)
         if guidance_scales is not None:
             forward["diffusion_guidance_scales"] = guidance_scales
         return {}, forward, {}
 
-    def __call__(self, image=None, question=None, **kwargs) -> list:
-        """Args:
-            image: a PIL image, path, URL, base64 string, a list or dataset of them; or `{"image": ..., "question":
+    def __call__(self, image: Any = None, question: Any = None, **kwargs: Any) -> list:
+        """Answer questions about images.
+
+        Args:
+            image: A PIL image, path, URL, base64 string, a list or dataset of them; or `{"image": ..., "question":
                 ...}`, or a list, generator or dataset of such dictionaries.
-            question (`str` or `list[str]`): each is asked about each image.
-            top_k (`int`): return that many answers, the beams of a beam search, best score first.
-            guidance_scales (`list[float]`): the diffusion model's, instead of the configured ones.
-            batch_size (`int`): questions answered at once.
-            generate_kwargs: any argument of `generate`; default greedy, 128 new tokens at most.
+            question (`str` or `list[str]`): Every question is answered for every image.
+            kwargs: `top_k` (`int`): return that many answers, the beams of a beam search, best score first;
+                `guidance_scales` (`list[float]`): the diffusion model's, instead of the configured ones;
+                `batch_size` (`int`): questions answered at once; any argument of `generate` (default: greedy, 128 new
+                tokens at most).
 
         Returns:
             `list[dict]`: `answer` (`str`) and `score` (`float`, the mean probability of the answer's tokens); for
             several inputs, one such list for each.
+
+        Raises:
+            TypeError: An image or question has the wrong type.
+            ValueError: An image cannot be read, a question is empty, or `top_k` is below 1.
         """
         if question is None:
             return super().__call__(image, **kwargs)
@@ -114,12 +130,16 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         pairs = [{"image": one, "question": q} for q in questions for one in images]
         return super().__call__(pairs, **kwargs)
 
-    def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def preprocess(self, inputs: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+        """Decode the image and check the question."""
         if not isinstance(inputs, dict) or not {"image", "question"} <= set(inputs):
-            raise ValueError(f'give image= and question=, or {{"image": ..., "question": ...}}, not {inputs!r:.80}')
+            raise ValueError(
+                f'Input {inputs!r:.80} has no image and question. Give image= and question=, or {{"image": ..., '
+                '"question": ...}.'
+            )
         return {"image": load_rgb(inputs["image"]), "question": check_question(inputs["question"])}
 
-    def _forward(self, model_inputs: dict[str, Any], **generate_kwargs) -> dict[str, list]:
+    def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, list]:
         images, questions = model_inputs["image"], model_inputs["question"]
         if isinstance(questions, str):
             images, questions = [images], [questions]
@@ -130,7 +150,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         beams = getattr(output, "beam_indices", None)
         logprobs = self.model.compute_transition_scores(output.sequences, output.logits, beams, normalize_logits=True)
         generated = output.sequences[:, prompt_length:]
-        answers = [self._answer(tokens, row) for tokens, row in zip(generated, logprobs)]
+        answers = [self._answer(tokens, row) for tokens, row in zip(generated, logprobs, strict=True)]
         each = len(answers) // len(questions)
         by_score = [
             sorted(answers[i * each : (i + 1) * each], key=lambda a: -a["score"]) for i in range(len(questions))
@@ -146,12 +166,14 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         score = logprobs[: len(tokens)].float().exp()[said[: len(logprobs)]].mean()
         return {"answer": tokenizer.decode(tokens, skip_special_tokens=True).strip(), "score": float(score)}
 
-    def postprocess(self, model_outputs: dict[str, list]) -> list[dict[str, Any]]:
+    def postprocess(self, model_outputs: dict[str, list], **parameters: Any) -> list[dict[str, Any]]:
+        """The answers about one image and question."""
         answers = model_outputs["answers"]
         return answers[0] if isinstance(answers[0], list) else answers
 
-    def _model_inputs(self, images: Sequence, questions: Sequence[str]):
-        content = [[{"type": "image", "image": i}, {"type": "text", "text": q}] for i, q in zip(images, questions)]
+    def _model_inputs(self, images: Sequence[Image], questions: Sequence[str]) -> Any:
+        pairs = zip(images, questions, strict=True)
+        content = [[{"type": "image", "image": i}, {"type": "text", "text": q}] for i, q in pairs]
         inputs = self.processor.apply_chat_template(
             [[{"role": "user", "content": turn}] for turn in content],
             add_generation_prompt=True,

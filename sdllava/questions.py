@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from .chat_templates import UserTurnMarkers
@@ -23,9 +24,8 @@ def turns_about_images(image_counts: Sequence[int]) -> list[list[int]]:
         `list[list[int]]`: One list of indices of turns per image.
     """
     starts = [turn for turn, count in enumerate(image_counts) if count]
-    ends = [*starts[1:], len(image_counts)]
-    spans = [(image_counts[start], list(range(start, end))) for start, end in zip(starts, ends, strict=True)]
-    return [list(span) for count, span in spans for _ in range(count)]
+    spans = pairwise([*starts, len(image_counts)])
+    return [list(range(start, end)) for start, end in spans for _ in range(image_counts[start])]
 
 
 def clean_question(question: str, image_token: str = "<image>") -> str:

@@ -1,4 +1,4 @@
-"""Where published parts come from: repository ids, revisions and folders, safetensors only, and missing repositories."""
+"""Where published parts come from: repository ids, revisions, folders; safetensors only; missing repositories."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The record of a run: its settings in its folder, by which the same command resumes it and another is refused."""
+"""The record of a run: its settings in its folder. The same command resumes the run; another raises `ValueError`."""
 
 import json
 from collections.abc import Iterator

@@ -10,15 +10,24 @@ from torch.nn import functional as F
 MOST_POSITIONS = 256
 """Positions of an output map, 16x16, up to which the product was measured to be faster."""
 FEWEST_CHANNELS = 1280
-"""Input channels from which on it was."""
+"""Input channels from which on the product was measured to be faster."""
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """`nn.Conv2d` that multiplies its weights with the unfolded input where that is faster; equal but for rounding."""
+    """`nn.Conv2d` that multiplies its weights with the unfolded input where that is faster; equal up to rounding."""
+
+    @classmethod
+    def sharing(cls, conv: nn.Conv2d) -> "SmallMapConv2d":
+        """A convolution with the parameters of another one, whose padding is given as numbers."""
+        arguments = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        with torch.device("meta"):
+            shared = cls(*arguments, bias=conv.bias is not None)  # type: ignore[arg-type]  # tuples of two
+        shared.weight, shared.bias = conv.weight, conv.bias
+        return shared.train(conv.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Maps `(n, in_channels, h, w)` to maps `(n, out_channels, h', w')`."""
-        padding = cast(tuple[int, int], self.padding)  # by name it is kept out below
+        """Convolve maps `(n, in_channels, h, w)` to maps `(n, out_channels, h', w')`."""
+        padding = cast(tuple[int, int], self.padding)
         height, width = (
             (size + 2 * padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1
             for i, size in enumerate(input.shape[-2:])
@@ -34,9 +43,14 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 def multiply_small_maps(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Let the wide convolutions of a UNet be [`SmallMapConv2d`]s, in place; names and weights stay."""
-    for module in unet.modules():
-        if type(module) is nn.Conv2d and module.in_channels >= FEWEST_CHANNELS and module.kernel_size != (1, 1):
-            if module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-                module.__class__ = SmallMapConv2d
+    """Replace the wide convolutions of a UNet by `SmallMapConv2d`s with the same names and parameters, in place."""
+    for module in list(unet.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Conv2d and _is_wide(child):
+                setattr(module, name, SmallMapConv2d.sharing(child))
     return unet
+
+
+def _is_wide(conv: nn.Conv2d) -> bool:
+    plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return plain and conv.in_channels >= FEWEST_CHANNELS and conv.kernel_size != (1, 1)

@@ -1,4 +1,4 @@
-"""Tap names: where a UNet is read, and how.
+"""Tap names: where a denoiser is read.
 
 A name is `Stage-Level-Repeat-Block-Feature`, zero-based: `U-L1-R1-B0-Cross-Q` is
 `up_blocks[1].attentions[1].transformer_blocks[0].attn2.to_q` with all heads joined (S3, Table 3). Stages: `D` (down),
@@ -15,15 +15,9 @@ The long names of generic-diffusion-feature (`up-level1-repeat1-vit-block0-cross
 
 import difflib
 import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 _BLOCK_FEATURES = {"Cross-Q": ".attn2.to_q", "Cross-Out": ".attn2", "Out": ""}
 _STAGES = {"down": "D", "mid": "M", "up": "U"}
@@ -32,7 +26,7 @@ _LONG_NAME = re.compile(r"(down|mid|up)(?:-level(\d+))?(?:-repeat(\d+))?(?:-vit)
 
 @dataclass(frozen=True)
 class Tap:
-    """One place where a UNet can be read: its name, module path, and the height, width and channels found there."""
+    """One place where a denoiser can be read: its name, module path, and the height, width and channels found there."""
 
     name: str
     module_path: str
@@ -45,8 +39,8 @@ def list_taps(unet_config: dict[str, Any], latent_size: int | None = None) -> li
     """Every tap of a UNet, in the order in which the forward pass reaches it.
 
     Args:
-        unet_config (`dict`): a `UNet2DConditionModel` configuration.
-        latent_size (`int`, *optional*): height and width of the latents; default the configuration's `sample_size`.
+        unet_config (`dict`): A `UNet2DConditionModel` configuration.
+        latent_size (`int`, *optional*): Height and width of the latents; default is the configuration's `sample_size`.
     """
     config = {"layers_per_block": 2, "transformer_layers_per_block": 1, **unet_config}
     down_types = config.get("down_block_types") or ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
@@ -110,148 +104,20 @@ def canonical_tap_name(name: str) -> str:
     return "-".join([*parts, *(part.capitalize() for part in feature.split("-"))])
 
 
-def resolve_taps(names: Sequence[str], unet_config: dict[str, Any], latent_size: int | None = None) -> list[Tap]:
-    """Look tap names up in a UNet.
+def resolve_taps(names: Sequence[str], known: Sequence[Tap]) -> list[Tap]:
+    """Look tap names up, in short or long form.
+
+    Args:
+        names: Tap names.
+        known: The taps of the denoiser, for example from `list_taps`.
 
     Raises:
-        ValueError: a name does not exist there; the sentence names the nearest that do.
+        ValueError: A name does not exist there. The message names the nearest that do.
     """
-    known = {tap.name: tap for tap in list_taps(unet_config, latent_size)}
+    by_name = {tap.name: tap for tap in known}
     for name in names:
         short = canonical_tap_name(name)
-        if short not in known:
-            nearest = difflib.get_close_matches(short, known, n=3, cutoff=0.0)
-            raise ValueError(f"this UNet has no tap {name!r}: the nearest are {', '.join(nearest)}")
-    return [known[canonical_tap_name(name)] for name in names]
-
-
-class AllTapsRead(Exception):
-    """Ends a forward pass whose last tap has been read."""
-
-
-@contextmanager
-def _hooks(handles: list) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _is_other_thread(reader: int | None) -> bool:
-    return reader is not None and threading.get_ident() != reader
-
-
-def hook_taps(
-    model: nn.Module, taps: Sequence[Tap], read: dict[str, torch.Tensor], reader: int | None = None
-) -> list[RemovableHandle]:
-    """Let each tap's module put its output into `read`, by its path; once all are there, [`AllTapsRead`] is raised.
-
-    Args:
-        reader: the only thread whose passes are read; others may run the same model at the same time.
-    """
-    paths = {tap.module_path for tap in taps}
-
-    def hook_for(path: str) -> Callable:
-        def hook(module, args, output):
-            if _is_other_thread(reader):
-                return
-            read[path] = getattr(output, "sample", output[0] if isinstance(output, tuple) else output)
-            if len(read) == len(paths):
-                raise AllTapsRead
-
-        return hook
-
-    return [model.get_submodule(path).register_forward_hook(hook_for(path)) for path in paths]
-
-
-def hook_shared_rows(
-    modules: Sequence[nn.Module], shared: dict[str, int], reader: int | None = None
-) -> list[RemovableHandle]:
-    """Let each module compute the first `shared["rows"]` rows of its batch and give the result `shared["blocks"]` times,
-    for rows whose inputs are the same, block by block.
-    """
-
-    def first_block(module, args):
-        return None if _is_other_thread(reader) else tuple(x[: shared["rows"]] for x in args)
-
-    def repeat(module, args, output):
-        return None if _is_other_thread(reader) else torch.cat([output] * shared["blocks"])
-
-    before = [module.register_forward_pre_hook(first_block) for module in modules]
-    return before + [module.register_forward_hook(repeat) for module in modules]
-
-
-def read_taps(model: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any]) -> list[torch.Tensor]:
-    """Run `forward` on `model` up to the last tap and return each tap's output.
-
-    The taps are read by forward hooks on the stock modules, which are removed afterwards; nothing behind the last tap
-    runs.
-
-    Returns:
-        `list[torch.Tensor]`: one `(n, channels, height, width)` or `(n, height * width, channels)` tensor a tap, as
-        the module gives it.
-
-    Raises:
-        RuntimeError: a tap's module was compiled, or lies in one that was.
-    """
-    read: dict[str, torch.Tensor] = {}
-    with _hooks(hook_taps(model, taps, read, threading.get_ident())):
-        try:
-            forward()
-        except AllTapsRead:
-            pass
-    if unread := [tap.name for tap in taps if tap.module_path not in read]:
-        raise RuntimeError(
-            f"{unread[0]} was not read, as compiled code calls no hooks: compile with the tower's compile_pass, which "
-            "reads its taps inside"
-        )
-    return [read[tap.module_path] for tap in taps]
-
-
-@contextmanager
-def share_rows(modules: Sequence[nn.Module], rows: int, blocks: int) -> Iterator[None]:
-    """Inside the context, `blocks` times `rows` rows share what is computed of the first `rows`."""
-    with _hooks(hook_shared_rows(modules, {"rows": rows, "blocks": blocks}, threading.get_ident())):
-        yield
-
-
-class CutAway(nn.Module):
-    """Stands, without weights, where a module behind the deepest tap was, and says so when it is used."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.reason = f"this {type(module).__name__} lies behind the deepest tap and was cut away: use truncate=False"
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            raise AttributeError(self.__dict__.get("reason", str(error))) from None
-
-    def forward(self, *args, **kwargs):
-        raise RuntimeError(self.reason)
-
-
-def cut_behind_taps(model: nn.Module, running: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any]) -> None:
-    """Replace in `model` every module that does not run before the last tap by [`CutAway`].
-
-    `attn2.to_k` of a tapped `Cross-Q` stays, so that its attention map can still be drawn.
-
-    Args:
-        model: the module to cut, in place.
-        running: a module of the same structure on which `forward` runs; on the meta device this costs nothing.
-        taps: the taps to keep.
-        forward: runs `running` once.
-    """
-    used = {tap.module_path[: -len("to_q")] + "to_k" for tap in taps if tap.name.endswith("Cross-Q")}
-    names = {module: name for name, module in running.named_modules()}
-    handles = [m.register_forward_pre_hook(lambda module, args: used.add(names[module])) for m in running.modules()]
-    with _hooks(handles):
-        read_taps(running, taps, forward)
-    needed = {".".join(name.split(".")[:end]) for name in used for end in range(1, name.count(".") + 2)}
-    for name, module in list(model.named_modules()):
-        for child_name, child in list(module.named_children()):
-            if (f"{name}.{child_name}" if name else child_name) not in needed:
-                is_list = isinstance(child, nn.ModuleList)
-                module.register_module(child_name, nn.ModuleList(map(CutAway, child)) if is_list else CutAway(child))
+        if short not in by_name:
+            nearest = difflib.get_close_matches(short, by_name, n=3, cutoff=0.0)
+            raise ValueError(f"There is no tap {name!r} in this denoiser. The nearest are {', '.join(nearest)}.")
+    return [by_name[canonical_tap_name(name)] for name in names]

@@ -119,14 +119,14 @@ def test_an_upgraded_llava_gives_llavas_logits_and_tokens(published, photograph,
     assert torch.equal(model.generate(**inputs, **options), llava.generate(**llava_inputs, **options))
 
 
-def test_a_wider_projector_starts_anew(published):
+def test_a_wider_projector_is_initialised_from_scratch(published):
     model = SDLlavaForConditionalGeneration.from_llava_pretrained(
         published["llava"], published["sd2"], fusion="concat", **TOWER
     )
     assert model.model.multi_modal_projector.linear_1.in_features == 32 + 64
 
 
-def test_a_tower_alone_whole_or_cut(published):
+def test_only_a_tower_whole_or_cut(published):
     fields = {name: TOWER[name] for name in ("taps", "image_size", "grid_size")}
     whole = SDLlavaDiffusionModel.from_component_pretrained(published["sd2"], **fields)
     cut = SDLlavaDiffusionModel.from_component_pretrained(published["sd2"], truncate=True, **fields)
@@ -146,38 +146,38 @@ def edited(folder, tmp_path, file: str, **changes):
 
 
 def test_parts_are_checked_before_weights_are_read(published, tmp_path):
-    def refused(match: str, error=ValueError, **parts):
+    def rejects(match: str, error=ValueError, **parts):
         with pytest.raises(error, match=match):
             SDLlavaForConditionalGeneration.from_component_pretrained(
                 **{"vision": published["clip"], "language_model": published["llm"], **TOWER, **parts}
             )
 
     inpainting = edited(published["sd2"], tmp_path / "a", "unet/config.json", in_channels=9)
-    refused("the UNet takes 9 channels but the VAE gives 4", diffusion=inpainting)
+    rejects("The UNet takes 9 channels but the VAE gives 4", diffusion=inpainting)
     mismatched = edited(published["sd2"], tmp_path / "b", "unet/config.json", cross_attention_dim=48)
     (mismatched / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    refused("the UNet is conditioned on width 48, the text encoders give 32", diffusion=mismatched)
-    refused("this UNet has no tap 'U-L9-Out'", diffusion=published["sd2"], taps=["U-L9-Out"])
-    refused("timestep 2000 is outside", diffusion=published["sd2"], timesteps=[2000])
-    refused("'fusion_heads' is no field of SDLlavaConfig", TypeError, diffusion=published["sd2"], fusion_heads=3)
-    refused(
-        "the static encoder can be clip_vision_model", TypeError, diffusion=published["sd2"], vision=published["llm"]
+    rejects("The UNet is conditioned on prompts of width 48, but the text encoders give 32", diffusion=mismatched)
+    rejects("There is no tap 'U-L9-Out'", diffusion=published["sd2"], taps=["U-L9-Out"])
+    rejects("Timestep 2000 is outside", diffusion=published["sd2"], timesteps=[2000])
+    rejects("'fusion_heads' is not a field of SDLlavaConfig", TypeError, diffusion=published["sd2"], fusion_heads=3)
+    rejects(
+        "The vision encoder can be clip_vision_model", TypeError, diffusion=published["sd2"], vision=published["llm"]
     )
 
 
 @pytest.mark.parametrize("part", ["diffusion", "vision", "language_model"])
-def test_a_folder_that_is_no_checkpoint(published, part, tmp_path):
+def test_a_folder_without_a_checkpoint(published, part, tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
     parts = {"diffusion": published["sd2"], "vision": published["clip"], "language_model": published["llm"]}
-    with pytest.raises((OSError, ValueError), match=r"cannot read the .*notes\.txt"):
+    with pytest.raises((OSError, ValueError), match=r"Cannot read the .*notes\.txt"):
         SDLlavaForConditionalGeneration.from_component_pretrained(**{**parts, part: tmp_path}, **TOWER, **HEADS)
 
 
 def test_a_repository_that_is_gone_says_what_to_use_instead(published):
     parts = {"vision": published["clip"], "language_model": published["llm"]}
-    with pytest.raises(OSError, match=r"removed from the Hub in November 2025: use 'sd2-community/stable-diffusion"):
+    with pytest.raises(OSError, match=r"removed from the Hub in November 2025. Use 'sd2-community/stable-diffusion"):
         SDLlavaForConditionalGeneration.from_component_pretrained("stabilityai/stable-diffusion-2-1-base", **parts)
-    with pytest.raises(OSError, match=r"give a repository id, id@revision, or a local folder"):
+    with pytest.raises(OSError, match=r"Give a repository id, id@revision or a local folder"):
         SDLlavaForConditionalGeneration.from_component_pretrained("nobody/nothing@main", **parts)
 
 
@@ -189,7 +189,7 @@ def test_pickled_weights_are_not_read(published, tmp_path):
         SDLlavaDiffusionModel.from_component_pretrained(copy, **TOWER)
 
 
-def test_a_language_model_that_scales_its_logits_is_refused(published, tmp_path):
+def test_a_language_model_that_scales_its_logits_raises(published, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = Gemma2Config(vocab_size=320, num_key_value_heads=4, head_dim=8, final_logit_softcapping=0.5, **sizes)
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
@@ -250,7 +250,7 @@ def test_language_models_with_other_names_inside(published, photograph, kind, tm
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
 
-def test_a_head_with_a_bias_is_refused(published, tmp_path):
+def test_a_head_with_a_bias_raises(published, tmp_path):
     model = language_model("phi")
     model.save_pretrained(tmp_path)
     tiny.language_tokenizer().save_pretrained(tmp_path)
@@ -259,7 +259,7 @@ def test_a_head_with_a_bias_is_refused(published, tmp_path):
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
-def test_another_image_size_for_the_static_encoder(published, photograph, vision):
+def test_another_image_size_for_the_vision_encoder(published, photograph, vision):
     parts = {"vision": published[vision], "language_model": published["llm"], "vision_image_size": 48}
     model = SDLlavaForConditionalGeneration.from_component_pretrained(**parts, dtype="bfloat16")
     inputs = model_inputs(SDLlavaProcessor.from_component_pretrained(**parts), photograph)
@@ -281,12 +281,12 @@ def test_missing_weights_name_their_own_part(published, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"taps": ["U-L1-R1-B0-Out"]}, ValueError, "'taps' belongs to a diffusion tower: give diffusion"),
-        ({"dtype": "float12"}, ValueError, "dtype 'float12' is no type of weights"),
-        ({"image_token_index": 5}, TypeError, "'image_token_index' is no field"),
+        ({"taps": ["U-L1-R1-B0-Out"]}, ValueError, "'taps' is a field of a diffusion tower. Give diffusion"),
+        ({"dtype": "float12"}, ValueError, "'float12' is not a dtype of weights"),
+        ({"image_token_index": 5}, TypeError, "'image_token_index' is not a field"),
     ],
 )
-def test_fields_that_nothing_would_read_are_refused(published, fields, error, message):
+def test_fields_that_nothing_reads_raise(published, fields, error, message):
     with pytest.raises(error, match=message):
         SDLlavaForConditionalGeneration.from_component_pretrained(
             vision=published["clip"], language_model=published["llm"], **fields

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CLIPTokenizer
 
 from sdllava import SDLlavaDiffusionModel, SDLlavaForConditionalGeneration
-from sdllava.diffusion import guide, resize_grid
+from sdllava.grids import resize_grid
+from sdllava.guidance import guide
 from sdllava.taps import list_taps
 
 
@@ -154,11 +155,11 @@ def test_a_tiny_autoencoder_takes_the_vaes_place_and_is_saved(composed, tmp_path
     torch.testing.assert_close(ask(loaded).last_hidden_state, ask(tiny_tower).last_hidden_state)
 
 
-def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
+def test_an_autoencoder_of_other_latents_raises(tmp_path):
     AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path / "taef1")
     with pytest.raises(ValueError, match="makes latents of 16 channels at 1/8"):
         tower().use_tiny_vae(str(tmp_path / "taef1"))
-    with pytest.raises(OSError, match="cannot read the tiny autoencoder from"):
+    with pytest.raises(OSError, match="Cannot read the tiny autoencoder from"):
         tower().use_tiny_vae(str(tmp_path))
 
 
@@ -172,7 +173,7 @@ def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
     ],
 )
 def test_what_no_prompt_has_reached_is_computed_once(kind, only_cross_attention, through):
-    """Prompts that share latents against each of them alone, at every tap, and the same with gradients recorded."""
+    """Prompts that share latents against each in a pass of its own, at every tap; the same with gradients recorded."""
     unet = tiny.diffusion_config(kind).unet_config | {"only_cross_attention": only_cross_attention}
     model = tower(kind, truncate=False, unet_config=unet)
     taps = list_taps(model.config.unet_config, 8)
@@ -186,8 +187,8 @@ def test_what_no_prompt_has_reached_is_computed_once(kind, only_cross_attention,
     with torch.no_grad():
         shared = model.backbone.read(latents, 50, prompts, taps)
         blocks = [{name: x[i : i + 2] for name, x in prompts.items()} for i in (0, 2, 4)]
-        alone = zip(*(model.backbone.read(latents, 50, block, taps) for block in blocks))
-    for tap, one, expected in zip(taps, shared, alone, strict=True):
+        separate = zip(*(model.backbone.read(latents, 50, block, taps) for block in blocks), strict=True)
+    for tap, one, expected in zip(taps, shared, separate, strict=True):
         torch.testing.assert_close(one, torch.cat(expected), rtol=0, atol=1e-5, msg=tap.name)
     model.backbone.read(latents, 50, prompts, taps)
     assert rows == [*through, *[2] * 6, 6, 6]
@@ -204,7 +205,7 @@ def test_a_compiled_pass_gives_the_same_features(kind, caplog):
         torch.testing.assert_close(ask(model).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1  # of both timesteps, and of the second call
     torch.testing.assert_close(ask(model, n=3, seed=1).last_hidden_state, other, atol=1e-5, rtol=1e-5)
-    said = [record.message for record in caplog.records if record.name == "sdllava.compiled_pass"]
+    said = [record.message for record in caplog.records if record.name == "sdllava.unet_pass"]
     assert [message.split(": ")[0] for message in said] == [
         f"compiling for latents of shape ({n}, 4, 8, 8)" for n in (2, 3)
     ]
@@ -237,28 +238,28 @@ def test_a_compiled_tower_still_trains_and_shows_its_attention():
     with torch.no_grad():
         found, expected = (model.backbone.read(latents, 50, prompts, other) for model in (compiled, plain))
     assert len(found) == 2
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     compiled.unet.requires_grad_(True)
     inputs = tiny.image_inputs(1)
     compiled(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"]).last_hidden_state.sum().backward()
     assert compiled.unet.conv_in.weight.grad.abs().sum() > 0
 
 
-def test_a_tap_that_was_compiled_is_told():
+def test_a_tap_that_was_compiled_raises():
     model = tower(guidance_scales=[1.0], truncate=False)
     model.unet.compile_repeated_blocks(backend="eager")
     with torch.no_grad():
         model.unet(torch.zeros(2, 4, 8, 8), 50, model.null_prompt()["encoder_hidden_states"].repeat(2, 1, 1))
-    with pytest.raises(RuntimeError, match="U-L1-R1-B0-Cross-Q was not read, as compiled code calls no hooks"):
+    with pytest.raises(RuntimeError, match="'U-L1-R1-B0-Cross-Q' was not read, because compiled code calls no hooks"):
         ask(model)
 
 
 def test_blocks_that_a_user_compiled_are_not_captured_in_silence():
     model = tower()
     model.unet.compile_repeated_blocks(backend="eager")
-    with pytest.raises(RuntimeError, match="U-L1-R0-B0 cannot be captured, as compiled code calls no hooks"):
-        with model.capture_attention(["U-L1-R0-B0"]):
-            pass
+    capture = model.capture_attention(["U-L1-R0-B0"])
+    with pytest.raises(RuntimeError, match="'U-L1-R0-B0' cannot be captured, because compiled code calls no hooks"):
+        capture.__enter__()
 
 
 @pytest.mark.parametrize("conditioning", ["none", "question"])
@@ -340,11 +341,11 @@ def test_features_do_not_depend_on_the_batch():
     with torch.no_grad():
         batch = model(pixels, ids)
         for i in range(4):
-            alone = model(pixels[i : i + 1], ids[i : i + 1])
+            single = model(pixels[i : i + 1], ids[i : i + 1])
             for name in ("unconditional_features", "conditional_features"):
-                torch.testing.assert_close(alone[name], batch[name][i : i + 1], rtol=0, atol=1e-5)
+                torch.testing.assert_close(single[name], batch[name][i : i + 1], rtol=0, atol=1e-5)
             guided = batch.last_hidden_state[i : i + 1]
-            assert (alone.last_hidden_state - guided).norm() < 1e-5 * guided.norm()
+            assert (single.last_hidden_state - guided).norm() < 1e-5 * guided.norm()
         assert torch.equal(model(pixels, ids).last_hidden_state, batch.last_hidden_state)
 
 
@@ -403,19 +404,19 @@ def test_guide_skips_what_a_scale_does_not_need():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"timesteps": [1000]}, "timestep 1000 is outside the training schedule: give a value in 0..999"),
-        ({"timesteps": [-1]}, "timestep -1 is outside"),
+        ({"timesteps": [1000]}, "Timestep 1000 is outside the training schedule. Use a value in 0..999"),
+        ({"timesteps": [-1]}, "Timestep -1 is outside"),
         ({"taps": []}, "need at least one entry"),
         ({"taps": ["U-L1-R1-B0-Cross-Q", "U-L3-R1-B0-Out"], "ensemble": "mean"}, "needs taps of equal channels"),
     ],
 )
-def test_bad_configurations_are_refused(fields, message):
+def test_bad_configurations_raise(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny.diffusion_config(**fields)
 
 
-def test_a_wrong_number_of_scales_is_refused():
-    with pytest.raises(ValueError, match=r"combines 1 guidance scale\(s\), but \[0.0, 4.0\] was given"):
+def test_a_wrong_number_of_scales_raises():
+    with pytest.raises(ValueError, match=r"guidance_scales=\[0.0, 4.0\] has 2 entries, but this model combines 1"):
         ask(tower(), guidance_scales=[0.0, 4.0])
 
 
@@ -425,10 +426,10 @@ def test_a_wrong_number_of_scales_is_refused():
         ({"input_ids": tiny.prompt_ids(3)}, r"3 prompts for 2 image\(s\): give one for each"),
         ({"noise_seed": torch.tensor([1, 2, 3])}, r"3 noise_seeds for 2 image\(s\)"),
         ({"unconditional_features": torch.zeros(1, 16, 64)}, r"1 unconditional_features for 2 image\(s\)"),
-        ({"pixel_values": torch.zeros(2, 3, 32, 128)}, "latents of 4 x 16 are not square"),
+        ({"pixel_values": torch.zeros(2, 3, 32, 128)}, "Latents of 4 x 16 are not square"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(change, message):
+def test_rows_that_do_not_fit_raise(change, message):
     inputs = tiny.image_inputs(2)
     given = {"pixel_values": inputs["diffusion_pixel_values"], "input_ids": inputs["diffusion_input_ids"], **change}
     with pytest.raises(ValueError, match=message):

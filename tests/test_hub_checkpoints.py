@@ -221,8 +221,10 @@ def test_assembly_records_where_parts_come_from_but_no_path(published, tmp_path)
     folder = Path(shutil.copytree(published["sd2"], tmp_path / "sd2"))
     (folder / "README.md").write_text("---\nlicense: openrail++\n---\n")
     parts = {"diffusion": str(folder), "vision": str(published["clip"]), "language_model": str(published["llm"])}
-    from sdllava.components import plan
+    from sdllava.parts import read_parts
 
-    config = plan(**parts, taps=["U-L1-R1-B0-Cross-Q"], image_size=64, grid_size=4, fusion_num_attention_heads=4).config
+    config = read_parts(
+        **parts, taps=["U-L1-R1-B0-Cross-Q"], image_size=64, grid_size=4, fusion_num_attention_heads=4
+    ).config
     assert config.components == {"diffusion": {"license": "openrail++"}, "vision": {}, "language_model": {}}
     assert not any(str(path) in config.to_json_string() for path in (tmp_path, *published.values()))

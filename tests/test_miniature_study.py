@@ -17,7 +17,7 @@ from research.miniature.study.page import cell, page
 from research.miniature.study.readout import answer_units, auc, fit_readout, one_hot, ordered_pairs, shares
 from research.miniature.study.run import PARTS, finished_part, run_study
 from research.miniature.study.taps import quadrant_vectors
-from sdllava.diffusion import guide
+from sdllava.guidance import guide
 from sdllava.scenes.world import CELLS
 
 

@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from sdllava.chat_templates import chat_template_for
 from sdllava.image_loading import load_rgb, pad_to_square
-from sdllava.processors import clean_question, questions_in_messages, questions_in_text
+from sdllava.questions import clean_question, questions_in_messages, questions_in_text
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +129,10 @@ def server(tmp_path):
 
 def test_urls_are_fetched_and_bounded(server, monkeypatch):
     assert np.array_equal(load_rgb(f"{server}/red.png"), red())
-    with pytest.raises(ValueError, match=r"missing\.png' cannot be fetched: .*404"):
+    with pytest.raises(ValueError, match=r"missing\.png' cannot be fetched \(.*404"):
         load_rgb(f"{server}/missing.png")
     monkeypatch.setattr("sdllava.image_loading.MAX_DOWNLOAD", 10)
-    with pytest.raises(ValueError, match="is larger than 0 MiB: download it yourself"):
+    with pytest.raises(ValueError, match=r"is larger than 0 MiB\. Download it yourself"):
         load_rgb(f"{server}/red.png")
 
 
@@ -152,17 +152,17 @@ def bomb() -> bytes:
     ("image", "error", "message"),
     [
         (truncated_jpeg(), ValueError, "is truncated or unreadable"),
-        (b"this is no image at all", ValueError, "no image that Pillow can read"),
-        ("missing.jpg", FileNotFoundError, "'missing.jpg' is no existing file"),
-        (bomb(), ValueError, "possible decompression bomb"),
+        (b"this is not an image at all", ValueError, "not an image that Pillow can read"),
+        ("missing.jpg", FileNotFoundError, "'missing.jpg' is not an existing file"),
+        (bomb(), ValueError, "may be a decompression bomb"),
         (Image.new("RGB", (0, 5)), ValueError, "has no pixels: its size is 0 x 5"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "has no pixels"),
-        (np.zeros((5, 5, 7), np.uint8), ValueError, r"shape \(5, 5, 7\) is no image"),
-        (np.full((4, 4, 3), 7.0), ValueError, r"must lie in \[0, 1\], not \[7, 7\]"),
-        (42, TypeError, "42 is no image"),
+        (np.zeros((5, 5, 7), np.uint8), ValueError, r"shape \(5, 5, 7\) is not an image"),
+        (np.full((4, 4, 3), 7.0), ValueError, r"has values in \[7, 7\]. Scale it to \[0, 1\]"),
+        (42, TypeError, "42 is not an image"),
     ],
 )
-def test_bad_images_get_one_sentence(image, error, message):
+def test_bad_images_raise(image, error, message):
     with pytest.raises(error, match=message):
         load_rgb(image)
 
@@ -180,11 +180,11 @@ def test_both_encoders_see_the_same_square(processor):
     assert inputs["pixel_values"].shape == (1, 3, 32, 32)
     assert inputs["diffusion_pixel_values"].shape == (1, 3, 64, 64)
     mean, std = (torch.tensor(x) for x in (processor.image_processor.image_mean, processor.image_processor.image_std))
-    static_red = inputs["pixel_values"][0, 0] * std[0] + mean[0]
+    vision_red = inputs["pixel_values"][0, 0] * std[0] + mean[0]
     diffusion_red = (inputs["diffusion_pixel_values"][0, 0] + 1) / 2
     assert inputs["diffusion_pixel_values"].abs().max() <= 1
-    assert static_red[2, 16] == pytest.approx(122 / 255, abs=0.01) == diffusion_red[4, 32].item()
-    assert static_red[16, 16] == pytest.approx(200 / 255, abs=0.01)
+    assert vision_red[2, 16] == pytest.approx(122 / 255, abs=0.01) == diffusion_red[4, 32].item()
+    assert vision_red[16, 16] == pytest.approx(200 / 255, abs=0.01)
     assert diffusion_red[32, 32] == pytest.approx(200 / 255, abs=0.01)
 
 
@@ -204,7 +204,7 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize(("conversation", "questions"), CONVERSATIONS)
-def test_the_question_is_the_last_user_turn_behind_the_image(processor, conversation, questions):
+def test_the_question_is_the_last_user_turn_after_the_image(processor, conversation, questions):
     """From messages, and from the text that the chat template makes of them."""
     for message in conversation:
         if isinstance(message["content"], list):
@@ -260,7 +260,7 @@ def test_long_questions_are_cut_with_one_warning(processor, caplog):
     python_logging.getLogger("transformers").propagate = False
     assert inputs["diffusion_input_ids"].shape == (1, 77)
     assert inputs["diffusion_input_ids"][0, -1] == tiny.EOS
-    assert sum("longer than the diffusion model's 77 tokens" in r.message for r in caplog.records) == 1
+    assert sum("more than the diffusion model's 77 tokens" in r.message for r in caplog.records) == 1
 
 
 def test_placeholders_masks_and_round_trip(processor, tmp_path):
@@ -268,7 +268,7 @@ def test_placeholders_masks_and_round_trip(processor, tmp_path):
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     inputs = processor.apply_chat_template(conversation, **options)
     ids, mask = inputs["input_ids"][0], inputs["assistant_masks"][0]
-    supervised = processor.tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    supervised = processor.tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
     assert supervised == " A dog.</s> Left.</s>"
     assert ids.count(processor.image_token_id) == processor.num_image_tokens == 16
     processor.save_pretrained(tmp_path)
@@ -292,22 +292,22 @@ def test_batches_are_padded_on_the_left(processor):
         (
             {"images": [[red()], [red(), red()]], "text": ["<image><image> a", "<image> b"]},
             ValueError,
-            r"text 0 has 2 <image> token\(s\) but 1 image",
+            r"Text 0 has 2 <image> token\(s\) but 1 image",
         ),
         ({"text": "<image>"}, ValueError, r"1 <image> token\(s\) but 0 image"),
-        ({"images": red(), "text": "<image>", "question": 7}, TypeError, "a question must be text, not 7"),
-        ({"images": red(), "text": "<image>", "question": [None]}, TypeError, "a question must be text, not None"),
+        ({"images": red(), "text": "<image>", "question": 7}, TypeError, "Question 7 is not a string"),
+        ({"images": red(), "text": "<image>", "question": [None]}, TypeError, "Question None is not a string"),
         ({"images": red(), "text": "<image>", "question": ["a", "b"]}, ValueError, r"2 question\(s\) for 1 image"),
-        ({"images": red(), "text": [3]}, TypeError, "text must be a string or a list of strings, not 3"),
-        ({}, ValueError, "give images, text, or both"),
+        ({"images": red(), "text": [3]}, TypeError, "Text 3 is not a string"),
+        ({}, ValueError, "Give images, text, or both"),
     ],
 )
-def test_bad_input_gets_one_sentence(processor, arguments, error, message):
+def test_bad_input_raises(processor, arguments, error, message):
     with pytest.raises(error, match=message):
         processor(return_tensors="pt", **arguments)
 
 
-def test_serving_engines_get_one_row_an_image(processor):
+def test_serving_engines_get_one_row_per_image(processor):
     data = processor._get_num_multimodal_tokens(image_sizes=[[10, 20], [30, 40]])
     assert (data.num_image_tokens, data.num_image_patches) == ([16, 16], [1, 1])
 

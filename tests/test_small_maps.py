@@ -21,10 +21,9 @@ def products(monkeypatch):
 @pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "padding": 1}, {"dilation": 2}, {"bias": False}])
 @pytest.mark.parametrize("size", [(16, 16), (5, 9)])
 def test_products_are_the_convolution(options, size, products):
-    plain = nn.Conv2d(24, 8, 3, **options)
-    x, small = torch.randn(3, 24, *size), nn.Conv2d(24, 8, 3, **options)
-    small.load_state_dict(plain.state_dict())
-    small.__class__ = SmallMapConv2d
+    plain, x = nn.Conv2d(24, 8, 3, **options), torch.randn(3, 24, *size)
+    small = SmallMapConv2d.sharing(plain)
+    assert small.weight is plain.weight
     with torch.no_grad():
         torch.testing.assert_close(small(x), plain(x), rtol=0, atol=1e-5)
     assert len(products) == 1

@@ -9,7 +9,8 @@ from diffusers import UNet2DConditionModel
 
 from sdllava.configuration import SDLlavaDiffusionConfig
 from sdllava.diffusion import SDLlavaDiffusionModel
-from sdllava.taps import canonical_tap_name, cut_behind_taps, list_taps, read_taps, resolve_taps
+from sdllava.taps import canonical_tap_name, list_taps, resolve_taps
+from sdllava.unet_pass import cut_after_taps, read_taps
 
 SDXL_UNET = {
     "sample_size": 128,
@@ -33,12 +34,12 @@ SDXL_UNET = {
     ],
 )
 def test_the_papers_taps_have_the_papers_sizes(name, size, channels, path):
-    (tap,) = resolve_taps([name], SDLlavaDiffusionConfig().unet_config)
+    (tap,) = resolve_taps([name], SDLlavaDiffusionConfig().all_taps())
     assert (tap.height, tap.width, tap.channels, tap.module_path) == (size, size, channels, path)
 
 
 def test_sdxl_tap_of_the_papers():
-    (tap,) = resolve_taps(["up-level0-repeat0-vit-block7-out"], SDXL_UNET, latent_size=64)
+    (tap,) = resolve_taps(["up-level0-repeat0-vit-block7-out"], list_taps(SDXL_UNET, latent_size=64))
     assert (tap.name, tap.height, tap.channels) == ("U-L0-R0-B7-Out", 16, 1280)
     assert tap.module_path == "up_blocks.0.attentions.0.transformer_blocks.7"
 
@@ -59,8 +60,10 @@ def test_long_names_and_any_case_are_understood(given, short):
     assert canonical_tap_name(given) == short
 
 
-def test_an_unknown_tap_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match=r"no tap 'U-L1-R7-B0-Cross-Q': the nearest are .*U-L1-R1-B0-Cross-Q"):
+def test_an_unknown_tap_raises_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"no tap 'U-L1-R7-B0-Cross-Q' in this denoiser. The nearest are .*U-L1-R1-B0-Cross-Q"
+    ):
         SDLlavaDiffusionConfig(taps=["U-L1-R7-B0-Cross-Q"])
 
 
@@ -100,7 +103,7 @@ def test_every_tap_equals_a_hook_on_the_whole_stock_unet(kind, latent_size):
 
 def test_reading_leaves_nothing_patched():
     unet = UNet2DConditionModel.from_config(tiny.UNET_SD2)
-    (tap,) = resolve_taps(["U-L1-R1-B0-Cross-Q"], tiny.UNET_SD2)
+    (tap,) = resolve_taps(["U-L1-R1-B0-Cross-Q"], list_taps(tiny.UNET_SD2))
     read_taps(unet, [tap], lambda: unet(**unet_inputs("sd2", 8)))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
@@ -108,7 +111,7 @@ def test_reading_leaves_nothing_patched():
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("latent_size", [8, 11])
 def test_every_cut_unet_equals_the_whole_one(kind, latent_size):
-    """Each tap, read from a UNet cut right behind it, against a hook on the untouched UNet."""
+    """Each tap, read from a UNet cut right after it, against a hook on the untouched UNet."""
     config = tiny.diffusion_config(kind).unet_config
     unet = UNet2DConditionModel.from_config(config).eval()
     inputs = unet_inputs(kind, latent_size)
@@ -118,10 +121,10 @@ def test_every_cut_unet_equals_the_whole_one(kind, latent_size):
         for tap in list_taps(config, latent_size):
             (expected,) = read_taps(unet, [tap], lambda: unet(**inputs))
             cut = copy.deepcopy(unet)
-            cut_behind_taps(cut, meta, [tap], lambda: meta(**meta_inputs))
+            cut_after_taps(cut, meta, [tap], lambda: meta(**meta_inputs))
             (read,) = read_taps(cut, [tap], lambda cut=cut: cut(**inputs))
             assert torch.equal(read, expected), tap.name
-            with pytest.raises((RuntimeError, AttributeError), match="was cut away: use truncate=False"):
+            with pytest.raises((RuntimeError, AttributeError), match=r"was cut away\. Load with truncate=False"):
                 cut(**inputs)
 
 

@@ -1,5 +1,6 @@
 """Loading a diffusion model for analysis: the tower of a saved model, or a published diffusion model, whole."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,12 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
+from ..backbones import read_whole
 from ..configuration import SDLlavaConfig
 from ..diffusion import SDLlavaDiffusionModel
-from ..diffusion_loading import load_diffusion, load_diffusion_tokenizers, read_diffusion_config
-from ..processors import SDLlavaProcessor, diffusion_image_processor
+from ..parts import diffusion_image_processor
+from ..processors import SDLlavaProcessor
 from ..repositories import find_file, missing, split_revision
-from ..taps import list_taps
 from .reading import Prompts
 
 
@@ -73,14 +74,10 @@ def short_name(model: str) -> str:
 
 
 def _load_published(model: str, dtype: torch.dtype | None) -> AnalysisModel:
-    config = read_diffusion_config(model)
-    image_size = min(config.image_size, config.unet_config["sample_size"] * config.vae_scale_factor)
-    last_tap = [tap.name for tap in list_taps(config.unet_config) if tap.name.endswith("Cross-Q")][-1]
-    fields = {"truncate": False, "taps": [last_tap], "image_size": image_size}
-    tower = load_diffusion(model, dtype=dtype or torch.float32, **fields)
-    tokenizers = load_diffusion_tokenizers(model, tower.config.text_encoder_2_config is not None)
-    stand_in = load_diffusion_tokenizers(model, False)[0]  # a processor needs a language tokenizer; none is used here
-    processor = SDLlavaProcessor(None, stand_in, diffusion_image_processor(tower.config), *tokenizers)
+    published = read_whole(model, max_image_size=512)
+    tower = SDLlavaDiffusionModel.from_published(published, dtype or torch.float32)
+    stand_in = copy.deepcopy(published.tokenizers[0])  # a processor needs a language tokenizer; none is used here
+    processor = SDLlavaProcessor(None, stand_in, diffusion_image_processor(tower.config), *published.tokenizers)
     return AnalysisModel(short_name(model), tower, processor)
 
 

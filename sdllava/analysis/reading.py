@@ -6,8 +6,9 @@ from math import isqrt
 
 import torch
 
-from ..diffusion import SDLlavaDiffusionModel, guide
-from ..taps import Tap, list_taps, resolve_taps
+from ..diffusion import SDLlavaDiffusionModel
+from ..guidance import guide
+from ..taps import Tap, resolve_taps
 
 FeatureKey = tuple[str, int, float]
 """Tap, timestep and guidance scale."""
@@ -40,7 +41,7 @@ class FeatureMap:
 
 def available_taps(tower: SDLlavaDiffusionModel) -> list[Tap]:
     """The taps that a tower can read, in the order of its forward pass: all of them unless it is truncated."""
-    taps = list_taps(tower.config.unet_config, tower.config.latent_size)
+    taps = tower.config.all_taps()
     if not tower.config.truncate:
         return taps
     return taps[: max(taps.index(tap) for tap in tower.taps) + 1]
@@ -58,7 +59,7 @@ def choose_taps(tower: SDLlavaDiffusionModel, names: Sequence[str] | None = None
     """
     if names is None:
         return list(tower.taps)
-    taps = resolve_taps(names, tower.config.unet_config, tower.config.latent_size)
+    taps = resolve_taps(names, tower.config.all_taps())
     available = available_taps(tower)
     for tap in taps:
         if tap not in available:

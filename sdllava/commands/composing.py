@@ -1,50 +1,46 @@
-"""What `sdllava compose` and `sdllava taps` do: plan, show, load, write aside, rename."""
+"""What `sdllava compose` and `sdllava taps` do once their arguments are checked."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from ..components import compose, compose_from_llava, plan, plan_from_llava
+from ..atomic_files import atomic_path
+from ..backbones import read_whole
 from ..configuration import SDLlavaConfig, SDLlavaDiffusionConfig
-from ..diffusion_loading import read_diffusion_config
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
-from ..repositories import missing, split_revision
-from ..taps import list_taps
+from ..parts import read_llava_parts, read_parts
+from ..processors import SDLlavaProcessor
+from ..repositories import as_dtype, missing, split_revision
 
 
-def compose_to_folder(output: Path, parts: dict[str, str], dtype: str, fields: dict[str, Any]) -> None:
-    """Put parts together and write model and processor; an interrupted run leaves nothing at `output`.
+def compose_to_folder(output: Path, sources: dict[str, str], dtype: str, fields: dict[str, Any]) -> None:
+    """Put parts together and write model and processor. An interrupted run leaves nothing at `output`.
 
     Args:
-        output: a folder that does not exist.
-        parts: `diffusion`, `vision`, `language_model`, or `diffusion` and `llava`.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
-        fields: of the configurations.
+        output: A folder that does not exist.
+        sources: `diffusion`, `vision`, `language_model`, or `diffusion` and `llava`: repositories or folders.
+        dtype: "float32", "bfloat16" or "float16".
+        fields: Of the configurations.
+
+    Raises:
+        OSError: A part cannot be read.
+        TypeError: A field does not exist.
+        ValueError: The parts do not fit together, or their weights are pickles.
     """
     console = Console(stderr=True)
-    planned = plan_from_llava(**parts, **fields) if "llava" in parts else plan(**parts, **fields)
-    console.print(parameter_table(planned.config, getattr(torch, dtype)))
-    with console.status("reading the weights"):
-        build = compose_from_llava if "llava" in parts else compose
-        model = build(**parts, **fields, dtype=getattr(torch, dtype))
-    aside = output.with_name(f"{output.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with console.status("writing the model"):
-            model.save_pretrained(aside)
-            planned.processor.save_pretrained(aside)
-        os.replace(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    console.print(f"wrote {output}; fusion and projector are new: train them with `sdllava train`")
+    parts = read_llava_parts(**sources, **fields) if "llava" in sources else read_parts(**sources, **fields)
+    console.print(parameter_table(parts.config, as_dtype(dtype)))
+    with console.status("Reading the weights"):
+        model = SDLlavaForConditionalGeneration.from_parts(parts, dtype)
+    with console.status("Writing the model"), atomic_path(output) as folder:
+        model.save_pretrained(folder)
+        SDLlavaProcessor.from_parts(parts).save_pretrained(folder)
+    console.print(f"Wrote {output}. Fusion and projector are new: train them with `sdllava train`.")
 
 
 def parameter_table(config: SDLlavaConfig, dtype: torch.dtype) -> Table:
@@ -68,23 +64,30 @@ def _bytes(name: str, dtype: torch.dtype, diffusion_config: SDLlavaDiffusionConf
 
 
 def tower_config(model: str | None, image_size: int | None = None) -> SDLlavaDiffusionConfig:
-    """The tower of SD 2.1-base, of a checkpoint of ours, or of a diffusion repository or folder."""
-    fields = {} if image_size is None else {"image_size": image_size}
+    """The tower of SD 2.1-base, of a checkpoint of this package, or of a diffusion repository or folder.
+
+    Args:
+        model: A repository id or folder. None is SD 2.1-base.
+        image_size: Height and width of images, in pixels. Default: the checkpoint's, or 512.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It has no diffusion tower.
+    """
     if model is None:
-        return SDLlavaDiffusionConfig(**fields)
+        return SDLlavaDiffusionConfig(image_size=image_size or 512)
     where = split_revision(model)
     try:
         config = AutoConfig.from_pretrained(**where)
     except (OSError, ValueError):
         config = None  # a diffusion repository has no configuration of its own at the root
     if isinstance(config, SDLlavaConfig | SDLlavaDiffusionConfig):
-        config = getattr(config, "diffusion_config", config)
-        if config is None:
-            raise ValueError(f"{model!r} has no diffusion tower, so no taps")
-        config.image_size = image_size or config.image_size
-        return config
+        tower: Any = config.diffusion_config if isinstance(config, SDLlavaConfig) else config
+        if tower is None:
+            raise ValueError(f"{model!r} has no diffusion tower, so it has no taps. Give a model that has one.")
+        tower.image_size = image_size or tower.image_size
+        return tower
     try:
-        unet = UNet2DConditionModel.load_config(subfolder="unet", **where)
+        return read_whole(model, image_size=image_size or 512).config
     except (OSError, HFValidationError) as error:
         raise missing(model, "diffusion model or checkpoint", error) from error
-    return read_diffusion_config(model, taps=[list_taps(unet)[0].name], **fields)

@@ -7,13 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ..backbones import read_whole
 from ..diffusion import SDLlavaDiffusionModel
-from ..diffusion_loading import load_diffusion_tokenizers
 from ..image_loading import ImageLike
-from ..repositories import as_dtype, find_file, split_revision
-from ..taps import list_taps
+from ..repositories import find_file
 from ..version import installed_versions
 from .benchmarks import get_matching_benchmark
 from .benchmarks.base import locate, open_image
@@ -72,19 +70,9 @@ def load_matcher(
                 f"transformers ({str(error).splitlines()[0]}). Choose another --model."
             ) from error
     source = f"{where}@{revision or pinned}" if revision or pinned else where
-    tower = SDLlavaDiffusionModel.from_component_pretrained(
-        source, truncate=False, dtype=as_dtype(dtype), **_tower_fields(source)
-    )
-    tokenizers = load_diffusion_tokenizers(source, tower.config.text_encoder_2_config is not None)
-    return DiffusionMatcher(tower.to(device or default_device()), tokenizers, options, batch_size)
-
-
-def _tower_fields(source: str) -> dict[str, Any]:
-    """The UNet's published image size (512 for SD 2.1-base) and one of its taps."""
-    unet = UNet2DConditionModel.load_config(subfolder="unet", **split_revision(source))
-    vae = AutoencoderKL.load_config(subfolder="vae", **split_revision(source))
-    taps = [tap.name for tap in list_taps(unet) if tap.name.endswith("Cross-Q")]
-    return {"image_size": unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1), "taps": taps[-1:]}
+    published = read_whole(source)
+    tower = SDLlavaDiffusionModel.from_published(published, dtype)
+    return DiffusionMatcher(tower.to(device or default_device()), published.tokenizers, options, batch_size)
 
 
 def match(

@@ -18,8 +18,9 @@ from PIL.Image import Resampling
 from transformers import PreTrainedTokenizerBase
 
 from ..diffusion import SDLlavaDiffusionModel
+from ..families import is_tiny_vae
 from ..image_loading import ImageLike, load_rgb
-from ..taps import Tap, resolve_taps
+from ..taps import Tap, list_taps, resolve_taps
 
 TOKEN_MASKS = ("all", "no_padding", "text")
 Pair = tuple[int, int]
@@ -100,7 +101,7 @@ def attention_layers(unet: UNet2DConditionModel, layers: str | Sequence[str]) ->
         return [path for stage in stages.values() for path in _last_block(stage)]
     if isinstance(layers, str):
         raise ValueError(f"Unknown layers {layers!r}. Choose last, all, or names of Cross-Q taps.")
-    taps = resolve_taps(list(layers), dict(unet.config))
+    taps = resolve_taps(list(layers), list_taps(dict(unet.config)))
     if wrong := [tap.name for tap in taps if not tap.name.endswith("Cross-Q")]:
         raise ValueError(f"The tap {wrong[0]!r} is not a query of a cross-attention. Use Cross-Q taps for matching.")
     return [tap.module_path.removesuffix(".to_q") for tap in taps]
@@ -157,7 +158,7 @@ class DiffusionMatcher:
     ):
         if tower.config.truncate:
             raise ValueError("The tower is truncated, but matching needs the whole UNet. Load it with truncate=False.")
-        if tower.config.has_tiny_vae:
+        if is_tiny_vae(tower.config.vae_config or {}):
             raise ValueError(
                 "The tower has a tiny autoencoder, which cannot sample latents. Load it with its VAE for matching."
             )

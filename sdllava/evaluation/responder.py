@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .. import mini_path, register
-from ..pipeline import KeptEncodings
+from ..pipeline import CachedEncodings
 from .benchmarks.base import Sample, blank_image, open_image
 from .processes import default_device
 
@@ -90,7 +90,7 @@ class Responder:
                     f"--guidance has {len(guidance_scales)} scale(s), but this model has {len(own)}. Give {len(own)}."
                 )
         self.guidance_scales = None if guidance_scales is None else [float(scale) for scale in guidance_scales]
-        self.kept = KeptEncodings(model) if hasattr(model, "encode_images") else None
+        self.kept = CachedEncodings(model) if hasattr(model, "encode_images") else None
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:

@@ -8,10 +8,10 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import logging
 
 from ..chat_templates import chat_template_for
-from ..components import compose, compose_from_llava, plan, plan_from_llava
 from ..configuration import SDLlavaConfig, SDLlavaDiffusionConfig
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
-from ..processors import SDLlavaProcessor, diffusion_image_processor
+from ..parts import diffusion_image_processor, read_llava_parts, read_parts
+from ..processors import SDLlavaProcessor
 from ..repositories import split_revision
 from .adapters import inject_unet_lora, is_adapter, load_merged
 from .arguments import AdapterArguments, ModelArguments
@@ -31,10 +31,10 @@ def build_processor(arguments: ModelArguments) -> SDLlavaProcessor:
     """
     kind = _source_kind(arguments)
     if kind == "parts":
-        return plan(**_parts(arguments), **arguments.overrides()).processor
+        return SDLlavaProcessor.from_parts(read_parts(**_parts(arguments), **arguments.overrides()))
     source = str(arguments.init_from)
     if kind == "llava":
-        processor = plan_from_llava(source, arguments.diffusion, **arguments.overrides()).processor
+        processor = SDLlavaProcessor.from_parts(read_llava_parts(source, arguments.diffusion, **arguments.overrides()))
         processor.chat_template = chat_template_for(None, processor.image_token)  # LLaVA's own marks no end token
         return processor
     processor = SDLlavaProcessor.from_pretrained(**split_revision(source))
@@ -128,10 +128,14 @@ def _parts(arguments: ModelArguments) -> dict[str, Any]:
 def _load(arguments: ModelArguments, kind: str) -> SDLlavaForConditionalGeneration:
     dtype = getattr(torch, arguments.dtype)
     if kind == "parts":
-        return compose(**_parts(arguments), dtype=dtype, **arguments.overrides())
+        return SDLlavaForConditionalGeneration.from_component_pretrained(
+            **_parts(arguments), dtype=dtype, **arguments.overrides()
+        )
     source = str(arguments.init_from)
     if kind == "llava":
-        return compose_from_llava(source, arguments.diffusion, dtype=dtype, **arguments.overrides())
+        return SDLlavaForConditionalGeneration.from_llava_pretrained(
+            source, arguments.diffusion, dtype=dtype, **arguments.overrides()
+        )
     if kind == "adapter":
         return load_merged(source).to(dtype)
     return _load_checkpoint(arguments, dtype=dtype)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sdllava.analysis.loading import load_analysis_model
-from sdllava.diffusion import guide
 from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.evaluation.benchmarks.base import unit_means
 from sdllava.evaluation.bootstrap import Units, intervals
@@ -18,6 +17,7 @@ from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate
 from sdllava.evaluation.leakage import LeakageSetting, leakage_sweep
 from sdllava.evaluation.prompt_choices import derangement
 from sdllava.evaluation.results import load_results
+from sdllava.guidance import guide
 from sdllava.scenes.language import caption
 from sdllava.scenes.render import render
 from sdllava.scenes.world import COLOURS, Scene, sample_scene

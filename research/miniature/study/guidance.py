@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from sdllava.analysis.loading import AnalysisModel, load_analysis_model
 from sdllava.analysis.reading import read_features
-from sdllava.diffusion import guide
 from sdllava.evaluation.benchmarks.base import unit_means
 from sdllava.evaluation.bootstrap import Units, intervals
+from sdllava.guidance import guide
 from sdllava.scenes.language import Question, sample_question
 from sdllava.scenes.render import render
 

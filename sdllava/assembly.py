@@ -1,0 +1,105 @@
+"""Loads the weights of published parts into a model that was built on the meta device from their configurations."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, LlavaForConditionalGeneration, PreTrainedModel
+
+from .fusion import ImplicitCaptioner, SDLlavaMultiModalProjector, build_fusion
+from .parts import Parts
+from .repositories import missing, split_revision
+from .vision import load_vision
+
+
+def load_weights(model: PreTrainedModel, parts: Parts, dtype: torch.dtype) -> None:
+    """Fill a model with the weights of its parts, in place; fusion and projector are new and need training.
+
+    With a LLaVA among the parts and `cross_attention` or `gated` fusion, the projector is the LLaVA's and the result
+    answers exactly as the LLaVA until it is trained. With `concat` the projector is wider and initialised from scratch.
+
+    Args:
+        model: Built from `parts.config` on the meta device.
+        parts: From `read_parts` or `read_llava_parts`.
+        dtype: Of all weights except the VAE's, which stay in float32 where the configuration says so.
+
+    Raises:
+        OSError: A part cannot be read.
+        ValueError: The weights are pickles, or the language model has more than a linear head.
+    """
+    body: Any = model.model
+    if "llava" in parts.sources:
+        source = _load_llava(parts.sources["llava"], dtype)
+        vision_tower, language_model, lm_head = source.model.vision_tower, source.model.language_model, source.lm_head
+        generation_config = source.generation_config
+    else:
+        causal_lm = _load_language_model(parts.sources["language_model"], parts.config.text_config.vocab_size, dtype)
+        vision = parts.sources.get("vision")
+        vision_tower = load_vision(vision, parts.config.vision_config, dtype) if vision else None
+        language_model, lm_head = causal_lm.base_model, causal_lm.get_output_embeddings()
+        generation_config = causal_lm.generation_config
+    if body.diffusion_tower is not None:
+        body.diffusion_tower.load_published(parts.sources["diffusion"], dtype)
+    body.vision_tower, body.language_model, model.lm_head = vision_tower, language_model, lm_head
+    _initialise_new_parts(model, dtype)
+    if "llava" in parts.sources:
+        config = parts.config
+        if config.fused_hidden_size * config.spatial_merge_size**2 == config.vision_hidden_size:
+            body.multi_modal_projector.load_state_dict(source.model.multi_modal_projector.state_dict())
+    else:
+        _check_language_model(causal_lm, model, parts.sources["language_model"])
+    model.generation_config = _without_unused_sampling(generation_config)
+    model.config.dtype = dtype
+    model.eval()
+
+
+def _load_llava(llava: str, dtype: torch.dtype) -> Any:
+    try:
+        return LlavaForConditionalGeneration.from_pretrained(dtype=dtype, **split_revision(llava))
+    except OSError as error:
+        raise missing(llava, "LLaVA checkpoint's weights", error) from error
+
+
+def _load_language_model(language_model: str, vocab_size: int, dtype: torch.dtype) -> Any:
+    """A causal language model with at least `vocab_size` embeddings; new ones are the mean of the others."""
+    try:
+        causal_lm = AutoModelForCausalLM.from_pretrained(dtype=dtype, **split_revision(language_model))
+    except OSError as error:
+        raise missing(language_model, "language model's weights", error) from error
+    old = causal_lm.get_input_embeddings().weight.shape[0]
+    if vocab_size > old:
+        causal_lm.resize_token_embeddings(vocab_size, mean_resizing=False)
+        for module in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()):
+            weight = module.weight.data
+            weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+    return causal_lm
+
+
+def _initialise_new_parts(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    body, config = model.model, model.config
+    new: dict[str, nn.Module | None] = {
+        "multi_modal_projector": SDLlavaMultiModalProjector(config),
+        "fusion": build_fusion(config),
+        "implicit_captioner": ImplicitCaptioner(config) if config.implicit_caption_tokens else None,
+    }
+    for name, module in new.items():
+        if module is not None:
+            setattr(body, name, module.apply(model._init_weights).to(dtype))
+
+
+@torch.no_grad()
+def _check_language_model(causal_lm: PreTrainedModel, model: PreTrainedModel, name: str) -> None:
+    ids = torch.arange(1, 5)[None]
+    expected = causal_lm(input_ids=ids).logits
+    has_bias = getattr(causal_lm.get_output_embeddings(), "bias", None) is not None
+    if has_bias or not torch.equal(model(input_ids=ids).logits, expected):
+        raise ValueError(
+            f"{str(name)!r} does more to its logits than a linear head without bias (a bias, scaling or soft-capping), "
+            "which a LLaVA cannot hold. Choose another language model."
+        )
+
+
+def _without_unused_sampling(config: GenerationConfig) -> GenerationConfig:
+    if not config.do_sample:  # Vicuna v1.5 is published with settings of sampling but without sampling
+        config.temperature = config.top_p = config.top_k = None
+    return config

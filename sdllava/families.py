@@ -1,0 +1,145 @@
+"""What a configuration needs to know of each diffusion family, computed from the published configurations of its parts.
+
+To add a family, describe it here (no torch is imported), write its backbone in a module of its own, and name that in
+`backbones.py`. Nothing else asks which model a tower holds.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from .taps import Tap, list_taps
+
+PartConfigs = Mapping[str, dict[str, Any] | None]
+"""The published configurations of a diffusion model's parts, by the field of `SDLlavaDiffusionConfig`."""
+
+
+class DiffusionFamily(ABC):
+    """One kind of text-to-image model."""
+
+    name: ClassVar[str]
+    default_tap: ClassVar[str]
+    """Where the denoiser is read by default."""
+    default_parts: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Configurations of parts that are left out."""
+    tokenizers: ClassVar[tuple[str, ...]]
+    """Folders of the published tokenizers, in the order of `diffusion_input_ids` and `diffusion_input_ids_2`."""
+
+    @abstractmethod
+    def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
+        """Every place where the denoiser can be read, in the order of its forward pass."""
+
+    @abstractmethod
+    def latent_scale(self, parts: PartConfigs) -> int:
+        """Pixels per latent along one side of an image; 1 in pixel space."""
+
+    @abstractmethod
+    def latent_channels(self, parts: PartConfigs) -> int:
+        """Channels of the latents."""
+
+    @abstractmethod
+    def prompt_width(self, parts: PartConfigs) -> int:
+        """Channels of a prompt's tokens as the denoiser reads them."""
+
+    @abstractmethod
+    def train_timesteps(self, parts: PartConfigs) -> int:
+        """Length of the training schedule; timesteps are below it."""
+
+    @abstractmethod
+    def native_image_size(self, parts: PartConfigs) -> int:
+        """Height and width of the images that the model was trained on, in pixels."""
+
+
+class StableDiffusion(DiffusionFamily):
+    """Stable Diffusion 1.x and 2.x: a UNet on the latents of a VAE, conditioned on one CLIP text encoder."""
+
+    name = "stable_diffusion"
+    default_tap = "U-L1-R1-B0-Cross-Q"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    default_parts: ClassVar[dict[str, dict[str, Any]]] = {
+        "unet_config": {
+            "sample_size": 64,
+            "block_out_channels": [320, 640, 1280, 1280],
+            "layers_per_block": 2,
+            "attention_head_dim": [5, 10, 20, 20],
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+        },
+        "vae_config": {
+            "sample_size": 768,
+            "block_out_channels": [128, 256, 512, 512],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "scaling_factor": 0.18215,
+        },
+        "text_encoder_config": {
+            "model_type": "clip_text_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 23,
+            "num_attention_heads": 16,
+            "hidden_act": "gelu",
+            "projection_dim": 512,
+            "vocab_size": 49408,
+        },
+        "scheduler_config": {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "num_train_timesteps": 1000,
+            "prediction_type": "epsilon",
+        },
+    }
+    """The part of stabilityai/stable-diffusion-2-1-base's configurations that differs from the libraries' defaults."""
+
+    def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
+        """Every place where the UNet can be read, in the order of its forward pass."""
+        return list_taps(_part(parts, "unet_config"), latent_size)
+
+    def latent_scale(self, parts: PartConfigs) -> int:
+        """Pixels per latent along one side of an image: a factor of 2 per level of the VAE's encoder."""
+        vae = _part(parts, "vae_config")
+        return 2 ** (len(vae["encoder_block_out_channels" if is_tiny_vae(vae) else "block_out_channels"]) - 1)
+
+    def latent_channels(self, parts: PartConfigs) -> int:
+        """Channels of the latents."""
+        return _part(parts, "unet_config").get("in_channels", 4)
+
+    def prompt_width(self, parts: PartConfigs) -> int:
+        """Channels of a prompt's tokens as the UNet reads them."""
+        return _part(parts, "unet_config")["cross_attention_dim"]
+
+    def train_timesteps(self, parts: PartConfigs) -> int:
+        """Length of the training schedule; timesteps are below it."""
+        return _part(parts, "scheduler_config").get("num_train_timesteps", 1000)
+
+    def native_image_size(self, parts: PartConfigs) -> int:
+        """Height and width of the images that the model was trained on, in pixels."""
+        return _part(parts, "unet_config").get("sample_size", 64) * self.latent_scale(parts)
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL: two text encoders, the second's pooled embedding, and time ids."""
+
+    name = "stable_diffusion_xl"
+    default_tap = "U-L0-R0-B7-Out"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+
+
+def find_family(parts: PartConfigs) -> DiffusionFamily:
+    """The family that the configurations of parts describe."""
+    return StableDiffusion() if parts.get("text_encoder_2_config") is None else StableDiffusionXL()
+
+
+def is_tiny_vae(vae_config: Mapping[str, Any]) -> bool:
+    """Whether a VAE's configuration is that of diffusers' `AutoencoderTiny`."""
+    return "encoder_block_out_channels" in vae_config
+
+
+def _part(parts: PartConfigs, name: str) -> dict[str, Any]:
+    config = parts[name]
+    if config is None:
+        raise ValueError(f"This diffusion family needs {name!r}, which is None. Give the published configuration.")
+    return config
