@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import DType, check_finite, check_source
+from .options import DType, check_finite, check_source, model_path
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,7 @@ def taps(
 
     sdllava.register()
     table = Table("tap", "height", "width", "channels", "module", box=None)
-    for tap in _tower_config(model, image_size).all_taps():
+    for tap in _tower_config(model and model_path(model), image_size).all_taps():
         table.add_row(tap.name, str(tap.height), str(tap.width), str(tap.channels), tap.module_path)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
