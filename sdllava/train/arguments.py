@@ -13,7 +13,7 @@ from ..data.sources import DataSource
 Class = TypeVar("Class", bound=type)
 
 _SET_BY_THE_PARTS = ("null_input_ids", "null_input_ids_2", "image_token_index", "tie_word_embeddings")
-"""Fields of a configuration that the published parts determine, like every field that holds a `dict`."""
+"""Fields of a configuration that the published parts determine, like every field that holds a configuration."""
 
 
 def _argument_types(config: type) -> dict[str, Any]:
@@ -24,9 +24,9 @@ def _argument_types(config: type) -> dict[str, Any]:
 
 
 def _parsed_type(kind: Any) -> Any:
-    """One type for the argument parser: lists win over single values and floats over integers; None for a `dict`."""
+    """The argument parser's type: lists win over single values, floats over integers; None for a configuration."""
     kinds = [part for part in (get_args(kind) if _is_union(kind) else (kind,)) if part is not type(None)]
-    if dict in kinds or any(get_origin(part) is dict for part in kinds):
+    if dict in kinds or Any in kinds or any(get_origin(part) is dict for part in kinds):
         return None
     kind = next((part for part in kinds if get_origin(part) is list), kinds[-1])
     if get_origin(kind) is list and _is_union(get_args(kind)[0]):

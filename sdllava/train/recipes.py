@@ -1,7 +1,7 @@
-"""Recipes: YAML files with the arguments of a training run, each with an optional base recipe.
+"""Recipes: the arguments of a training run, in a YAML file or in the table of packaged recipes.
 
-`base:` is a path relative to the recipe, and the recipe's own values win. TrlParser reads everything else. Finding a
-recipe needs neither torch nor any other large library.
+A recipe may name a base, a path relative to its file or the name of a packaged recipe; its own values win. TrlParser
+reads everything else. Finding a recipe needs neither torch nor any other large library.
 """
 
 import tempfile
@@ -10,16 +10,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .recipe_table import RECIPES, Recipe
+
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 
 def list_recipes() -> list[str]:
     """The names of the packaged recipes, for example `sd21-captions-s4/align`."""
-    return sorted(path.relative_to(RECIPE_FOLDER).with_suffix("").as_posix() for path in RECIPE_FOLDER.glob("*/*.yaml"))
+    files = (path.relative_to(RECIPE_FOLDER).with_suffix("").as_posix() for path in RECIPE_FOLDER.glob("*/*.yaml"))
+    return sorted([*RECIPES, *files])
 
 
-def find_recipe(name: str) -> Path:
-    """The file of a recipe.
+def find_recipe(name: str) -> Path | Recipe:
+    """A recipe as a YAML file, or as a row of the table.
 
     Args:
         name: A path, or the name of a packaged recipe.
@@ -29,17 +32,20 @@ def find_recipe(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    packaged = RECIPE_FOLDER / f"{name.removesuffix('.yaml')}.yaml"
-    if packaged.is_file():
-        return packaged
+    packaged = name.removesuffix(".yaml")
+    if packaged in RECIPES:
+        return RECIPES[packaged]
+    file = RECIPE_FOLDER / f"{packaged}.yaml"
+    if file.is_file():
+        return file
     similar = get_close_matches(name, list_recipes(), n=5, cutoff=0.4) or list_recipes()[:5]
     raise FileNotFoundError(
         f"Recipe {name!r} does not exist. Use a YAML file or a packaged recipe, for example {', '.join(similar)}. "
-        f"All of them are in {str(RECIPE_FOLDER)!r}."
+        "docs/recipes.md lists all of them."
     )
 
 
-def find_config(arguments: Sequence[str]) -> Path | None:
+def find_config(arguments: Sequence[str]) -> Path | Recipe | None:
     """The recipe that command-line arguments name with `--config`, or None without one.
 
     Args:
@@ -53,38 +59,48 @@ def find_config(arguments: Sequence[str]) -> Path | None:
     return None if position is None else find_recipe(arguments[position])
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
+def load_recipe(recipe: Path | Recipe) -> dict[str, Any]:
     """A recipe merged with its bases, as one flat mapping of argument to value.
+
+    Args:
+        recipe: From `find_recipe`.
 
     Raises:
         FileNotFoundError: A base does not exist.
         ValueError: A file is not a YAML mapping, or the bases form a circle.
     """
-    import yaml
-
-    chain: list[Path] = []
+    chain: list[str] = []
     values: dict[str, Any] = {}
     while True:
-        path = path.resolve()
-        if path in chain:
-            names = " -> ".join(p.name for p in [*chain, path])
-            raise ValueError(f"Recipe {str(path)!r} is its own base: {names}. Remove one `base:` line.")
-        chain.append(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"The base {str(path)!r} of {str(chain[-2])!r} does not exist. Correct its `base:`."
-            )
-        try:
-            own = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"Recipe {str(path)!r} is not valid YAML: {error}") from error
-        if not isinstance(own, dict):
-            raise ValueError(f"Recipe {str(path)!r} is not a YAML mapping. Write one `argument: value` per line.")
+        name = recipe.name if isinstance(recipe, Recipe) else str(recipe.resolve())
+        if name in chain:
+            names = " -> ".join(Path(p).name for p in [*chain, name])
+            raise ValueError(f"Recipe {name!r} is its own base: {names}. Remove one `base:` line.")
+        chain.append(name)
+        own = dict(recipe.values) if isinstance(recipe, Recipe) else _read_yaml(recipe)
         base = own.pop("base", None)
         values = {**own, **values}
         if base is None:
             return values
-        path = path.parent / str(base)
+        beside = Path() if isinstance(recipe, Recipe) else recipe.resolve().parent / str(base)
+        try:
+            recipe = beside if beside.is_file() else find_recipe(str(base))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"The base {str(base)!r} of {name!r} does not exist. Correct its `base:`."
+            ) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"Recipe {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"Recipe {str(path)!r} is not a YAML mapping. Write one `argument: value` per line.")
+    return values
 
 
 def parse_arguments(dataclass_types: Sequence[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
