@@ -88,7 +88,7 @@ def _warn_of_photograph(picture: "Image") -> None:
 
 
 def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
-    """A visual question answering pipeline, loaded without log messages and progress bars."""
+    """A visual question answering pipeline."""
     import torch
 
     import sdllava
@@ -97,10 +97,7 @@ def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
 
     sdllava.register()
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, pipeline
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     device = check_device(device) if device else default_device()
     weights = dtype.value if dtype else "float32" if device == "cpu" else "bfloat16"
     where = split_revision(path)

@@ -9,18 +9,19 @@ from ..version import __version__
 from .ask import ask
 from .compose import compose, taps
 from .demo import demo
+from .doctor import doctor
 from .evaluate import evaluate, match
 from .inspect import app as inspect_app
 from .mini import app as mini_app
 from .push import push
-from .reporting import CommandGroup
+from .recipes import recipes
+from .reporting import CommandGroup, quieten_libraries
 from .serve import serve
 from .train import TRAIN_CONTEXT, cache, merge, train
 
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Stable Diffusion as a question-conditioned visual encoder for LLaVA-style vision-language models.",
 )
@@ -37,6 +38,8 @@ app.command()(push)
 app.command()(serve)
 app.command()(demo)
 app.add_typer(mini_app, name="mini")
+app.command()(recipes)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,6 +60,7 @@ def options(
 def main() -> None:
     """Run the command that the command line names."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten_libraries()
     app()
 
 

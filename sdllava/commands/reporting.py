@@ -1,6 +1,9 @@
 """What every command reports: errors as one message without a traceback, and progress bars. Imports nothing heavy."""
 
 import importlib.util
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +13,10 @@ from typer.core import TyperGroup
 
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 """What a user can correct. Anything else is a defect and keeps its traceback."""
+
+
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DELAY": "2"}
+"""Environment variables of transformers, diffusers and tqdm."""
 
 
 @contextmanager
@@ -26,6 +33,18 @@ def clear_errors() -> Iterator[None]:
     except EXPECTED_ERRORS as error:
         typer.secho(f"sdllava: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+def quieten_libraries() -> None:
+    """Hide the warnings of libraries, and progress bars of less than two seconds. Runs before they are imported.
+
+    `TRANSFORMERS_VERBOSITY`, `DIFFUSERS_VERBOSITY`, `TQDM_DELAY` and `PYTHONWARNINGS` keep what the user sets. Errors
+    and the package's own warnings are printed.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 class CommandGroup(TyperGroup):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import DType
+from .recipes import complete_recipe, train_help
 from .reporting import require_packages
 
 TRAIN_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -24,11 +25,21 @@ class CacheKind(StrEnum):
     conditional = "conditional"
 
 
-def train(context: typer.Context) -> None:
-    """Train from a recipe: --config RECIPE [--any_argument VALUE ...]. --help lists every argument."""
-    if not context.args:
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", help="A YAML file or a packaged recipe.", autocompletion=complete_recipe)
+]
+
+
+def train(context: typer.Context, config: ConfigOption = None) -> None:
+    """Train from a recipe: --config RECIPE [--any_argument VALUE ...]."""
+    if "--help" in context.args:
+        from ..train.recipes import list_recipes
+
+        typer.echo(train_help(list_recipes()))
+        return
+    if config is None and not context.args:
         raise typer.BadParameter("Give --config RECIPE, a YAML file or the name of a packaged recipe.")
-    arguments = _checked(context.args)
+    arguments = ["--help" if entry == "--help-all" else entry for entry in _checked(context.args, config)]
     from ..train.run import train
 
     train(arguments)
@@ -52,9 +63,10 @@ def cache(
     kind: Annotated[CacheKind, typer.Option(help="latents; vision (and unconditional); conditional.")],
     dtype: Annotated[DType, typer.Option(help="Type of the saved tensors.")] = DType.bfloat16,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 16,
+    config: ConfigOption = None,
 ) -> None:
-    """Compute features once that a recipe's run would compute in every epoch: --config RECIPE as for train."""
-    arguments = _checked(context.args)
+    """Compute features once that a recipe's run would compute in every epoch. Other arguments are those of train."""
+    arguments = _checked(context.args, config)
     from ..train.run import cache
 
     written = cache(arguments, output, kind.value, dtype.value, batch_size)
@@ -65,8 +77,12 @@ def _require_train_packages() -> None:
     require_packages("Training", "train", "trl", "peft", "datasets", "yaml")
 
 
-def _checked(arguments: Sequence[str]) -> list[str]:
+def _checked(arguments: Sequence[str], config: str | None) -> list[str]:
     """The arguments for TrlParser, checked as far as possible before it and the model are imported.
+
+    Args:
+        arguments: Without `--config`.
+        config: The value of `--config`.
 
     Returns:
         `list[str]`: `--name=value` as two entries, and the miniature's folder in the place of `--init_from mini`.
@@ -81,6 +97,8 @@ def _checked(arguments: Sequence[str]) -> list[str]:
 
     parts = (entry.split("=", 1) if entry.startswith("--") else [entry] for entry in arguments)
     checked = [part for entry in parts for part in entry]
+    if config is not None:
+        checked = ["--config", config, *checked]
     find_config(checked)
     for position, (name, value) in enumerate(pairwise(checked), 1):
         if name in BATCH_SIZES and value.lstrip("-").isdigit() and int(value) < 1:
