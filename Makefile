@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
+COUNT ?= 20000
 
-.PHONY: demo test test-slow test-all test-oldest lint clean
+.PHONY: demo test test-slow test-all test-oldest fuzz lint clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,9 @@ test-all: $(VENV)/.dev  ## every test; those that need a GPU skip without one
 
 test-oldest:  ## every test on the oldest versions that pyproject.toml allows
 	$(MAKE) test-all VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+fuzz: $(VENV)/.dev  ## 20,000 damaged images through the decoder, others for each run
+	$(BIN)/python -W ignore tests/faults/image_mutations.py --count $(COUNT)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -106,7 +106,7 @@ def test_attention_and_delta_equal_those_of_the_analysis(engine):
         (b"not an image", "image that Pillow can read"),
         (png(noise())[:200], "truncated or unreadable"),
         (b"\0" * (MAX_BYTES + 1), r"The file has 10\.0 MiB\. Upload an image of at most 10 MiB\."),
-        (png(Image.new("1", (9000, 9000))), r"9000 x 9000 pixels\. Upload an image of at most 50 million pixels\."),
+        (png(Image.new("1", (9000, 9000))), r"its size is 9000 x 9000\. Give an image of at most 50 million pixels\."),
     ],
 )
 def test_bad_uploads_raise_errors(data, message):

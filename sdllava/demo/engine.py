@@ -2,9 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -63,14 +61,7 @@ def open_upload(data: bytes) -> Image.Image:
         raise ValueError(
             f"The file has {len(data) / 2**20:.1f} MiB. Upload an image of at most {MAX_BYTES / 2**20:g} MiB."
         )
-    unreadable = (OSError, SyntaxError, Image.DecompressionBombError)  # load_rgb raises a message for these
-    with suppress(*unreadable), Image.open(BytesIO(data)) as header:
-        if header.width * header.height > MAX_PIXELS:
-            raise ValueError(
-                f"The image has {header.width} x {header.height} pixels. Upload an image of at most "
-                f"{MAX_PIXELS // 10**6} million pixels."
-            )
-    image = load_rgb(data)
+    image = load_rgb(data, max_pixels=MAX_PIXELS)
     image.thumbnail((KEPT_SIDE, KEPT_SIDE))
     return image
 
