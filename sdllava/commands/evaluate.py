@@ -65,6 +65,12 @@ GuidanceOption = Annotated[
     str | None,
     typer.Option(help="Guidance scales, comma-separated, instead of the model's.", rich_help_panel=PANEL_DIFFUSION),
 ]
+SweepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Evaluate at several guidance scales: guidance=0,2,4,6,8. One table.", rich_help_panel=PANEL_DIFFUSION
+    ),
+]
 JudgeOption = Annotated[
     str | None, typer.Option(help="Judge model: at --judge-url, else a local one.", rich_help_panel=PANEL_JUDGE)
 ]
@@ -141,6 +147,7 @@ def evaluate(
     diffusion_prompt: DiffusionPromptOption = "question",
     captions: CaptionsOption = None,
     guidance: GuidanceOption = None,
+    sweep: SweepOption = None,
     judge: JudgeOption = None,
     judge_url: JudgeUrlOption = None,
     write_pseudo_captions: WritePseudoCaptionsOption = None,
@@ -162,6 +169,12 @@ def evaluate(
     if plot:
         raise ValueError("--plot goes with --compare.")
     guidance_scales = parse_numbers(guidance, "--guidance")
+    swept_scales = _parse_sweep(sweep)
+    if swept_scales and (guidance or leakage or write_pseudo_captions or passes != 1):
+        raise ValueError(
+            "--sweep sets the scales of scored runs. Leave out --guidance, --leakage, --passes and "
+            "--write-pseudo-captions."
+        )
     leakage_scales = parse_numbers(scales, "--scales") or []
     names = split_names(benchmark)
     if device is not None:
@@ -190,7 +203,18 @@ def evaluate(
         elif write_pseudo_captions:
             _pseudo_captions(model[0], names[0], write_pseudo_captions, options, load)
         else:
-            _score(model, names, output, options, passes, make_judge(judge, judge_url), load)
+            _score(model, names, output, options, passes, swept_scales, make_judge(judge, judge_url), load)
+
+
+def _parse_sweep(sweep: str | None) -> list[float]:
+    """The guidance scales of `--sweep guidance=0,2,4`, none without the option."""
+    if sweep is None:
+        return []
+    name, _, values = sweep.partition("=")
+    scales = parse_numbers(values, "--sweep guidance=") if name == "guidance" else None
+    if not scales or len(set(scales)) < len(scales):
+        raise ValueError(f"--sweep {sweep!r} is not a sweep. Write guidance= and distinct scales: guidance=0,2,4,6,8.")
+    return scales
 
 
 @contextmanager
@@ -235,23 +259,28 @@ def _score(
     output: Path,
     options: "EvaluationOptions",
     passes: int,
+    scales: Sequence[float],
     judge: "Judge | None",
     load: dict[str, Any],
 ) -> None:
     from ..evaluation.captioning import refine
     from ..evaluation.evaluate import LoadedModel, evaluate, run_name
+    from ..evaluation.guidance_sweep import guidance_sweep
 
     for model in models:
         loaded = LoadedModel.load(model, **load)
         for name in names:
             folder = output / run_name(model) / name
             with progress_bar(f"{model} on {name}") as progress:
-                if passes > 1:
+                if scales:
+                    finished = guidance_sweep(loaded, name, folder, scales, options, judge, progress)
+                elif passes > 1:
                     results = refine(loaded, name, folder, passes, options, progress)
+                    finished = [folder / f"pass-{k}" for k in range(1, passes + 1)] if all(results) else []
                 else:
-                    results = [evaluate(loaded, name, folder, options, judge, progress)]
-            if all(results):
-                _print_comparison([folder / f"pass-{k}" for k in range(1, passes + 1)] if passes > 1 else [folder])
+                    finished = [folder] if evaluate(loaded, name, folder, options, judge, progress) else []
+            if finished:
+                _print_comparison(finished)
                 typer.echo(f"Results: {folder}")
 
 

@@ -1,0 +1,43 @@
+"""One benchmark at several guidance scales, each as a run of its own, for one table with intervals."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .evaluate import EvaluationOptions, LoadedModel, evaluate
+from .judge import Judge
+from .runner import Progress
+
+
+def guidance_sweep(
+    loaded: LoadedModel,
+    name: str,
+    folder: Path,
+    scales: Sequence[float],
+    options: EvaluationOptions,
+    judge: Judge | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Evaluate a model at each guidance scale. A stopped sweep resumes; a scale that is finished is not run again.
+
+    Args:
+        loaded: The model, with a single guidance scale.
+        name: Name of the benchmark.
+        folder: Each scale has a run in `guidance-SCALE` below it, equal to a run with `--guidance SCALE`.
+        scales: The scales, in the order of the table.
+        options: All other options.
+        judge: For protocols that need one.
+        progress: Called with the number of answered samples and their total, per scale.
+
+    Returns:
+        `list[Path]`: The folders of the runs, empty on other processes than the main one.
+
+    Raises:
+        ValueError: The model has no diffusion model, or several scales.
+    """
+    folders = []
+    for scale in scales:
+        run = folder / f"guidance-{scale:g}"
+        if evaluate(loaded, name, run, replace(options, guidance=(float(scale),)), judge, progress):
+            folders.append(run)
+    return folders
