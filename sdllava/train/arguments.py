@@ -144,6 +144,10 @@ class DataArguments:
     bad_samples: Literal["skip", "fatal"] = field(
         default="fatal", metadata={"help": "What an unreadable sample does: skip it with a warning, or end the run."}
     )
+    max_bad_samples: float = field(
+        default=0.01,
+        metadata={"help": "With bad_samples: skip, the largest share of missing images and of skipped samples, 0..1."},
+    )
     check_data: bool = field(default=False, metadata={"help": "Read all data, report on it, and do not train."})
     diffusion_prompt: Literal["none", "question", "caption", "noisy_caption"] = field(
         default="question", metadata={"help": "The diffusion model's prompt in training."}
@@ -166,6 +170,8 @@ class DataArguments:
             sources = sources if isinstance(sources, list) else [sources]
             setattr(self, name, [_source(source) for source in sources])
         check_values(self)
+        if not 0 <= self.max_bad_samples <= 1:
+            raise ValueError(f"max_bad_samples is {self.max_bad_samples!r}. Use a share in 0..1, such as 0.01.")
         if self.train_data is not None:
             self.datasets = [DataSource(self.train_data, image_folder=self.image_folder)]
 

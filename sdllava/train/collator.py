@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-def _shared_epoch() -> torch.Tensor:
-    return torch.zeros((), dtype=torch.int64).share_memory_()  # so that changes reach worker processes
+AT_LEAST_SAMPLES = 1000
+"""The share of skipped samples is taken of at least this many, so that the first bad sample does not end a run."""
+
+
+def _shared_counter() -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int64).share_memory_()  # so that changes reach worker processes, and theirs ours
 
 
 @dataclass
@@ -40,6 +44,8 @@ class SDLlavaCollator:
             it raises `ValueError`.
         fixed_noise (`bool`): Use the configuration's noise map, as in evaluation, instead of one per sample.
         cache ([`FeatureCache`]): Cached features of the frozen parts.
+        max_bad_samples (`float`): With `skip_bad_samples`, the largest share of samples that are skipped, of those so
+            far and of at least 1,000. More raise `ValueError`.
     """
 
     processor: "SDLlavaProcessor"
@@ -51,7 +57,10 @@ class SDLlavaCollator:
     skip_bad_samples: bool = False
     fixed_noise: bool = False
     cache: FeatureCache | None = None
-    _epoch: torch.Tensor = field(default_factory=_shared_epoch, repr=False)
+    max_bad_samples: float = 0.01
+    _epoch: torch.Tensor = field(default_factory=_shared_counter, repr=False)
+    _seen: torch.Tensor = field(default_factory=_shared_counter, repr=False)
+    _skipped: torch.Tensor = field(default_factory=_shared_counter, repr=False)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the number of the pass over the data, from 0. Rows with an `epoch` of their own keep it."""
@@ -73,7 +82,7 @@ class SDLlavaCollator:
             training, and `image_encodings` from a cache.
 
         Raises:
-            ValueError: A sample is not usable, and `skip_bad_samples` is off.
+            ValueError: A sample is not usable, and `skip_bad_samples` is off, or too many are skipped.
         """
         samples = [self._sample(row, number) for number, row in enumerate(rows)]
         batch: dict[str, Any] = self._pad([sample.tokens for sample in samples])
@@ -127,6 +136,7 @@ class SDLlavaCollator:
         return strip_markers(record["messages"][turn - 1]["content"]), expected, inputs
 
     def _sample(self, row: Mapping[str, Any], number: int) -> "_Sample":
+        self._seen += 1
         try:
             record = self.record(row, number)
             tokens = self.tokens(record)
@@ -135,21 +145,40 @@ class SDLlavaCollator:
             prompts = training_prompts(record, self.prompts, self.seed, epoch, key)
             noise = noise_seeds(self.seed, epoch, key, len(record["images"]))
             keys = [self._cache_key(image, prompt) for image, prompt in zip(record["images"], prompts, strict=True)]
-            images = [open_image(image, record["folder"]) for image in record["images"]] if self._needs_images() else []
+            images = [open_image(image, record["folder"]) for image in record["images"]] if self.needs_images() else []
         except RecordError as error:
             name = row.get("name") or f"sample {number} of a batch"
             if not self.skip_bad_samples:
                 raise ValueError(f"{name} {error}") from error
             logger.warning_once(f"Skipped: {name} {error}")
+            self._skipped += 1
+            self.check_skipped(int(self._skipped), int(self._seen))
             return self._blank()
         return _Sample(tokens, images, keys, prompts, noise)
+
+    def check_skipped(self, skipped: int, seen: int) -> None:
+        """Check the number of skipped samples against `max_bad_samples`.
+
+        Args:
+            skipped: The number of skipped samples.
+            seen: The number of all samples so far.
+
+        Raises:
+            ValueError: They are too many.
+        """
+        if skipped > self.max_bad_samples * max(seen, AT_LEAST_SAMPLES):
+            raise ValueError(
+                f"{skipped} of {seen} samples were skipped because they cannot be used, more than "
+                f"{self.max_bad_samples:.2%}. List them with --check_data true and correct them, or raise "
+                "max_bad_samples."
+            )
 
     def _blank(self) -> "_Sample":
         """A replacement for an unusable sample: a grey image and no supervised token."""
         messages = [Message(role="user", content=IMAGE_MARKER), Message(role="assistant", content=".")]
         record = Record(name="blank", images=["blank"], messages=messages, supervised_from=0, folder=None)
         ids = tokenize_record(self.processor, record, self.template).input_ids
-        images = [PIL.Image.new("RGB", (64, 64), (127, 127, 127))] if self._needs_images() else []
+        images = [PIL.Image.new("RGB", (64, 64), (127, 127, 127))] if self.needs_images() else []
         return _Sample(Tokens(ids, [IGNORED] * len(ids)), images, [None], [""], [0])
 
     def _pad(self, samples: list[Tokens]) -> dict[str, torch.Tensor]:
@@ -193,7 +222,8 @@ class SDLlavaCollator:
             )
         return key
 
-    def _needs_images(self) -> bool:
+    def needs_images(self) -> bool:
+        """Whether image files are read, which a cache of all features replaces."""
         if self.cache is None:
             return True
         return self.cache.kind == "latents" and hasattr(self.processor, "image_processor")

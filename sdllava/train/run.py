@@ -10,6 +10,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
+from ..data.image_files import check_image_files
 from ..data.sources import DataSource, endless, load_data
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
 from ..processors import SDLlavaProcessor
@@ -67,6 +68,7 @@ def train(arguments: Sequence[str]) -> None:
             )
         return
     if run.training.process_index == 0:
+        require_image_files(run, collator, train_data)
         require_supervision(train_data.take(100) if run.data.streaming else train_data, collator)
     checkpoint = checkpoint_to_resume(run)
     trainer = build_trainer(run, collator, train_data)
@@ -93,8 +95,9 @@ def cache(arguments: Sequence[str], folder: str, kind: str, dtype: str, batch_si
     register()
     run = parse_run(arguments)
     collator = build_collator(run, build_processor(run.model))
-    model = build_model(run.model, run.adapter).to(run.training.device).eval()
     rows = load_sources(run, run.data.datasets)
+    require_image_files(run, collator, rows)
+    model = build_model(run.model, run.adapter).to(run.training.device).eval()
     process, num_processes = run.training.process_index, run.training.world_size
     return write_cache(model, collator, rows, folder, kind, dtype, batch_size, process, num_processes)
 
@@ -137,6 +140,7 @@ def build_collator(run: RunArguments, processor: SDLlavaProcessor) -> SDLlavaCol
         max_length=run.training.max_length,
         require_images=is_align,
         skip_bad_samples=run.data.bad_samples == "skip",
+        max_bad_samples=run.data.max_bad_samples,
         fixed_noise=run.data.fixed_noise,
         cache=FeatureCache(run.data.feature_cache) if run.data.feature_cache else None,
     )
@@ -151,6 +155,17 @@ def load_sources(run: RunArguments, sources: list[DataSource]) -> "Dataset | Ite
         shuffle_buffer=run.data.shuffle_buffer,
         seed=run.training.seed,
     )
+
+
+def require_image_files(run: RunArguments, collator: SDLlavaCollator, data: "Dataset | IterableDataset") -> None:
+    """Check that the data's image files exist, where the run reads them.
+
+    Raises:
+        FileNotFoundError: A source lacks more images than the run may skip.
+    """
+    if collator.needs_images():
+        allowed = run.data.max_bad_samples if collator.skip_bad_samples else 0.0
+        check_image_files(data, run.data.datasets, allowed, run.training.seed)
 
 
 def build_trainer(
