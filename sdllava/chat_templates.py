@@ -1,5 +1,7 @@
 """Chat templates, and how user turns are found in a rendered prompt."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -44,18 +46,103 @@ FLATTEN_IMAGES = (
 """Prepended to a text-only model's template: writes each image of a message as the image token."""
 
 
-def chat_template_for(language_template: str | None, image_token: str) -> str:
-    """A template that places images: the language model's own after `FLATTEN_IMAGES`, or Vicuna v1.5's.
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""The tag that marks the beginning of an answer in a template."""
+
+MARK_ANSWERS = (
+    "{%- set pieces = rendered.split(HEADER) -%}{{- pieces[0] -}}"
+    "{%- for piece in pieces[1:] -%}{{- HEADER -}}{%- set parts = piece.split(END, 1) -%}"
+    "{%- if parts|length == 2 -%}"
+    "{%- generation -%}{{- parts[0] + END -}}{%- endgeneration -%}{{- parts[1] -}}"
+    "{%- else -%}{{- piece -}}{%- endif -%}{%- endfor -%}"
+)
+"""Writes the text in `rendered` with generation markers between each header of an answer and the next end token."""
+
+
+def chat_template_for(
+    language_template: str | None, image_token: str, special_tokens: Mapping[str, Any], source: str
+) -> str:
+    """A template that places images and marks answers: the language model's own, or Vicuna v1.5's.
 
     Args:
         language_template: The language model's chat template; None where it has none.
         image_token: The placeholder, for example "<image>".
+        special_tokens: Of the tokenizer, such as `bos_token`.
+        source: The language model, for the message.
+
+    Raises:
+        ValueError: The template has no generation markers, and where answers begin and end cannot be found.
     """
     if language_template is None:
         return VICUNA_V1_5.replace("<image>", image_token)
-    if image_token in language_template:
-        return language_template
-    return FLATTEN_IMAGES.replace("<image>", image_token) + language_template
+    try:
+        marked = mark_answers(language_template, special_tokens)
+    except ValueError as error:
+        raise ValueError(
+            f"The chat template of {source!r} cannot be used: {error} Copy the model to a folder, write "
+            "{% generation %} before each answer and {% endgeneration %} after its end token, in its "
+            "chat_template.jinja or the field chat_template of tokenizer_config.json, and use the folder."
+        ) from error
+    return marked if image_token in language_template else FLATTEN_IMAGES.replace("<image>", image_token) + marked
+
+
+def mark_answers(template: str, special_tokens: Mapping[str, Any]) -> str:
+    """A template that renders the same text and marks each answer with its end token, for the loss.
+
+    The text before and after an answer is found by rendering a conversation. The returned template renders the original
+    one, and splits its text there.
+
+    Args:
+        template: With generation markers it is returned as it is.
+        special_tokens: Of the tokenizer, such as `bos_token`.
+
+    Raises:
+        ValueError: The template cannot be rendered, or no text before or after the answers is common to them.
+    """
+    if GENERATION.search(template):
+        return template
+    messages = [{"role": role, "content": f"\x01{i}\x01"} for i, role in enumerate(["user", "assistant"] * 2)]
+    full, question = (_render(template, messages[:count], special_tokens, count == 1) for count in (4, 1))
+    pieces = re.split("\x01[0-3]\x01", full)
+    if len(pieces) != 5 or question.count("\x010\x01") != 1:
+        raise ValueError("It does not write each message once.")
+    prompt = question.partition("\x010\x01")[2]
+    header = _common_prefix(_common_prefix(pieces[1], pieces[3]), prompt)
+    end = _common_prefix(pieces[2], pieces[4])
+    eos = str(special_tokens.get("eos_token") or "")
+    if eos and eos in end:
+        end = end[: end.index(eos) + len(eos)]
+    elif first_word := re.match(
+        r"\s*(\S*>|\S+)", end
+    ):  # "<|end|>" of "<|end|>\n<", which <|user|> and a last turn share
+        end = first_word.group()
+    if not header.strip() or not end.strip():
+        what = "before" if not header.strip() else "after"
+        raise ValueError(f"It writes no text {what} answers that marks them.")
+    names = {"HEADER": _jinja_string(header), "END": _jinja_string(end)}
+    marking = re.sub("HEADER|END", lambda match: names[match.group()], MARK_ANSWERS)
+    marked = "{% set rendered %}" + template + "{% endset %}" + marking
+    for count in (4, 3, 2):
+        if _render(marked, messages[:count], special_tokens, count == 3) != _render(
+            template, messages[:count], special_tokens, count == 3
+        ):
+            raise ValueError("Its text changes when answers are marked.")
+    return marked
+
+
+def _jinja_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+def _render(template: str, messages: list[dict], special_tokens: Mapping[str, Any], add_prompt: bool) -> str:
+    try:
+        rendered, _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=add_prompt, **special_tokens
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"It cannot be rendered ({error}).") from error
+    return rendered[0]
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,14 @@ def read_parts(
         components=_describe(given),
         **model_fields,
     )
+    template = chat_template_for(tokenizer.chat_template, "<image>", tokenizer.special_tokens_map, language_model)
     return Parts(
         config=model_config,
         sources=given,
         tokenizer=_with_pad_token(tokenizer),
         image_processor=image_processor,
         diffusion_tokenizers=[] if published is None else published.tokenizers,
-        chat_template=chat_template_for(tokenizer.chat_template, "<image>"),
+        chat_template=template,
         pad_to_square=True,
     )
 
@@ -138,14 +139,17 @@ def read_llava_parts(llava: str, diffusion: str | None = None, **config: Any) ->
         components=_describe(given),
         **{**kept, **model_fields},
     )
-    own_template = processor.tokenizer.chat_template
+    tokenizer = processor.tokenizer
+    template = processor.chat_template or chat_template_for(
+        tokenizer.chat_template, processor.image_token, tokenizer.special_tokens_map, llava
+    )
     return Parts(
         config=model_config,
         sources=given,
-        tokenizer=_with_pad_token(processor.tokenizer),
+        tokenizer=_with_pad_token(tokenizer),
         image_processor=processor.image_processor,
         diffusion_tokenizers=[] if published is None else published.tokenizers,
-        chat_template=processor.chat_template or chat_template_for(own_template, processor.image_token),
+        chat_template=template,
         pad_to_square=False,
     )
 

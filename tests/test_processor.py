@@ -319,7 +319,7 @@ def test_the_question_is_found_in_another_models_template(processor):
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     other = copy.deepcopy(processor)
-    other.chat_template = chat_template_for(template, "<image>")
+    other.chat_template = chat_template_for(template, "<image>", {}, "other")
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     conversation = [system, user(red(), "What is this?"), assistant("A dog."), user("Where is it?")]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}

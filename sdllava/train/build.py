@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import logging
 
-from ..chat_templates import chat_template_for
+from ..chat_templates import VICUNA_V1_5
 from ..configuration import SDLlavaConfig, SDLlavaDiffusionConfig
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
 from ..parts import diffusion_image_processor, read_llava_parts, read_parts
@@ -35,7 +35,9 @@ def build_processor(arguments: ModelArguments) -> SDLlavaProcessor:
     source = str(arguments.init_from)
     if kind == "llava":
         processor = SDLlavaProcessor.from_parts(read_llava_parts(source, arguments.diffusion, **arguments.overrides()))
-        processor.chat_template = chat_template_for(None, processor.image_token)  # LLaVA's own marks no end token
+        processor.chat_template = VICUNA_V1_5.replace(
+            "<image>", processor.image_token
+        )  # LLaVA's own marks no end token
         return processor
     processor = SDLlavaProcessor.from_pretrained(**split_revision(source))
     if kind == "adapter":

@@ -96,9 +96,9 @@ def require_supervision(rows: Iterable[Mapping[str, Any]], collator: SDLlavaColl
 
     Raises:
         ValueError: A sample is not valid; the message names the first one. With `skip_bad_samples`, only where no
-            sample is valid. Also where the chat template leaves the end token out of the answers.
+            sample is valid, or too many are not. Also where the chat template leaves the end token out of the answers.
     """
-    usable = 0
+    usable = number = 0
     for number, row in enumerate(rows):
         try:
             record = collator.record(row, number)
@@ -114,11 +114,15 @@ def require_supervision(rows: Iterable[Mapping[str, Any]], collator: SDLlavaColl
                 raise ValueError(f"{name} {error}. List every such sample with --check_data true.") from error
     if not usable:
         raise ValueError("The data has no usable sample. Run with --check_data true to see why.")
+    collator.check_skipped(number + 1 - usable, number + 1)
 
 
 def _require_end_token(collator: SDLlavaCollator, tokens: Tokens) -> None:
     tokenizer: Any = collator.processor.tokenizer
-    if tokenizer.eos_token_id not in tokens.labels and len(tokens.input_ids) != collator.max_length:
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
+    ends = {tokenizer.eos_token_id} | special  # Gemma ends its answers with another token than its eos_token
+    if not ends & set(tokens.labels) and len(tokens.input_ids) != collator.max_length:
         raise ValueError(
             f"The chat template leaves the end token {tokenizer.eos_token!r} out of the marked answers, so the model "
             "would not learn to stop. Give a template that includes it (chat_template_path)."

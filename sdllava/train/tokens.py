@@ -1,18 +1,16 @@
 """Tokenizing a conversation, with the loss only on answers."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..chat_templates import GENERATION
 from ..data.records import Message, Record, RecordError, split_content
 
 if TYPE_CHECKING:
     from ..processors import SDLlavaProcessor
-
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 IGNORED = -100
 """The label of tokens without a loss."""
