@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.evaluation.benchmarks.base import Sample, open_image
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate
-from sdllava.evaluation.judge import EndpointJudge, make_judge
+from sdllava.evaluation.judge import EndpointJudge, JudgeRejectionError, make_judge
 from sdllava.evaluation.responder import Responder
 from sdllava.evaluation.results import RunFolder, load_results, read_records
 from sdllava.evaluation.runner import _batching_order, answer_samples, one_ahead
@@ -194,23 +194,29 @@ def test_sampling_does_not_depend_on_batch_or_resume(loaded, mmvp_folder, tmp_pa
 
 @pytest.fixture
 def endpoint():
-    """A local OpenAI-compatible server that replies with `answer` and records the requests."""
+    """A local OpenAI-compatible server that replies with `answer` and records the requests.
+
+    `failures` are the statuses of the next requests, `rejects` the parameters that give HTTP 400.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.requests.append((self.path, self.headers.get("Authorization"), body))
-            status = server.failures.pop() if server.failures else 200
+            rejected = [name for name in server.rejects if name in body]
+            status, error = (server.failures.pop() if server.failures else 200), {}
+            if rejected:
+                status, error = 400, {"message": f"Unsupported parameter: '{rejected[0]}' is not supported."}
             reply = json.dumps({"choices": [{"message": {"content": server.answer}}]}).encode()
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(reply if status == 200 else b"{}")
+            self.wfile.write(reply if status == 200 else json.dumps({"error": error}).encode())
 
         def log_message(self, *args):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.failures, server.answer = [], [], "yes"
+    server.requests, server.failures, server.answer, server.rejects = [], [], "yes", ()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -244,6 +250,58 @@ def test_endpoint_judge(loaded, mmvp_folder, tmp_path, endpoint):
     without = evaluate(loaded, "mmvp", tmp_path / "out", options)
     assert without["scores"] == {}
     assert without["judge"] is None
+
+
+def test_judge_drops_parameters_that_the_endpoint_rejects_and_remembers_them(endpoint):
+    endpoint.rejects = ("max_tokens", "temperature")
+    judge = judge_at(endpoint)
+    assert judge.temperature == 0.2
+    assert judge("", "Is it red?") == "yes"
+    limits = [name for *_, body in endpoint.requests for name in body if name.startswith("max")]
+    assert limits == ["max_tokens", "max_completion_tokens", "max_completion_tokens"]
+    assert endpoint.requests[-1][2].keys() == {"model", "messages", "max_completion_tokens"}
+    assert judge.temperature is None
+    judge("", "Is it blue?")
+    assert len(endpoint.requests) == 4
+    endpoint.rejects = ("model",)  # not a parameter that can be left out
+    with pytest.raises(JudgeRejectionError, match=r"rejected the request \(HTTP 400: .*'model' is not supported"):
+        judge("", "Is it green?")
+    assert len(endpoint.requests) == 5
+
+
+@pytest.mark.parametrize(
+    ("status", "requests", "kind"),
+    [
+        (503, 5, ConnectionError),
+        (429, 5, ConnectionError),
+        (401, 1, JudgeRejectionError),
+        (404, 1, JudgeRejectionError),
+    ],
+)
+def test_judge_repeats_only_failures_that_may_pass(endpoint, status, requests, kind):
+    endpoint.failures = [status] * 9
+    with pytest.raises(ConnectionError, match=f"HTTP {status}.*run the same command again") as raised:
+        judge_at(endpoint)("", "Is it red?")
+    assert type(raised.value) is kind
+    assert len(endpoint.requests) == requests
+
+
+def test_rejected_change_of_parameters_is_not_remembered(endpoint):
+    endpoint.rejects = ("max_tokens", "max_completion_tokens")
+    judge = judge_at(endpoint)
+    with pytest.raises(JudgeRejectionError, match="max_completion_tokens"):
+        judge("", "Is it red?")
+    assert judge.settings == {"temperature": 0.2, "max_tokens": 1024}
+
+
+@pytest.mark.usefixtures("few_tokens", "few_resamples")
+def test_results_note_judgements_without_a_temperature(loaded, mmvp_folder, tmp_path, endpoint):
+    options = EvaluationOptions(protocol="official", data=str(mmvp_folder), limit=2)
+    endpoint.rejects = ("temperature",)
+    for _ in range(2):  # the second run only reads the kept judgements
+        results = evaluate(loaded, "mmvp", tmp_path / "out", options, judge=judge_at(endpoint))
+        assert results["notes"]["judge"].startswith("2 judgements at the endpoint's own temperature")
+    assert len(endpoint.requests) == 3
 
 
 def write_llava_bench(folder):
@@ -300,7 +358,9 @@ def test_blink_judges_only_replies_that_its_parser_cannot_read(loaded, blink_fol
 
 def test_judge_that_is_unavailable(endpoint):
     endpoint.failures = [401]
-    with pytest.raises(ConnectionError, match=r"'gpt-4-0314' at .* did not answer .*401.*\. The replies are kept"):
+    with pytest.raises(
+        ConnectionError, match=r"'gpt-4-0314' at .* rejected the request .*401.*\. The replies are kept"
+    ):
         judge_at(endpoint)("be helpful", "hello")
     assert len(endpoint.requests) == 1
     with pytest.raises(ValueError, match=r"'http://localhost/v1' needs the name of the judge .* Add --judge MODEL"):

@@ -290,11 +290,15 @@ def _judge(benchmark: Benchmark, records: list[dict], path: Path, judge: Judge |
         return None
     benchmark.notes.pop("judge", None)
     kept = RunFolder(path / f"judgments-{run_name(judge.name)}", {"judge": judge.name})
-    done = {record["id"]: record["judgment"] for record in kept.finished()}
+    done = {record["id"]: record for record in kept.finished()}
     for record, (system, user) in wanted:
         if record["id"] not in done:
-            done[record["id"]] = judge(system, user)
-            kept.append([{"id": record["id"], "judgment": done[record["id"]]}])
-        record["judgment"] = done[record["id"]]
+            reply = judge(system, user)
+            done[record["id"]] = {"id": record["id"], "judgment": reply, "temperature": judge.temperature}
+            kept.append([done[record["id"]]])
+        record["judgment"] = done[record["id"]]["judgment"]
         benchmark.apply_judgment(record, record["judgment"])
+    # judgements of earlier versions have no temperature, and were made at the one in the judge's name
+    if unset := sum(done[record["id"]].get("temperature", 0) is None for record, _ in wanted):
+        benchmark.notes["judge"] = f"{unset} judgements at the endpoint's own temperature, because it accepts no other"
     return judge.name
