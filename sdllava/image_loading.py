@@ -52,6 +52,7 @@ def load_rgb(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ValueError: It cannot be decoded, has no pixels or values out of range, is too large or too thin.
     """
     name = _name(image)
+    source: Any
     if isinstance(image, np.ndarray | torch.Tensor):
         if image.ndim in (2, 3):
             height, width = _height_and_width(image.shape)

@@ -1,10 +1,18 @@
 """The command `serve`. Heavy imports happen inside the command."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .options import AutoDType, HostOption, PortOption, check_device, model_path
+from ..serving.limits import Limits
+from .options import AutoDType, HostOption, PortOption, check_device, model_path, split_names
+from .reporting import warn_if_untrained
+
+DEFAULT = Limits()
+
+
+def _limit(text: str, **bounds: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel="Limits", **bounds)
 
 
 def serve(
@@ -13,12 +21,44 @@ def serve(
     port: PortOption = 8000,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
     dtype: Annotated[AutoDType, typer.Option(help="auto: as the weights are stored.")] = AutoDType.auto,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="SDLLAVA_API_KEY", help="Bearer token that requests need. Default: none is needed."),
+    ] = None,
+    allow_media_domains: Annotated[
+        str, typer.Option(help="Domains whose image URLs are fetched, separated by commas. Default: none.")
+    ] = "",
+    max_body_bytes: Annotated[int, _limit("Bytes of a request.", min=1)] = DEFAULT.max_body_bytes,
+    max_images: Annotated[int, _limit("Images of a request.", min=0)] = DEFAULT.max_images,
+    max_image_bytes: Annotated[int, _limit("Bytes of an image.", min=1)] = DEFAULT.max_image_bytes,
+    max_image_pixels: Annotated[int, _limit("Pixels of an image.", min=1)] = DEFAULT.max_image_pixels,
+    max_new_tokens: Annotated[int, _limit("Tokens of an answer.", min=1)] = DEFAULT.max_new_tokens,
+    max_beams: Annotated[int, _limit("Beams of a beam search.", min=1)] = DEFAULT.max_beams,
+    max_question_chars: Annotated[int, _limit("Characters of text.", min=1)] = DEFAULT.max_question_chars,
+    max_queue: Annotated[int, _limit("Requests at a time; others get HTTP 429.", min=1)] = DEFAULT.max_queue,
+    request_seconds: Annotated[float, _limit("Time of a request.", min=0.1, max=86400)] = DEFAULT.request_seconds,
 ) -> None:
     """Serve an OpenAI-compatible endpoint: chat completions with images, streamed or not."""
     path = model_path(model)
     if device != "auto":
         check_device(device)
-    from ..serving.server import serve
+    from ..configuration import SDLlavaConfig
+    from ..serving.server import build_server, served_names
 
-    typer.echo(f"http://{host}:{port}/v1 serves the model {path!r}", err=True)
-    serve(path, host=host, port=port, device=device, dtype=dtype.value)
+    limits = Limits(
+        max_body_bytes=max_body_bytes,
+        max_images=max_images,
+        max_image_bytes=max_image_bytes,
+        max_image_pixels=max_image_pixels,
+        max_new_tokens=max_new_tokens,
+        max_beams=max_beams,
+        max_question_chars=max_question_chars,
+        max_queue=max_queue,
+        request_seconds=request_seconds,
+    )
+    names = served_names(model)
+    domains = split_names(allow_media_domains)
+    server = build_server(path, names, host, port, device, dtype.value, limits, domains, api_key or None)
+    warn_if_untrained(SDLlavaConfig.from_pretrained(path))
+    typer.echo(f"http://{host}:{port}/v1 serves the model {names[0]!r}", err=True)
+    server.run()
