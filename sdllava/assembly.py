@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlavaForConditi
 
 from .fusion import ImplicitCaptioner, SDLlavaMultiModalProjector, build_fusion
 from .parts import Parts
-from .repositories import missing, split_revision
+from .repositories import missing, require_safetensors, split_revision
 from .vision import load_vision
 
 
@@ -54,6 +54,7 @@ def load_weights(model: PreTrainedModel, parts: Parts, dtype: torch.dtype) -> No
 
 
 def _load_llava(llava: str, dtype: torch.dtype) -> Any:
+    require_safetensors(llava)
     try:
         return LlavaForConditionalGeneration.from_pretrained(dtype=dtype, **split_revision(llava))
     except OSError as error:
@@ -62,6 +63,7 @@ def _load_llava(llava: str, dtype: torch.dtype) -> Any:
 
 def _load_language_model(language_model: str, vocab_size: int, dtype: torch.dtype) -> Any:
     """A causal language model with at least `vocab_size` embeddings; new ones are the mean of the others."""
+    require_safetensors(language_model)
     try:
         causal_lm = AutoModelForCausalLM.from_pretrained(dtype=dtype, **split_revision(language_model))
     except OSError as error:

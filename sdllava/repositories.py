@@ -1,5 +1,6 @@
 """Where published parts come from: repository ids, revisions, folders; safetensors only; missing repositories."""
 
+import json
 import os
 import re
 from typing import Any
@@ -67,9 +68,29 @@ def refuse_pickle(source: str | os.PathLike, error: Exception | None = None, **o
     if found is not None:
         raise ValueError(
             f"{source!r} holds its weights as {found}, a pickle, which can run any code when it is read, and has no "
-            "safetensors. Ask its author for safetensors, or convert it on a machine where nothing can be harmed "
-            "(torch.load with weights_only=True, then safetensors.torch.save_file)."
+            f"safetensors. Run `sdllava convert {source} FOLDER`, which reads tensors only, and use FOLDER."
         ) from error
+
+
+def require_safetensors(source: str | os.PathLike) -> None:
+    """Refuse a part whose weights are pickles only. A source that does not exist passes: loading it raises.
+
+    Args:
+        source: A repository id, `id@revision` or a folder, with the layout of transformers.
+
+    Raises:
+        ValueError: It has no safetensors. The message names `sdllava convert`.
+    """
+    where = split_revision(source)
+    name, options = where["pretrained_model_name_or_path"], {"revision": where.get("revision")}
+    if not os.path.isdir(name):
+        try:
+            names = ("model.safetensors", "model.safetensors.index.json")
+            if any(has_file(name, file, **hub_options(options)) for file in names):
+                return
+        except OSError:
+            return
+    refuse_pickle(name, **options)
 
 
 def _pickle_in_folder(source: str) -> str | None:
@@ -104,6 +125,21 @@ def check_adapter(source: str | os.PathLike, **options: Any) -> None:
         source, "adapter_model.safetensors", options
     ):
         refuse_pickle(source, **options)
+
+
+def read_json(source: str | os.PathLike, name: str) -> dict[str, Any] | None:
+    """A JSON file of a repository or folder, or None where there is none.
+
+    Args:
+        source: A repository id, `id@revision` or a folder.
+        name: Path of the file inside it.
+    """
+    where = split_revision(source)
+    path = find_file(where["pretrained_model_name_or_path"], name, {"revision": where.get("revision")})
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def find_file(source: str | os.PathLike, name: str, options: dict[str, Any] | None = None) -> str | None:

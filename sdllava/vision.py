@@ -13,7 +13,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from .repositories import missing, split_revision
+from .repositories import missing, require_safetensors, split_revision
 
 VISION_MODELS = {
     "clip_vision_model": CLIPVisionModel,
@@ -60,5 +60,9 @@ def load_vision(vision: str, config: PreTrainedConfig, dtype: torch.dtype) -> Pr
         vision: As for `read_vision`.
         config: Its configuration.
         dtype: Of the weights.
+
+    Raises:
+        ValueError: The weights are pickles.
     """
+    require_safetensors(vision)
     return VISION_MODELS[config.model_type].from_pretrained(dtype=dtype, **split_revision(vision))

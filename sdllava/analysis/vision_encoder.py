@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from ..image_loading import ImageLike, load_rgb, pad_to_square
-from ..repositories import missing, split_revision
+from ..repositories import missing, require_safetensors, split_revision
 from .similarity import PairSimilarity, pair_similarity
 
 
@@ -20,10 +20,12 @@ class VisionEncoder(nn.Module):
 
     Raises:
         OSError: The encoder cannot be read.
+        ValueError: Its weights are pickles.
     """
 
     def __init__(self, source: str):
         super().__init__()
+        require_safetensors(source)
         try:
             config = AutoConfig.from_pretrained(**split_revision(source))
             self.processor = AutoImageProcessor.from_pretrained(**split_revision(source))

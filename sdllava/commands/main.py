@@ -8,6 +8,7 @@ import typer
 from ..version import __version__
 from .ask import ask
 from .compose import compose, taps
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .evaluate import evaluate, match
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(ask)
 app.command()(compose)
 app.command()(taps)
+app.command()(convert)
 app.command(context_settings=TRAIN_CONTEXT)(train)
 app.command()(merge)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(cache)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from ..image_loading import ImageLike, load_rgb
+from ..repositories import require_safetensors
 from .processes import default_device
 
 
@@ -19,12 +20,13 @@ class ClipMatcher:
         device: None uses this process's accelerator, or the CPU.
 
     Raises:
-        ValueError: The model has no `logits_per_text`.
+        ValueError: The model has no `logits_per_text`, or its weights are pickles.
     """
 
     timesteps: tuple[int, ...] = ()
 
     def __init__(self, name: str, revision: str | None = None, device: str | torch.device | None = None):
+        require_safetensors(f"{name}@{revision}" if revision else name)
         self.model = AutoModel.from_pretrained(name, revision=revision).to(device or default_device()).eval()
         self.processor = AutoProcessor.from_pretrained(name, revision=revision)
         # SigLIP was trained on texts padded to their full length

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .. import mini_path, register
 from ..pipeline import CachedEncodings
+from ..repositories import require_safetensors
 from .benchmarks.base import Sample, blank_image, open_image
 from .processes import default_device
 
@@ -27,13 +28,14 @@ def load_model(
         device: For example "cuda:1". None uses this process's accelerator, or the CPU.
 
     Raises:
-        ValueError: The dtype is unknown, or the device does not exist or is too small.
+        ValueError: The dtype is unknown, the weights are pickles, or the device does not exist or is too small.
         OSError: The model does not exist or cannot be loaded.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"Unknown dtype {dtype!r}. Choose auto, float32, bfloat16 or float16.")
     register()  # the command line delays this until it needs a model
     path = str(mini_path()) if name == "mini" else name
+    require_safetensors(f"{path}@{revision}" if revision else path)
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, revision=revision, dtype=dtype)
         processor = AutoProcessor.from_pretrained(path, revision=revision)
