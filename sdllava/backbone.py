@@ -20,7 +20,7 @@ from .unet_pass import CompiledPass
 
 Prompts = dict[str, torch.Tensor]
 """What a denoiser is conditioned on: tensors whose first dimension counts prompts. `encoder_hidden_states` is
-`(n, tokens, prompt_width)`."""
+`(n, tokens, prompt_width)`, `encoder_attention_mask`, where there is one, `(n, tokens)`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,18 @@ class DiffusionBackbone(nn.Module, ABC):
     def __init__(self, config: SDLlavaDiffusionConfig):
         super().__init__()
         self.config = config
+
+    @property
+    def all_tied_weights_keys(self) -> dict[str, str]:
+        """The weights that parts of transformers share, as `PreTrainedModel.post_init` collects them from children."""
+        tied = {name: getattr(module, "all_tied_weights_keys", {}) for name, module in self.named_children()}
+        return {f"{part}.{key}": f"{part}.{source}" for part, keys in tied.items() for key, source in keys.items()}
+
+    @property
+    def _keep_in_fp32_modules(self) -> set[str]:
+        """Modules of the parts that stay in float32 in a model loaded in float16; collected in the same way."""
+        kept = (getattr(module, "_keep_in_fp32_modules", None) for module in self.children())
+        return {name for names in kept for name in names or ()}
 
     @classmethod
     @abstractmethod
@@ -103,8 +115,8 @@ class DiffusionBackbone(nn.Module, ABC):
         """Encode prompts.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(n, 77)`): Padded as the first tokenizer pads.
-            input_ids_2 (`torch.LongTensor` of shape `(n, 77)`, *optional*): Padded as the second tokenizer pads.
+            input_ids (`torch.LongTensor` of shape `(n, tokens)`): Padded as the first tokenizer pads.
+            input_ids_2 (`torch.LongTensor` of shape `(n, tokens)`, *optional*): Padded as the second tokenizer pads.
 
         Raises:
             ValueError: The family has two tokenizers and `input_ids_2` is missing.
@@ -162,6 +174,13 @@ class DiffusionBackbone(nn.Module, ABC):
             ValueError: This family has no VAE, its latents do not fit the denoiser, or its weights are pickles.
         """
         raise ValueError(f"{source!r} cannot be used: the family {self.config.family.name!r} has no VAE to replace.")
+
+    def compute_buffers(self, module: nn.Module) -> None:
+        """Compute a module's buffers that no checkpoint holds, such as fixed position embeddings, in place.
+
+        Args:
+            module: Any module of this backbone.
+        """
 
     @abstractmethod
     def cut(self, taps: Sequence[Tap]) -> None:

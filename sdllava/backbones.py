@@ -7,13 +7,15 @@ from torch import nn
 
 from .backbone import DiffusionBackbone, PublishedDiffusion
 from .configuration import SDLlavaDiffusionConfig
-from .families import find_family
-from .repositories import find_file, split_revision
+from .families import find_family, transformer_family
+from .pixart import PixArtBackbone
+from .repositories import read_json
 from .stable_diffusion import StableDiffusionBackbone, StableDiffusionXLBackbone
 
 BACKBONES: dict[str, type[DiffusionBackbone]] = {
     "stable_diffusion": StableDiffusionBackbone,
     "stable_diffusion_xl": StableDiffusionXLBackbone,
+    "pixart": PixArtBackbone,
 }
 """Backbones by the name of their family in `families.py`."""
 
@@ -57,14 +59,8 @@ def read_whole(diffusion: str, image_size: int | None = None, max_image_size: in
 
 
 def _published_family(diffusion: str) -> type[DiffusionBackbone]:
-    where = split_revision(diffusion)
-    options = {"revision": where.get("revision")}
-    if find_file(where["pretrained_model_name_or_path"], "transformer/config.json", options) is not None:
-        raise ValueError(
-            f"{str(diffusion)!r} is a diffusion transformer, which is not supported. Supported families: "
-            f"{', '.join(BACKBONES)}."
-        )
-    return StableDiffusionBackbone
+    transformer = read_json(diffusion, "transformer/config.json")
+    return StableDiffusionBackbone if transformer is None else BACKBONES[transformer_family(transformer).name]
 
 
 def load_backbone(diffusion: str, config: SDLlavaDiffusionConfig, dtype: torch.dtype) -> DiffusionBackbone:

@@ -35,7 +35,14 @@ CUSTOM_PIPELINES = {
 VERSIONS = {"sdllava_version": __version__, "configuration_version": CONFIGURATION_VERSION}
 
 
-PART_FIELDS = ("unet_config", "vae_config", "text_encoder_config", "text_encoder_2_config", "scheduler_config")
+PART_FIELDS = (
+    "unet_config",
+    "transformer_config",
+    "vae_config",
+    "text_encoder_config",
+    "text_encoder_2_config",
+    "scheduler_config",
+)
 EMPTY_CLIP_PROMPT = [49406, 49407] + [0] * 75
 """The empty prompt as Stable Diffusion 2.x pads it to CLIP's 77 tokens."""
 
@@ -69,15 +76,19 @@ class SDLlavaDiffusionConfig(VersionedConfig):
     SDXL-LLaVA-c ``[0, 1]`` with ``ensemble="concat"``.
 
     Args:
-        unet_config, vae_config, text_encoder_config, text_encoder_2_config, scheduler_config (`dict`, *optional*):
-            The published configurations of the parts, as in the repository's folders. All default to Stable Diffusion
-            2.1-base; `text_encoder_2_config` makes it SDXL. `vae_config` may be that of an `AutoencoderTiny`.
+        unet_config, transformer_config, vae_config, text_encoder_config, text_encoder_2_config, scheduler_config
+            (`dict`, *optional*): The published configurations of the parts, as in the repository's folders. All default
+            to Stable Diffusion 2.1-base; `text_encoder_2_config` makes it SDXL, and the `_class_name` in
+            `transformer_config` names the family of a diffusion transformer. `vae_config` may be that of an
+            `AutoencoderTiny`.
         taps (`list[str]`): Where the denoiser is read, see [`~sdllava.taps.list_taps`]. Default: the papers' tap,
             `U-L1-R1-B0-Cross-Q`, for SDXL `U-L0-R0-B7-Out`.
         timesteps (`list[int]`): Noise levels, 0..999 on the training schedule; larger means more noise.
         guidance_scales (`list[float]`): The scales `s` of the features.
         ensemble (`str`): How several taps, timesteps and scales become one map: `"concat"` on channels, in the order
-            tap, timestep, scale; `"mean"`; `"learned"` (softmax weights). The last two need equal channels.
+            tap, timestep, scale; `"mean"`; `"learned"` (softmax weights); `"select"` (per token, by a gate that reads
+            all maps). The last three need equal channels. A mean over guidance scales is one effective scale.
+        ensemble_top_k (`int`, *optional*): With `"select"`, the number of maps that each token keeps. Default: all.
         grid_size (`int`): Height and width of the returned map, in tokens.
         image_size (`int`): Height and width of the image that the VAE encodes, in pixels.
         noise_seed (`int`): Seed of the one noise map that evaluation uses for every image, timestep and prompt.
@@ -97,6 +108,7 @@ class SDLlavaDiffusionConfig(VersionedConfig):
     base_config_key = "diffusion_config"
 
     unet_config: dict | None = None
+    transformer_config: dict | None = None
     vae_config: dict | None = None
     text_encoder_config: dict | None = None
     text_encoder_2_config: dict | None = None
@@ -104,7 +116,8 @@ class SDLlavaDiffusionConfig(VersionedConfig):
     taps: list[str] | None = None
     timesteps: list[int] = field(default_factory=lambda: [50])
     guidance_scales: list[int | float] = field(default_factory=lambda: [4.0])
-    ensemble: Literal["concat", "mean", "learned"] = "concat"
+    ensemble: Literal["concat", "mean", "learned", "select"] = "concat"
+    ensemble_top_k: int | None = None
     grid_size: int = 16
     image_size: int = 512
     noise_seed: int = 0
@@ -137,6 +150,11 @@ class SDLlavaDiffusionConfig(VersionedConfig):
                 f"taps={self.taps}, timesteps={self.timesteps} and guidance_scales={self.guidance_scales} need at "
                 "least one entry each."
             )
+        if self.image_size % (patch := self.family.patch_size(self.part_configs)):
+            raise ValueError(
+                f"image_size={self.image_size} is not a whole number of patches of {patch} pixels. Use a multiple of "
+                f"{patch}."
+            )
         taps = self.resolved_taps()
         if not all(math.isfinite(scale) for scale in self.guidance_scales):
             raise ValueError(f"guidance_scales={self.guidance_scales} must be finite numbers.")
@@ -159,6 +177,14 @@ class SDLlavaDiffusionConfig(VersionedConfig):
             raise ValueError(
                 f"ensemble={self.ensemble!r} needs taps of equal channels, but {self.taps} have {sorted(channels)}. "
                 'Choose taps of one width, or ensemble="concat".'
+            )
+
+        if self.ensemble_top_k is not None and not (
+            self.ensemble == "select" and 1 <= self.ensemble_top_k <= self.num_maps
+        ):
+            raise ValueError(
+                f"ensemble_top_k={self.ensemble_top_k} needs ensemble='select' and at most {self.num_maps} maps. Use 1 to "
+                f"{self.num_maps}, or leave it out."
             )
 
     @property
@@ -195,6 +221,11 @@ class SDLlavaDiffusionConfig(VersionedConfig):
         return sum(tap.channels for tap in self.resolved_taps()) * len(self.timesteps)
 
     @property
+    def num_maps(self) -> int:
+        """Maps that the ensemble combines: taps times timesteps times guidance scales."""
+        return len(self.taps or []) * len(self.timesteps) * len(self.guidance_scales)
+
+    @property
     def hidden_size(self) -> int:
         """Channels of the returned map."""
         if self.ensemble == "concat":
@@ -227,7 +258,9 @@ class SDLlavaConfig(VersionedConfig):
         text_config, vision_config, diffusion_config (`PreTrainedConfig` or `dict`, *optional*): The parts; those of the
             papers where left out. `vision_config` is that of CLIP, SigLIP or DINOv2, or `None` for a model with only
             a diffusion tower; `diffusion_config=None` is plain LLaVA.
-        fusion (`str`): `"cross_attention"`, `"concat"`, `"concat_tokens"`, `"gated"`; `"none"` with one tower.
+        fusion (`str`): `"cross_attention"`, `"concat"`, `"concat_tokens"`, `"gated"`, `"attention_over_maps"` (the
+            keys are the tokens of all taps, timesteps and scales), `"multi_level"` (one cross-attention per tap, coarse
+            to fine); `"none"` with one tower.
         fusion_num_attention_heads (`int`): Heads of the cross-attention.
         fusion_grid_size (`int`, *optional*): Resize the vision features to this grid before fusing: 16 is the
             256-query reading of S3, A.2. Default: their own grid (with `concat`, the diffusion grid).
@@ -236,6 +269,8 @@ class SDLlavaConfig(VersionedConfig):
             configuration's.
         components (`dict`, *optional*): Where each part came from (`id`, `revision`, `license`, `language`), by its
             name in `from_component_pretrained`; recorded when a model is assembled.
+        is_trained (`bool`, *optional*): False for a model that was assembled with a new projector, until its first
+            training step. None where it is not recorded.
         left_out (`dict`, *optional*): The hash of each frozen part that a checkpoint leaves out; set in saved
             configurations only.
         image_token_index, projector_hidden_act, vision_feature_select_strategy, vision_feature_layer,
@@ -260,7 +295,9 @@ class SDLlavaConfig(VersionedConfig):
     text_config: Any = None
     vision_config: Any = field(default_factory=lambda: dict(CLIP_VIT_L_14_336))
     diffusion_config: Any = field(default_factory=dict)
-    fusion: Literal["none", "cross_attention", "concat", "concat_tokens", "gated"] | None = None
+    fusion: (
+        Literal["none", "cross_attention", "concat", "concat_tokens", "gated", "attention_over_maps", "multi_level"] | None
+    ) = None
     fusion_num_attention_heads: int = 16
     fusion_grid_size: int | None = None
     spatial_merge_size: int = 1
@@ -271,6 +308,7 @@ class SDLlavaConfig(VersionedConfig):
     vision_feature_layer: int | list[int] = -2
     multimodal_projector_bias: bool = True
     components: dict | None = None
+    is_trained: bool | None = None
     left_out: dict | None = None
     tie_word_embeddings: bool = False
 
@@ -300,7 +338,8 @@ class SDLlavaConfig(VersionedConfig):
         only_captions = two_towers and self.implicit_caption_tokens  # the vision encoder only makes the prompt
         if two_towers == (self.fusion == "none") and not only_captions:
             towers = "two encoders" if two_towers else "one encoder"
-            right = "'cross_attention', 'concat', 'concat_tokens' or 'gated'" if two_towers else "'none'"
+            names = "'cross_attention', 'concat', 'concat_tokens', 'gated', 'attention_over_maps' or 'multi_level'"
+            right = names if two_towers else "'none'"
             raise ValueError(f"fusion={self.fusion!r} does not fit {towers}. Use {right}.")
         drops_cls = self.vision_config is not None and self.vision_feature_select_strategy == "default"
         if drops_cls and not self.vision_has_cls:
@@ -308,7 +347,10 @@ class SDLlavaConfig(VersionedConfig):
                 "vision_feature_select_strategy='default' drops the CLS token, which "
                 f"{self.vision_config.model_type!r} does not have. Use 'full'."
             )
-        if self.fusion == "cross_attention" and self.vision_hidden_size % self.fusion_num_attention_heads:
+        if self.fusion in ("attention_over_maps", "multi_level"):
+            self._check_maps()
+        attends = self.fusion in ("cross_attention", "attention_over_maps", "multi_level")
+        if attends and self.vision_hidden_size % self.fusion_num_attention_heads:
             raise ValueError(
                 f"fusion_num_attention_heads={self.fusion_num_attention_heads} does not divide the vision encoder's "
                 f"width {self.vision_hidden_size}. Choose a divisor."
@@ -325,6 +367,21 @@ class SDLlavaConfig(VersionedConfig):
             raise ValueError(
                 f"spatial_merge_size={self.spatial_merge_size} does not divide the {self.token_grid_size} x "
                 f"{self.token_grid_size} grid of image tokens. Choose a divisor."
+            )
+
+    def _check_maps(self) -> None:
+        """Check that the tower returns the maps that the fusion reads, one after the other on channels."""
+        tower = self.diffusion_config
+        channels = {tap.channels for tap in tower.resolved_taps()}
+        if tower.ensemble != "concat" or (self.fusion == "attention_over_maps" and len(channels) > 1):
+            raise ValueError(
+                f"fusion={self.fusion!r} reads separate maps, but ensemble={tower.ensemble!r} with taps of "
+                f"{sorted(channels)} channels. Use ensemble='concat'; attention_over_maps also needs taps of one width."
+            )
+        if self.fusion == "multi_level" and len({tap.height for tap in tower.resolved_taps()}) < 2:
+            raise ValueError(
+                f"fusion='multi_level' needs taps of different resolutions, and {tower.taps} have one. Add a tap of "
+                "another level."
             )
 
     @property

@@ -193,6 +193,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """diffusers' modules initialise themselves when they are built."""  # noqa: D403  # the library's own name
+        self.backbone.compute_buffers(module)
         if isinstance(module, FeatureEnsemble) and module.mode == "learned":
             init.zeros_(module.weight)
 
@@ -420,6 +421,9 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         if implicit_caption is not None:
             text = prompts["encoder_hidden_states"]
             prompts["encoder_hidden_states"] = torch.cat([text, implicit_caption.to(text.dtype)], dim=1)
+            if (mask := prompts.get("encoder_attention_mask")) is not None:
+                kept = mask.new_ones(len(mask), implicit_caption.shape[1])
+                prompts["encoder_attention_mask"] = torch.cat([mask, kept], dim=1)
         return prompts
 
     def _needs_grad(self, halves: Sequence[Prompts]) -> bool:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .taps import Tap, list_taps
+from .taps import Tap, list_taps, pixart_taps
 
 PartConfigs = Mapping[str, dict[str, Any] | None]
 """The published configurations of a diffusion model's parts, by the field of `SDLlavaDiffusionConfig`."""
@@ -49,8 +49,25 @@ class DiffusionFamily(ABC):
     def native_image_size(self, parts: PartConfigs) -> int:
         """Height and width of the images that the model was trained on, in pixels."""
 
+    def patch_size(self, parts: PartConfigs) -> int:
+        """Pixels along one side of the smallest square that the denoiser keeps apart; images are multiples of it."""
+        return 1
 
-class StableDiffusion(DiffusionFamily):
+
+class LatentDiffusion(DiffusionFamily):
+    """A denoiser on the latents of a VAE."""
+
+    def latent_scale(self, parts: PartConfigs) -> int:
+        """Pixels per latent along one side of an image: a factor of 2 per level of the VAE's encoder."""
+        vae = _part(parts, "vae_config")
+        return 2 ** (len(vae["encoder_block_out_channels" if is_tiny_vae(vae) else "block_out_channels"]) - 1)
+
+    def train_timesteps(self, parts: PartConfigs) -> int:
+        """Length of the training schedule; timesteps are below it."""
+        return _part(parts, "scheduler_config").get("num_train_timesteps", 1000)
+
+
+class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x and 2.x: a UNet on the latents of a VAE, conditioned on one CLIP text encoder."""
 
     name = "stable_diffusion"
@@ -98,11 +115,6 @@ class StableDiffusion(DiffusionFamily):
         """Every place where the UNet can be read, in the order of its forward pass."""
         return list_taps(_part(parts, "unet_config"), latent_size)
 
-    def latent_scale(self, parts: PartConfigs) -> int:
-        """Pixels per latent along one side of an image: a factor of 2 per level of the VAE's encoder."""
-        vae = _part(parts, "vae_config")
-        return 2 ** (len(vae["encoder_block_out_channels" if is_tiny_vae(vae) else "block_out_channels"]) - 1)
-
     def latent_channels(self, parts: PartConfigs) -> int:
         """Channels of the latents."""
         return _part(parts, "unet_config").get("in_channels", 4)
@@ -110,10 +122,6 @@ class StableDiffusion(DiffusionFamily):
     def prompt_width(self, parts: PartConfigs) -> int:
         """Channels of a prompt's tokens as the UNet reads them."""
         return _part(parts, "unet_config")["cross_attention_dim"]
-
-    def train_timesteps(self, parts: PartConfigs) -> int:
-        """Length of the training schedule; timesteps are below it."""
-        return _part(parts, "scheduler_config").get("num_train_timesteps", 1000)
 
     def native_image_size(self, parts: PartConfigs) -> int:
         """Height and width of the images that the model was trained on, in pixels."""
@@ -128,9 +136,62 @@ class StableDiffusionXL(StableDiffusion):
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
 
 
+class PixArt(LatentDiffusion):
+    """PixArt-alpha and PixArt-Sigma: a transformer on the latents of a VAE, cross-attending to T5's text."""
+
+    name = "pixart"
+    default_tap = "T-B14-Cross-Q"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+
+    def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
+        """Every place where the transformer can be read, in the order of its forward pass."""
+        return pixart_taps(_part(parts, "transformer_config"), latent_size)
+
+    def latent_channels(self, parts: PartConfigs) -> int:
+        """Channels of the latents."""
+        return _part(parts, "transformer_config")["in_channels"]
+
+    def prompt_width(self, parts: PartConfigs) -> int:
+        """Channels of a prompt's tokens as the transformer reads them, before its own projection."""
+        return _part(parts, "transformer_config")["caption_channels"]
+
+    def native_image_size(self, parts: PartConfigs) -> int:
+        """Height and width of the images that the model was trained on, in pixels."""
+        return _part(parts, "transformer_config")["sample_size"] * self.latent_scale(parts)
+
+    def patch_size(self, parts: PartConfigs) -> int:
+        """Pixels along one side of a token; images are multiples of it."""
+        return self.latent_scale(parts) * _part(parts, "transformer_config")["patch_size"]
+
+
+TRANSFORMERS: dict[str, type[DiffusionFamily]] = {
+    "PixArtTransformer2DModel": PixArt,
+    "Transformer2DModel": PixArt,
+}
+"""Families by the class of their published transformer; older PixArt repositories name the general class."""
+
+
 def find_family(parts: PartConfigs) -> DiffusionFamily:
-    """The family that the configurations of parts describe."""
+    """The family that the configurations of parts describe.
+
+    Raises:
+        ValueError: The transformer's class is not supported.
+    """
+    if (transformer := parts.get("transformer_config")) is not None:
+        return transformer_family(transformer)()
     return StableDiffusion() if parts.get("text_encoder_2_config") is None else StableDiffusionXL()
+
+
+def transformer_family(transformer_config: Mapping[str, Any]) -> type[DiffusionFamily]:
+    """The family of a published transformer.
+
+    Raises:
+        ValueError: Its class is not supported.
+    """
+    name = transformer_config.get("_class_name")
+    if name not in TRANSFORMERS:
+        raise ValueError(f"The diffusion transformer {name!r} is not supported. Use one of {', '.join(TRANSFORMERS)}.")
+    return TRANSFORMERS[name]
 
 
 def is_tiny_vae(vae_config: Mapping[str, Any]) -> bool:

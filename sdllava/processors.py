@@ -13,6 +13,7 @@ from .chat_templates import user_turn_markers
 from .configuration import AUTO_MAP
 from .image_loading import ImageLike, load_rgb, pad_to_square
 from .parts import Parts, diffusion_image_processor, read_llava_parts, read_parts
+from .prompts import clean_prompts, prompt_length
 from .questions import clean_question, questions_in_messages, questions_in_text
 from .remote_code import save_code
 from .repositories import find_file
@@ -186,7 +187,8 @@ class SDLlavaProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature`: `input_ids`, `attention_mask` `(batch, sequence)`; for n images `pixel_values`
-            `(n, 3, h, w)`, `diffusion_pixel_values` `(n, 3, image_size, image_size)`, `diffusion_input_ids` `(n, 77)`.
+            `(n, 3, h, w)`, `diffusion_pixel_values` `(n, 3, image_size, image_size)`, `diffusion_input_ids`
+            `(n, tokens)`.
 
         Raises:
             TypeError: Text or a question is not a string.
@@ -269,7 +271,7 @@ class SDLlavaProcessor(ProcessorMixin):
         return [int(255 * channel) for channel in mean]
 
     def tokenize_questions(self, questions: Sequence[str], return_tensors: str | None = None) -> dict[str, Any]:
-        """The diffusion model's prompts, as token ids of shape `(n, 77)` for each of its tokenizers.
+        """The diffusion model's prompts, as token ids of shape `(n, tokens)` for each of its tokenizers.
 
         Image tokens and LLaVA's two format instructions are left out. Longer questions are truncated, with one warning.
 
@@ -282,12 +284,12 @@ class SDLlavaProcessor(ProcessorMixin):
         for name in ("diffusion_tokenizer", "diffusion_tokenizer_2"):
             if (tokenizer := getattr(self, name, None)) is None:
                 continue
-            length = min(tokenizer.model_max_length, 77)
-            if any(len(ids) > length for ids in tokenizer(cleaned, verbose=False)["input_ids"]):
+            prompts, length = clean_prompts(tokenizer, cleaned), prompt_length(tokenizer)
+            if any(len(ids) > length for ids in tokenizer(prompts, verbose=False)["input_ids"]):
                 logger.warning_once(f"A question has more than the diffusion model's {length} tokens and is truncated.")
             options = {"padding": "max_length", "truncation": True, "max_length": length}
             key = name.replace("tokenizer", "input_ids")
-            inputs[key] = tokenizer(cleaned, return_tensors=return_tensors, **options)["input_ids"]
+            inputs[key] = tokenizer(prompts, return_tensors=return_tensors, **options)["input_ids"]
         return inputs
 
     def _questions(

@@ -10,12 +10,15 @@ A name is `Stage-Level-Repeat-Block-Feature`, zero-based: `U-L1-R1-B0-Cross-Q` i
 - `Vit-Out`: the attention module's output (no block in the name)
 - `Res-Out`: the ResNet of that repeat (no block in the name)
 
+A diffusion transformer has one stage `T`, with its blocks in the order of the forward pass: `T-B14-Cross-Q`. There
+`Norm` is the block's input, normalised and modulated (AdaLN), as its first attention reads it.
+
 The long names of generic-diffusion-feature (`up-level1-repeat1-vit-block0-cross-q`) are understood as well.
 """
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +36,10 @@ class Tap:
     height: int
     width: int
     channels: int
+    is_input: bool = False
+    """Whether the module's first input is read, and not its output."""
+    output_index: int = 0
+    """Which output of a module that returns a tuple is the image."""
 
 
 def list_taps(unet_config: dict[str, Any], latent_size: int | None = None) -> list[Tap]:
@@ -68,6 +75,24 @@ def list_taps(unet_config: dict[str, Any], latent_size: int | None = None) -> li
         for repeat in range(repeats[levels - 1 - level] + 1):
             depth = _at(up_depths[level], repeat) if "CrossAttn" in up_types[level] else 0
             taps += _repeat_taps(f"U-L{level}-R{repeat}", f"up_blocks.{level}", repeat, depth, size, width)
+    return taps
+
+
+def pixart_taps(transformer_config: Mapping[str, Any], latent_size: int) -> list[Tap]:
+    """Every tap of a PixArt transformer, in the order in which the forward pass reaches it.
+
+    Args:
+        transformer_config: A `PixArtTransformer2DModel` configuration.
+        latent_size: Height and width of the latents.
+    """
+    size = latent_size // transformer_config["patch_size"]
+    channels = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
+    taps = []
+    for block in range(transformer_config["num_layers"]):
+        name, path = f"T-B{block}", f"transformer_blocks.{block}"
+        taps.append(Tap(f"{name}-Norm", f"{path}.attn1", size, size, channels, is_input=True))
+        for feature, suffix in _BLOCK_FEATURES.items():
+            taps.append(Tap(f"{name}-{feature}", f"{path}{suffix}", size, size, channels))
     return taps
 
 

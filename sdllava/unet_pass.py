@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -41,23 +41,25 @@ def hook_taps(
     Args:
         model: The denoiser.
         taps: Where it is read.
-        read: Filled with one tensor per tap, by module path.
+        read: Filled with one tensor per tap, by tap name.
         reader: Only passes of this thread are read; others may run the same model at the same time. Default: all.
     """
-    paths = {tap.module_path for tap in taps}
+    by_name = {tap.name: tap for tap in taps}
 
-    def hook_for(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if _is_other_thread(reader):
-                return
-            tensor: Any = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-            read[path] = tensor
-            if len(read) == len(paths):
-                raise AllTapsRead
+    def keep(tap: Tap, found: Any) -> None:
+        if _is_other_thread(reader):
+            return
+        read[tap.name] = found[tap.output_index] if isinstance(found, tuple) else getattr(found, "sample", found)
+        if len(read) == len(by_name):
+            raise AllTapsRead
 
-        return hook
+    def hook_for(tap: Tap) -> RemovableHandle:
+        module = model.get_submodule(tap.module_path)
+        if tap.is_input:
+            return module.register_forward_pre_hook(lambda module, args: keep(tap, args[0]))
+        return module.register_forward_hook(lambda module, args, output: keep(tap, output))
 
-    return [model.get_submodule(path).register_forward_hook(hook_for(path)) for path in paths]
+    return [hook_for(tap) for tap in by_name.values()]
 
 
 def hook_shared_rows(
@@ -101,12 +103,12 @@ def read_taps(model: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any])
     read: dict[str, torch.Tensor] = {}
     with removed_at_exit(hook_taps(model, taps, read, threading.get_ident())), suppress(AllTapsRead):
         forward()
-    if unread := [tap.name for tap in taps if tap.module_path not in read]:
+    if unread := [tap.name for tap in taps if tap.name not in read]:
         raise RuntimeError(
             f"Tap {unread[0]!r} was not read, because compiled code calls no hooks. Compile with the tower's "
             "compile_pass, which compiles the reading of its taps as well."
         )
-    return [read[tap.module_path] for tap in taps]
+    return [read[tap.name] for tap in taps]
 
 
 @contextmanager
@@ -134,14 +136,13 @@ class CutAway(nn.Module):
         raise RuntimeError(self.reason)
 
 
-def cut_after_taps(model: nn.Module, running: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any]) -> None:
-    """Replace every module of `model` that does not run before the last tap by `CutAway`, in place.
+def modules_up_to_taps(running: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any]) -> frozenset[str]:
+    """Paths of the modules that run before the last tap, and of the modules that hold them.
 
-    `attn2.to_k` of a tapped `Cross-Q` is kept, so that its attention map can still be computed.
+    `attn2.to_k` of a tapped `Cross-Q` is included, so that its attention map can still be computed.
 
     Args:
-        model: The module to cut.
-        running: A module of the same structure on which `forward` runs; on the meta device this costs nothing.
+        running: The module on which `forward` runs; on the meta device this needs no memory.
         taps: The taps to keep.
         forward: Runs `running` once.
     """
@@ -150,7 +151,11 @@ def cut_after_taps(model: nn.Module, running: nn.Module, taps: Sequence[Tap], fo
     handles = [m.register_forward_pre_hook(lambda module, args: used.add(names[module])) for m in running.modules()]
     with removed_at_exit(handles):
         read_taps(running, taps, forward)
-    needed = {".".join(name.split(".")[:end]) for name in used for end in range(1, name.count(".") + 2)}
+    return frozenset(".".join(name.split(".")[:end]) for name in used for end in range(1, name.count(".") + 2))
+
+
+def cut_away(model: nn.Module, needed: Set[str]) -> None:
+    """Replace every module of `model` whose path is not in `needed` by `CutAway`, in place."""
     for name, module in list(model.named_modules()):
         for child_name, child in list(module.named_children()):
             if (f"{name}.{child_name}" if name else child_name) not in needed:
@@ -215,6 +220,6 @@ class CompiledPass:
             self._denoise(self._denoiser, latents.repeat(blocks, 1, 1, 1), timestep, prompts)
         except AllTapsRead:
             pass
-        read = [self._read[tap.module_path] for tap in self.taps]
+        read = [self._read[tap.name] for tap in self.taps]
         self._read.clear()
         return read

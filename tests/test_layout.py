@@ -14,10 +14,10 @@ PACKAGE = ROOT / "sdllava"
 FLAT = {path.stem for path in travelling_files()}
 ORDER = (
     ("version", "outputs", "atomic_files", "fingerprints", "run_records", "remote_code"),
-    ("image_loading", "chat_templates", "questions", "repositories"),
+    ("image_loading", "chat_templates", "questions", "prompts", "repositories"),
     ("taps", "families", "grids"),
     ("configuration", "noise", "guidance", "small_maps", "unet_pass", "attention_maps"),
-    ("backbone", "stable_diffusion", "backbones", "vision"),
+    ("backbone", "latent_backbone", "stable_diffusion", "pixart", "backbones", "vision"),
     ("checkpoints", "diffusion", "fusion"),
     ("parts", "processors", "assembly"),
     ("modeling_sdllava", "pipeline"),

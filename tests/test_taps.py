@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 
 from sdllava.configuration import SDLlavaDiffusionConfig
 from sdllava.diffusion import SDLlavaDiffusionModel
-from sdllava.taps import canonical_tap_name, list_taps, resolve_taps
-from sdllava.unet_pass import cut_after_taps, read_taps
+from sdllava.taps import Tap, canonical_tap_name, list_taps, resolve_taps
+from sdllava.unet_pass import cut_away, modules_up_to_taps, read_taps
 
 SDXL_UNET = {
     "sample_size": 128,
@@ -62,7 +62,7 @@ def test_long_names_and_any_case_are_understood(given, short):
 
 def test_an_unknown_tap_raises_with_the_nearest():
     with pytest.raises(
-        ValueError, match=r"no tap 'U-L1-R7-B0-Cross-Q' in this denoiser. The nearest are .*U-L1-R1-B0-Cross-Q"
+        ValueError, match=r"There is no tap 'U-L1-R7-B0-Cross-Q' in this denoiser. The nearest are .*U-L1-R1-B0-Cross-Q"
     ):
         SDLlavaDiffusionConfig(taps=["U-L1-R7-B0-Cross-Q"])
 
@@ -76,29 +76,69 @@ def unet_inputs(kind: str, latent_size: int) -> dict:
     return inputs
 
 
+def stock_unet(kind: str, latent_size: int) -> tuple[UNet2DConditionModel, dict, list[Tap], dict[str, torch.Tensor]]:
+    """An untouched UNet, inputs, its taps, and what hooks on them read in one whole pass."""
+    config = tiny.diffusion_config(kind).unet_config
+    unet = UNet2DConditionModel.from_config(config).eval()
+    inputs, taps = unet_inputs(kind, latent_size), list_taps(config, latent_size)
+    outputs = {}
+    handles = [
+        unet.get_submodule(tap.module_path).register_forward_hook(
+            lambda module, args, output, name=tap.name: outputs.update({name: output})
+        )
+        for tap in taps
+    ]
+    with torch.no_grad():
+        unet(**inputs)
+    for handle in handles:
+        handle.remove()
+    first = {name: x[0] if isinstance(x, tuple) else getattr(x, "sample", x) for name, x in outputs.items()}
+    return unet, inputs, taps, first
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("latent_size", [8, 11])
 def test_every_tap_equals_a_hook_on_the_whole_stock_unet(kind, latent_size):
-    """Names, sizes and values of all taps against one run of the untouched UNet."""
-    config = tiny.diffusion_config(kind).unet_config
-    unet = UNet2DConditionModel.from_config(config).eval()
-    inputs = unet_inputs(kind, latent_size)
-    taps = list_taps(config, latent_size)
-    expected = {}
-    for tap in taps:
-        hook = lambda module, args, output, name=tap.name: expected.update({name: output})  # noqa: E731
-        unet.get_submodule(tap.module_path).register_forward_hook(hook)
+    """Names, sizes and values of all taps, read in one pass."""
+    unet, inputs, taps, expected = stock_unet(kind, latent_size)
     with torch.no_grad():
-        unet(**inputs)
+        found = read_taps(unet, taps, lambda: unet(**inputs))
+    for tap, read in zip(taps, found, strict=True):
+        assert torch.equal(read, expected[tap.name]), tap.name
+        shape = read.shape if read.ndim == 4 else (*read.transpose(1, 2).shape[:2], tap.height, tap.width)
+        assert tuple(shape) == (2, tap.channels, tap.height, tap.width), tap.name
+        assert read.numel() == 2 * tap.channels * tap.height * tap.width
+
+
+SOME_TAPS = {
+    "sd1": ["M-L0-R1-Res-Out"],
+    "sd2": ["D-L0-R0-Res-Out", "D-L1-R0-B0-Cross-Out", "U-L1-R1-B0-Cross-Q", "U-L3-R2-Vit-Out"],
+    "sdxl": ["U-L0-R0-B2-Out"],
+}
+"""Taps whose passes the fast tests run: of every stage and feature."""
+PASSES = [
+    *(pytest.param(kind, 8, names, id=kind) for kind, names in SOME_TAPS.items()),
+    *(
+        pytest.param(kind, size, None, id=f"{kind}-{size}-all", marks=pytest.mark.slow)
+        for kind, size in (("sd1", 11), ("sd2", 8), ("sdxl", 11))
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "latent_size", "names"), PASSES)
+def test_a_pass_and_a_cut_unet_end_right_after_their_tap(kind, latent_size, names):
+    """Each tap in a pass of its own, and from a UNet cut right after it, against a hook on the untouched UNet."""
+    unet, inputs, taps, expected = stock_unet(kind, latent_size)
     with torch.no_grad():
-        for tap in taps:
+        for tap in taps if names is None else resolve_taps(names, taps):
             (read,) = read_taps(unet, [tap], lambda: unet(**inputs))
-            stock = expected[tap.name]
-            stock = getattr(stock, "sample", stock[0] if isinstance(stock, tuple) else stock)
-            assert torch.equal(read, stock), tap.name
-            shape = read.shape if read.ndim == 4 else (*read.transpose(1, 2).shape[:2], tap.height, tap.width)
-            assert tuple(shape) == (2, tap.channels, tap.height, tap.width), tap.name
-            assert read.numel() == 2 * tap.channels * tap.height * tap.width
+            assert torch.equal(read, expected[tap.name]), tap.name
+            cut = copy.deepcopy(unet)
+            cut_away(cut, modules_up_to_taps(unet, [tap], lambda: unet(**inputs)))
+            (read,) = read_taps(cut, [tap], lambda cut=cut: cut(**inputs))
+            assert torch.equal(read, expected[tap.name]), tap.name
+            with pytest.raises((RuntimeError, AttributeError), match=r"was cut away\. Load with truncate=False"):
+                cut(**inputs)
 
 
 def test_reading_leaves_nothing_patched():
@@ -108,31 +148,12 @@ def test_reading_leaves_nothing_patched():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("latent_size", [8, 11])
-def test_every_cut_unet_equals_the_whole_one(kind, latent_size):
-    """Each tap, read from a UNet cut right after it, against a hook on the untouched UNet."""
-    config = tiny.diffusion_config(kind).unet_config
-    unet = UNet2DConditionModel.from_config(config).eval()
-    inputs = unet_inputs(kind, latent_size)
-    with torch.device("meta"):
-        meta, meta_inputs = UNet2DConditionModel.from_config(config), unet_inputs(kind, 16)
-    with torch.no_grad():
-        for tap in list_taps(config, latent_size):
-            (expected,) = read_taps(unet, [tap], lambda: unet(**inputs))
-            cut = copy.deepcopy(unet)
-            cut_after_taps(cut, meta, [tap], lambda: meta(**meta_inputs))
-            (read,) = read_taps(cut, [tap], lambda cut=cut: cut(**inputs))
-            assert torch.equal(read, expected), tap.name
-            with pytest.raises((RuntimeError, AttributeError), match=r"was cut away\. Load with truncate=False"):
-                cut(**inputs)
-
-
 def test_the_deepest_of_several_taps_decides_the_cut():
     names = ["U-L2-R1-B0-Cross-Q", "D-L0-R0-Res-Out", "U-L1-R1-B0-Out"]
     whole = SDLlavaDiffusionModel(tiny.diffusion_config(taps=names, truncate=False)).eval()
     cut = SDLlavaDiffusionModel(tiny.diffusion_config(taps=names)).eval()
-    cut.load_state_dict({key: whole.state_dict()[key] for key in cut.state_dict()})
+    weights = whole.state_dict()
+    cut.load_state_dict({name: weights[name] for name in cut.state_dict()})
     inputs = tiny.image_inputs(2)
     with torch.no_grad():
         features = [m(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"])[0] for m in (cut, whole)]

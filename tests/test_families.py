@@ -1,0 +1,278 @@
+"""Diffusion transformers: every part equals the stock pipeline's, taps equal hooks on the whole stock model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_families
+import torch
+from diffusers import DDPMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+from safetensors import safe_open
+from test_remote_code import WITHOUT_PACKAGE
+from train_fixtures import command, weights
+from transformers import AutoTokenizer, T5EncoderModel
+from typer.testing import CliRunner
+
+from sdllava import SDLlavaDiffusionConfig, SDLlavaDiffusionModel, SDLlavaForConditionalGeneration, SDLlavaProcessor
+from sdllava.backbones import read_published
+from sdllava.families import PixArt
+from sdllava.prompts import clean_prompts
+from sdllava.unet_pass import CutAway
+
+TAP = "T-B1-Cross-Q"
+FIELDS = {"taps": [TAP], "image_size": 64, "grid_size": 4}
+PROMPTS = ["  A red CUBE left of a sphere? ", "a", "", "cat <pad> dog"]
+
+
+@pytest.fixture(scope="module")
+def pixart(build_once):
+    """A tiny PixArt-alpha in the published layout."""
+    return build_once("pixart", tiny_families.save_pixart)
+
+
+@pytest.fixture(scope="module")
+def whole(pixart):
+    return SDLlavaDiffusionModel.from_component_pretrained(str(pixart), **FIELDS)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 64, 64) * 2 - 1
+
+
+def prompt_ids(folder, prompts=PROMPTS):
+    (tokenizer,) = read_published(str(folder), **FIELDS).tokenizers
+    cleaned = clean_prompts(tokenizer, prompts)
+    return tokenizer(cleaned, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+
+
+def stock_pass(tower, tap, noisy, timestep, prompts):
+    """The tap's value in a pass of the whole stock transformer."""
+    model, read = tower.backbone.transformer, []
+    module = model.get_submodule(tap.module_path)
+    if tap.is_input:
+        handle = module.register_forward_pre_hook(lambda m, args: read.append(args[0]))
+    else:
+        handle = module.register_forward_hook(lambda m, args, output: read.append(output))
+    try:
+        model(
+            noisy,
+            prompts["encoder_hidden_states"],
+            torch.tensor([timestep] * len(noisy)),
+            {"resolution": None, "aspect_ratio": None},
+            encoder_attention_mask=prompts["encoder_attention_mask"],
+        )
+    finally:
+        handle.remove()
+    return read[0]
+
+
+@torch.no_grad()
+def test_every_tap_of_pixart_equals_a_hook_on_the_whole_stock_model(pixart, whole, images):
+    taps = whole.config.all_taps()
+    assert [tap.name for tap in taps[:4]] == ["T-B0-Norm", "T-B0-Cross-Q", "T-B0-Cross-Out", "T-B0-Out"]
+    prompts = whole.encode_prompts(prompt_ids(pixart)[:3])
+    noisy = torch.randn(3, 4, 8, 8)
+    read = whole.backbone.read(noisy, 50, prompts, taps)
+    for tap, features in zip(taps, read, strict=True):
+        assert torch.equal(features, stock_pass(whole, tap, noisy, 50, prompts)), tap
+        assert features.shape == (3, tap.height * tap.width, tap.channels)
+
+
+def test_the_adaln_tap_is_the_normalised_block_input(pixart, whole):
+    prompts = whole.encode_prompts(prompt_ids(pixart)[:1])
+    noisy, block = torch.randn(1, 4, 8, 8), whole.backbone.transformer.transformer_blocks[1]
+    by_name = {tap.name: tap for tap in whole.config.all_taps()}
+    norm, before = whole.backbone.read(noisy, 50, prompts, [by_name["T-B1-Norm"], by_name["T-B0-Out"]])
+    timestep = whole.backbone.transformer.adaln_single(
+        torch.tensor([50]), {"resolution": None, "aspect_ratio": None}, batch_size=1, hidden_dtype=torch.float32
+    )[0]
+    shift, scale = (block.scale_shift_table[None] + timestep.reshape(1, 6, -1)).chunk(6, dim=1)[:2]
+    torch.testing.assert_close(norm, block.norm1(before) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("alpha", 120), ("sigma", 300)])
+@torch.no_grad()
+def test_prompts_equal_the_pipeline_of_pixart(tmp_path, kind, length):
+    folder = tiny_families.save_pixart(tmp_path / kind, kind)
+    tower = SDLlavaDiffusionModel.from_component_pretrained(str(folder), **FIELDS)
+    pipeline = {"alpha": PixArtAlphaPipeline, "sigma": PixArtSigmaPipeline}[kind](
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=tower.backbone.vae, transformer=tower.backbone.transformer, scheduler=None,
+    )  # fmt: skip
+    found = tower.encode_prompts(prompt_ids(folder))
+    expected, mask, null, null_mask = pipeline.encode_prompt(PROMPTS, device="cpu")
+    assert found["encoder_hidden_states"].shape == (4, length, 32)
+    assert torch.equal(found["encoder_hidden_states"], expected)
+    assert torch.equal(found["encoder_attention_mask"], mask)
+    assert torch.equal(tower.null_prompt()["encoder_attention_mask"], null_mask[:1])
+    torch.testing.assert_close(tower.null_prompt()["encoder_hidden_states"], null[:1], rtol=0, atol=1e-6)
+
+
+def test_noise_of_pixart_equals_the_training_schedule(whole):
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    scheduler = DDPMScheduler(**tiny_families.LINEAR_SCHEDULE)
+    for timestep in (0, 50, 999):
+        expected = scheduler.add_noise(latents, noise, torch.tensor([timestep]))
+        torch.testing.assert_close(whole.add_noise(latents, timestep, noise), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_question_gives_the_same_features_in_any_batch(pixart, whole, images):
+    ids = prompt_ids(pixart)[:3]
+    together = whole(images, ids).last_hidden_state
+    assert together.shape == (3, 16, 32)
+    assert not torch.allclose(together[0], whole(images[:1], ids[1:2]).last_hidden_state[0], atol=1e-3)
+    order = [2, 0, 1]
+    torch.testing.assert_close(whole(images[order], ids[order]).last_hidden_state, together[order], rtol=0, atol=1e-5)
+    for row in range(3):
+        alone = whole(images[row : row + 1], ids[row : row + 1]).last_hidden_state
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_several_taps_timesteps_and_scales_are_concatenated(pixart, images):
+    taps = ["T-B0-Norm", "T-B2-Out"]
+    fields = {**FIELDS, "taps": taps, "timesteps": [50, 200], "guidance_scales": [0.0, 4.0]}
+    tower = SDLlavaDiffusionModel.from_component_pretrained(str(pixart), truncate=True, **fields)
+    output = tower(images, prompt_ids(pixart)[:3])
+    assert output.last_hidden_state.shape == (3, 16, 2 * 2 * 2 * 32)
+    null, given = output.unconditional_features, output.conditional_features
+    by_scale = output.last_hidden_state.unflatten(-1, (4, 2, 32))  # tap and timestep, scale, channels
+    torch.testing.assert_close(by_scale[..., 0, :].flatten(2), null)
+    torch.testing.assert_close(by_scale[..., 1, :].flatten(2), null + 4 * (given - null), rtol=0, atol=1e-4)
+    for tap, part in zip(taps, given.split(64, dim=-1), strict=True):
+        one = SDLlavaDiffusionModel.from_component_pretrained(str(pixart), **{**fields, "taps": [tap]})
+        torch.testing.assert_close(one(images, prompt_ids(pixart)[:3]).conditional_features, part, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_comes_after_the_tap_is_neither_in_memory_nor_in_the_file(pixart, whole, images, tmp_path):
+    tower = SDLlavaDiffusionModel.from_component_pretrained(str(pixart), truncate=True, **FIELDS)
+    ids = prompt_ids(pixart)[:3]
+    expected = whole(images, ids).last_hidden_state
+    assert torch.equal(tower(images, ids).last_hidden_state, expected)
+    transformer = tower.backbone.transformer
+    assert isinstance(transformer.transformer_blocks[2], CutAway)
+    assert isinstance(transformer.transformer_blocks[1].ff, CutAway)
+    assert isinstance(transformer.transformer_blocks[1].attn2.to_v, CutAway)
+    assert isinstance(transformer.transformer_blocks[1].attn2.to_k, torch.nn.Linear)  # for attention maps
+    assert isinstance(tower.backbone.vae.decoder, CutAway)
+    tower.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert not [name for name in names if "transformer_blocks.2." in name or "proj_out" in name or "decoder" in name]
+    loaded, info = SDLlavaDiffusionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(loaded(images, ids).last_hidden_state, expected)  # position embeddings are computed again
+
+
+def test_a_composed_model_answers_and_loads_again(pixart, published, tmp_path, images):
+    from sdllava.commands.main import app
+
+    parts = {"diffusion": pixart, "vision": published["clip"], "language-model": published["llm"]}
+    options = [text for name, folder in parts.items() for text in (f"--{name}", str(folder))]
+    options += ["--tap", TAP, "--field", "image_size=64", "--field", "grid_size=4"]
+    options += ["--field", "fusion_num_attention_heads=4"]
+    result = CliRunner().invoke(app, ["compose", str(tmp_path / "model"), *options])
+    assert result.exit_code == 0, result.output
+    model = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    processor = SDLlavaProcessor.from_pretrained(tmp_path / "model")
+    torch.nn.init.normal_(model.model.fusion.out_proj.weight)
+    image = tiny_families.noise_image()
+    logits = []
+    for question in ("Is it RED?", "is it red?", "blue"):
+        inputs = processor(images=image, text="<image>\nname it", question=question, return_tensors="pt")
+        assert inputs["diffusion_input_ids"].shape == (1, 120)
+        with torch.no_grad():
+            logits.append(model(**inputs).logits[0, -1])
+    assert torch.equal(logits[0], logits[1])  # PixArt reads prompts in lower case
+    assert not torch.allclose(logits[0], logits[2])
+    listed = CliRunner().invoke(app, ["taps", str(tmp_path / "model")])
+    assert "T-B1-Norm" in listed.output
+    assert "transformer_blocks.1.attn2.to_q" in listed.output
+
+
+def test_the_published_pixart_has_its_parameters_before_the_cut():
+    config = {**tiny_families.PIXART, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
+    config |= {"cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": 64}
+    with torch.device("meta"):
+        transformer = PixArtTransformer2DModel(**config)
+    assert sum(p.numel() for p in transformer.parameters()) == 610_856_096
+    taps = PixArt().list_taps({"transformer_config": transformer.config}, 64)
+    assert {(tap.height, tap.channels) for tap in taps} == {(32, 1152)}
+
+
+def test_a_published_configuration_survives_saving(pixart, tmp_path):
+    config = read_published(str(pixart), **FIELDS).config
+    assert config.family.name == "pixart"
+    assert config.prompt_width == 32
+    assert config.latent_size == 8
+    config.save_pretrained(tmp_path)
+    again = SDLlavaDiffusionConfig.from_pretrained(tmp_path)
+    assert again.part_configs == config.part_configs
+    assert again.null_input_ids == config.null_input_ids == [1] + [0] * 119
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"taps": ["U-L1-R1-B0-Cross-Q"]}, r"no tap 'U-L1-R1-B0-Cross-Q' in this denoiser\. The nearest are .*T-B"),
+        ({"image_size": 72}, r"image_size=72 is not a whole number of patches of 16 pixels"),
+        ({"timesteps": [1000]}, r"Timestep 1000 is outside the training schedule\. Use a value in 0\.\.999"),
+    ],
+)
+def test_fields_that_do_not_fit_pixart_raise(pixart, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read_published(str(pixart), **{**FIELDS, **fields})
+
+
+def test_missing_parts_and_unknown_transformers_raise(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    config = tmp_path / "transformer/config.json"
+    config.write_text(json.dumps({**tiny_families.PIXART, "_class_name": "PixArtTransformer2DModel"}))
+    with pytest.raises(OSError, match="Cannot read the PixArt model"):
+        read_published(str(tmp_path), **FIELDS)
+    config.write_text(json.dumps({"_class_name": "SanaTransformer2DModel"}))
+    with pytest.raises(ValueError, match=r"'SanaTransformer2DModel' is not supported\. Use one of PixArt"):
+        read_published(str(tmp_path), **FIELDS)
+
+
+def test_parts_that_do_not_fit_raise(tmp_path):
+    folder = tiny_families.save_pixart(tmp_path, caption_channels=48)
+    with pytest.raises(ValueError, match=r"prompts of width 48, but the text encoder gives 32"):
+        read_published(str(folder), **FIELDS)
+
+
+@pytest.mark.slow
+def test_pixart_trains_in_both_stages(pixart, work):
+    from sdllava.train.run import train
+
+    parts = {"diffusion": pixart, "taps": TAP}
+    train(command(work, "align", stage="align", **parts, max_steps=2, save_strategy="no"))
+    train(command(work, "finetune", init_from=work / "align", stage="finetune", max_steps=2, save_strategy="no"))
+    before, after = weights(work / "align"), weights(work / "finetune")
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"fusion", "multi_modal_projector", "language_model"} or changed == {
+        "fusion", "multi_modal_projector", "language_model", "weight"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_pixart_checkpoint_loads_where_the_package_is_not_installed(pixart, published, tmp_path):
+    parts = {"diffusion": pixart, "vision": published["clip"], "language_model": published["llm"]}
+    parts = {name: str(folder) for name, folder in parts.items()}
+    fields = {**FIELDS, "fusion_num_attention_heads": 4}
+    model = SDLlavaForConditionalGeneration.from_component_pretrained(**parts, **fields)
+    model.save_pretrained(tmp_path / "model")
+    SDLlavaProcessor.from_component_pretrained(**parts, **fields).save_pretrained(tmp_path / "model")
+    tiny_families.noise_image().save(tmp_path / "p.png")
+    arguments = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "model"), str(tmp_path / "p.png")]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "model-again")
+    positions = "model.diffusion_tower.backbone.transformer.pos_embed"
+    assert torch.equal(again.get_submodule(positions).pos_embed, model.get_submodule(positions).pos_embed)
