@@ -282,6 +282,8 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             given = "none" if input_ids is None else "both"
             raise ValueError(f"Give exactly one of input_ids and inputs_embeds, not {given}.")
+        if self.training and torch.is_grad_enabled() and self.config.is_trained is False:
+            self.config.is_trained = True
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 

@@ -34,6 +34,7 @@ _READ_FROM_PARTS = {
     "null_input_ids",
     "null_input_ids_2",
     "components",
+    "is_trained",
     "left_out",
     *PART_FIELDS,
     *(f.name for f in fields(PreTrainedConfig)),
@@ -97,6 +98,7 @@ def read_parts(
         diffusion_config=published and published.config,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         components=_describe(given),
+        is_trained=False,
         **model_fields,
     )
     template = chat_template_for(tokenizer.chat_template, "<image>", tokenizer.special_tokens_map, language_model)
@@ -139,6 +141,8 @@ def read_llava_parts(llava: str, diffusion: str | None = None, **config: Any) ->
         components=_describe(given),
         **{**kept, **model_fields},
     )
+    if model_config.fused_hidden_size * model_config.spatial_merge_size**2 != model_config.vision_hidden_size:
+        model_config.is_trained = False  # the LLaVA's projector does not fit, so it is new
     tokenizer = processor.tokenizer
     template = processor.chat_template or chat_template_for(
         tokenizer.chat_template, processor.image_token, tokenizer.special_tokens_map, llava

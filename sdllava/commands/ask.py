@@ -17,6 +17,7 @@ from .options import (
     default_device,
     model_path,
 )
+from .reporting import warn_if_untrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,6 +54,7 @@ def ask(
     if model == "mini":
         _warn_of_photograph(picture)
     pipe = _load_pipeline(path, device, dtype)
+    warn_if_untrained(pipe.model.config)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if guidance:
         options["guidance_scales"] = guidance

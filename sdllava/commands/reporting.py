@@ -79,6 +79,22 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+UNTRAINED = (
+    "This model was assembled and not trained: its projector is new, so its answers do not describe the image. Train "
+    "it with `sdllava train`."
+)
+
+
+def warn_if_untrained(config: Any) -> None:
+    """Print a warning on standard error where a model has never been trained.
+
+    Args:
+        config: The model's. Models of other packages have no such record.
+    """
+    if getattr(config, "is_trained", None) is False:
+        typer.secho(f"Warning: {UNTRAINED}", fg="yellow", err=True)
+
+
 def require_packages(purpose: str, extra: str, *packages: str) -> None:
     """Check that the packages of an optional extra are installed, without importing them.
 

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ..analysis.attention import QuestionAttention
+from ..commands.reporting import UNTRAINED
 from ..scenes.language import sample_question
 from ..scenes.render import render
 from .drawing import heat_html, picture_html
@@ -149,6 +150,8 @@ def build_page(engine: Engine) -> gr.Blocks:
     page = Page(engine)
     with gr.Blocks(title="sdllava", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
         gr.Markdown(INTRODUCTION.format(name=engine.name))
+        if engine.model.config.is_trained is False:
+            gr.Markdown(f"**{UNTRAINED}**", elem_id="untrained")
         with gr.Row():
             with gr.Column(scale=1):
                 inputs = _image_components(page)

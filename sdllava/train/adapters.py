@@ -146,7 +146,10 @@ def load_merged(folder: str) -> SDLlavaForConditionalGeneration:
             f"Adapter {folder!r} does not name its base model. Set base_model_name_or_path in its adapter_config.json."
         )
     model = SDLlavaForConditionalGeneration.from_pretrained(base, dtype="auto")
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    if merged.config.is_trained is False:  # of the base
+        merged.config.is_trained = True
+    return merged
 
 
 def merge(source: str, target: str) -> None:

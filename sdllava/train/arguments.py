@@ -12,7 +12,7 @@ from ..data.sources import DataSource
 
 Class = TypeVar("Class", bound=type)
 
-_SET_BY_THE_PARTS = ("null_input_ids", "null_input_ids_2", "image_token_index", "tie_word_embeddings")
+_SET_BY_THE_PARTS = ("null_input_ids", "null_input_ids_2", "image_token_index", "is_trained", "tie_word_embeddings")
 """Fields of a configuration that the published parts determine, like every field that holds a configuration."""
 
 
