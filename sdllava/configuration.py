@@ -91,6 +91,8 @@ class SDLlavaDiffusionConfig(VersionedConfig):
         ensemble_top_k (`int`, *optional*): With `"select"`, the number of maps that each token keeps. Default: all.
         grid_size (`int`): Height and width of the returned map, in tokens.
         image_size (`int`): Height and width of the image that the VAE encodes, in pixels.
+        add_noise (`bool`): False gives the denoiser clean latents, as CleanDIFT's UNets are trained (arXiv 2412.03439);
+            the timestep then only enters its embedding.
         noise_seed (`int`): Seed of the one noise map that evaluation uses for every image, timestep and prompt.
         conditioning (`str`): What the model was trained to be conditioned on: `"question"`, `"caption"`, or `"none"`,
             which keeps the prompt empty whatever is given.
@@ -120,6 +122,7 @@ class SDLlavaDiffusionConfig(VersionedConfig):
     ensemble_top_k: int | None = None
     grid_size: int = 16
     image_size: int = 512
+    add_noise: bool = True
     noise_seed: int = 0
     conditioning: Literal["question", "caption", "none"] = "question"
     implicit_caption_tokens: int = 0

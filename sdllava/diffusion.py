@@ -238,6 +238,10 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         signal_rate, noise_rate = self.backbone.noise_rates(timestep)
         return signal_rate * latents.float() + noise_rate * noise
 
+    def denoiser_input(self, latents: torch.Tensor, timestep: int, noise: torch.Tensor) -> torch.Tensor:
+        """What features are read from: x_t, or the latents themselves with `add_noise=False`."""
+        return self.add_noise(latents, timestep, noise) if self.config.add_noise else latents.float()
+
     def extract(self, latents: torch.Tensor, prompts: Prompts, noise_seed: torch.Tensor | None = None) -> torch.Tensor:
         """Features of noisy latents under prompts, at every tap and timestep.
 
@@ -252,7 +256,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         noise = self.noise(latents, noise_seed)
         by_tap: list[list[torch.Tensor]] = [[] for _ in self.taps]
         for timestep in self.config.timesteps:
-            read = self._read(self.add_noise(latents, timestep, noise), timestep, prompts)
+            read = self._read(self.denoiser_input(latents, timestep, noise), timestep, prompts)
             for features, output in zip(by_tap, read, strict=True):
                 maps = as_map(output) if output.ndim == 3 else output
                 features.append(resize_grid(maps, self.config.grid_size))

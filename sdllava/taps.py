@@ -9,6 +9,7 @@ A name is `Stage-Level-Repeat-Block-Feature`, zero-based: `U-L1-R1-B0-Cross-Q` i
 - `Out`: the end of the transformer block, after its feed-forward
 - `Vit-Out`: the attention module's output (no block in the name)
 - `Res-Out`: the ResNet of that repeat (no block in the name)
+- `Up-Out`: the upsampler at the end of a level (no repeat and block in the name): `U-L1-Up-Out`
 
 A diffusion transformer has one stage `T`, with its blocks in the order of the forward pass: `T-B14-Cross-Q`. There
 `Norm` is the block's input, normalised and modulated (AdaLN), as its first attention reads it.
@@ -75,6 +76,9 @@ def list_taps(unet_config: dict[str, Any], latent_size: int | None = None) -> li
         for repeat in range(repeats[levels - 1 - level] + 1):
             depth = _at(up_depths[level], repeat) if "CrossAttn" in up_types[level] else 0
             taps += _repeat_taps(f"U-L{level}-R{repeat}", f"up_blocks.{level}", repeat, depth, size, width)
+        if level < levels - 1:
+            larger = sizes[levels - 2 - level]
+            taps.append(Tap(f"U-L{level}-Up-Out", f"up_blocks.{level}.upsamplers.0", larger, larger, width))
     return taps
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import tiny_families
 import torch
 from diffusers import DDPMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
@@ -245,6 +246,30 @@ def test_parts_that_do_not_fit_raise(tmp_path):
     folder = tiny_families.save_pixart(tmp_path, caption_channels=48)
     with pytest.raises(ValueError, match=r"prompts of width 48, but the text encoder gives 32"):
         read_published(str(folder), **FIELDS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_noise_free_features_of_a_stock_unet(published, images, kind):
+    """CleanDIFT's UNets are stock UNets that read clean latents."""
+    fields = {"taps": ["U-L1-Up-Out"], "image_size": 64, "grid_size": 4, "guidance_scales": [1], "timesteps": [261]}
+    tower = SDLlavaDiffusionModel.from_component_pretrained(
+        str(published[kind]), truncate=True, add_noise=False, **fields
+    )
+    whole = SDLlavaDiffusionModel.from_component_pretrained(str(published[kind]), **fields)
+    ids, read = tiny.prompt_ids(3), []
+    handle = whole.unet.up_blocks[1].upsamplers[0].register_forward_hook(lambda m, args, output: read.append(output))
+    latents = whole.encode_latents(images)
+    whole.unet(latents, 261, whole.text_encoder(ids).last_hidden_state)
+    handle.remove()
+    assert read[0].shape == (3, 64, 4, 4)
+    expected = read[0].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tower(images, ids).last_hidden_state, expected, rtol=0, atol=1e-5)
+    assert torch.equal(
+        tower(images, ids, noise_seed=torch.tensor([1, 2, 3])).last_hidden_state, tower(images, ids).last_hidden_state
+    )
+    assert not torch.allclose(whole(images, ids).last_hidden_state, expected, atol=1e-3)
+    assert isinstance(tower.unet.up_blocks[2], CutAway)
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def read_features(
     noise = tower.noise(latents)
     for timestep in tower.config.timesteps or [] if timesteps is None else timesteps:
         _check_timestep(tower, timestep)
-        noisy = tower.add_noise(latents, timestep, noise)
+        noisy = tower.denoiser_input(latents, timestep, noise)
         for tap, read in zip(chosen, tower.backbone.read(noisy, timestep, joined, chosen), strict=True):
             parts = _as_map(read).chunk(len(halves))
             for scale in scales:

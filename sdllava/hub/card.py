@@ -279,7 +279,7 @@ def _system(config: dict[str, Any]) -> list[tuple[str, str]]:
         ("guidance scales", listed["guidance_scales"]),
         ("ensemble", tower.get("ensemble") if len(tower.get("guidance_scales") or ()) > 1 else None),
         ("conditioning", tower.get("conditioning")),
-        ("noise seed", tower.get("noise_seed")),
+        ("noise seed", tower.get("noise_seed") if tower.get("add_noise", True) else "no noise"),
         ("diffusion image size", tower.get("image_size") and f"{tower['image_size']} pixels"),
         ("dtype", config.get("dtype")),
         ("written by sdllava", config.get("sdllava_version")),

@@ -74,6 +74,7 @@ def cache_record(
     if kind == "latents":
         return record
     record |= {name: getattr(diffusion, name) for name in DIFFUSION_FIELDS}
+    record |= {} if diffusion.add_noise else {"add_noise": False}  # earlier records have no such entry
     record["weights"] |= {"unet": fingerprint(tower.unet), "text_encoder": fingerprint(tower.text_encoder)}
     if model.model.vision_tower is not None:
         record |= {name: getattr(config, name) for name in VISION_FIELDS}
