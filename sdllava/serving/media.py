@@ -9,7 +9,9 @@ import base64
 import ipaddress
 import re
 import socket
+import ssl
 from collections.abc import Sequence
+from functools import cache
 
 import httpx
 from PIL.Image import Image
@@ -57,6 +59,15 @@ async def public_address(host: str, port: int) -> str:
     return addresses[0]
 
 
+@cache
+def _certificates() -> ssl.SSLContext:
+    return httpx.create_ssl_context(trust_env=False)
+
+
+def _client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(trust_env=False, timeout=FETCH_SECONDS, verify=_certificates())
+
+
 async def fetch(url: str, domains: Sequence[str], limits: Limits) -> bytes:
     """Download an image.
 
@@ -69,13 +80,16 @@ async def fetch(url: str, domains: Sequence[str], limits: Limits) -> bytes:
         RequestError: The URL is not allowed or cannot be fetched (HTTP 400), or the image is too large (HTTP 413).
     """
     try:
-        async with asyncio.timeout(FETCH_SECONDS), httpx.AsyncClient(trust_env=False, timeout=FETCH_SECONDS) as client:
+        async with asyncio.timeout(FETCH_SECONDS), _client() as client:
             for _ in range(MAX_REDIRECTS + 1):
                 parsed = httpx.URL(url)
                 host = parsed.raw_host.decode("ascii")
                 if parsed.scheme not in ("http", "https") or not is_allowed_domain(parsed.host, domains):
                     raise RequestError(f"Images of {parsed.host[:80]!r} are not fetched. Send the image as a data URL.")
-                address = await public_address(host, parsed.port or {"http": 80, "https": 443}[parsed.scheme])
+                port = parsed.port or {"http": 80, "https": 443}[parsed.scheme]
+                if port > 65535:
+                    raise RequestError(f"The port {port} of an image is not in 1..65535. Check the URL.")
+                address = await public_address(host, port)
                 request = client.build_request(
                     "GET",
                     parsed.copy_with(host=address),
@@ -91,7 +105,7 @@ async def fetch(url: str, domains: Sequence[str], limits: Limits) -> bytes:
                     return await _read(response, limits.max_image_bytes)
                 finally:
                     await response.aclose()
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, TimeoutError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         raise RequestError(f"Image {url[:80]!r} cannot be fetched ({type(error).__name__}). Check the URL.") from error
     raise RequestError(f"Image {url[:80]!r} is redirected over {MAX_REDIRECTS} times. Check the URL.")
 

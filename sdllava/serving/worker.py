@@ -129,7 +129,7 @@ class ModelWorker:
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         if length >= longest:
             raise RequestError(
-                f"The prompt has {length} tokens, and with its answer at most {longest}. Send less text or fewer images."
+                f"The prompt has {length} tokens, of {longest} with its answer. Send less text or fewer images."
             )
         new_tokens = min(request.max_new_tokens, longest - length)
         progress = Progress(job, lambda tokens: self.processor.decode(tokens, skip_special_tokens=True), length)
