@@ -25,7 +25,7 @@ class ChatRequest:
         messages: The conversation in the format of chat templates. The images are not filled in.
         image_urls: The URL or data URL of each image, in order.
         max_new_tokens: Tokens of the answer.
-        num_beams: Beams; 1 is no beam search.
+        num_beams: Beams; 1 turns the beam search off.
         temperature: 0 is greedy; None is the model's own generation configuration.
         top_p: The nucleus, in (0, 1]; None is the model's own.
         seed: Of the sampling.
