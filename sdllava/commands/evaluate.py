@@ -26,7 +26,7 @@ ModelsOption = Annotated[list[str] | None, typer.Option("--model", help="Folder,
 BenchmarkOption = Annotated[
     str | None,
     typer.Option(
-        help="Names, comma-separated: mmvp, naturalbench, blink, gqa, llava_bench, captions, mini, mini_captions."
+        help="Names, comma-separated: mmvp, naturalbench, blink, gqa, llava_bench, captions, mini, mini_captions, own."
     ),
 ]
 OutputOption = Annotated[Path, typer.Option(help="Results are written to OUTPUT/MODEL/BENCHMARK.")]
@@ -44,7 +44,8 @@ DeviceOption = Annotated[str | None, typer.Option(help="For example cuda:1. Defa
 DataOption = Annotated[
     str | None,
     typer.Option(
-        help="Folder in the published layout, a folder of such folders by benchmark name, or a Hub id.",
+        help="Folder in the published layout, a folder of such folders by benchmark name, a Hub id, or own questions: "
+        "a .jsonl file of image, question, answer, options, category.",
         rich_help_panel=PANEL_DATA,
     ),
 ]
@@ -164,8 +165,13 @@ def evaluate(
         return
     if runs:
         raise ValueError(f"To compare the results folder {str(runs[0])!r}, add --compare.")
+    if not benchmark and data and data.endswith(".jsonl"):
+        benchmark = "own"
     if not model or not benchmark:
-        raise ValueError("Name at least one --model and one --benchmark, or results folders with --compare.")
+        raise ValueError(
+            "Name at least one --model and one --benchmark, or a .jsonl file with --data, or results folders with "
+            "--compare."
+        )
     if plot:
         raise ValueError("--plot goes with --compare.")
     guidance_scales = parse_numbers(guidance, "--guidance")

@@ -67,8 +67,8 @@ def summarise(name: str) -> RecipeSummary:
         description = recipe.read_text(encoding="utf-8").partition("\n")[0].strip("# .")
     else:
         description = recipe.description
-    parts = [str(values.get(part) or unnamed) for part in ("diffusion", "vision", "fusion")]
-    return RecipeSummary(name, *parts, description)
+    diffusion, vision, fusion = (str(values.get(part) or unnamed) for part in ("diffusion", "vision", "fusion"))
+    return RecipeSummary(name, diffusion, vision, fusion, description)
 
 
 def matches(recipe: RecipeSummary, words: Sequence[str], backbone: str | None, fusion: str | None) -> bool:

@@ -20,6 +20,12 @@ class Run:
     results: dict[str, Any]
     records: list[dict]
 
+    @property
+    def blind_scores(self) -> dict[str, float]:
+        """The scores with grey images, empty where they were not measured. A blind run itself has `"blind": true`."""
+        blind = self.results.get("blind")
+        return blind["scores"] if isinstance(blind, dict) else {}
+
     def scorer(self) -> Benchmark | MatchingBenchmark:
         """The benchmark that computed the run's scores."""
         name = self.results["benchmark"]
@@ -150,8 +156,8 @@ def _overview(comparison: Comparison) -> list[str]:
             span = intervals.get(column)
             cells.append(_number(scores.get(column)) + (f" [{span[0]:.2f}, {span[1]:.2f}]" if span else ""))
         rows.append([f"**{run.label}**", *cells])
-        if run.results.get("blind"):
-            rows.append([f"{run.label}, blind", *(_number(run.results["blind"]["scores"].get(c)) for c in columns)])
+        if blind := run.blind_scores:
+            rows.append([f"{run.label}, blind", *(_number(blind.get(column)) for column in columns)])
     if chance := comparison.runs[0].results.get("chance"):
         rows.append(["chance", *(_number(chance.get(column)) for column in columns)])
     for row in comparison.published:
@@ -177,8 +183,8 @@ def _parts(comparison: Comparison) -> list[str]:
     columns = {}
     for run in comparison.runs:
         columns[run.label] = run.results["scores"]
-        if run.results.get("blind"):
-            columns[f"{run.label}, blind"] = run.results["blind"]["scores"]
+        if run.blind_scores:
+            columns[f"{run.label}, blind"] = run.blind_scores
     if chance := comparison.runs[0].results.get("chance"):
         columns["chance"] = chance
     rows = [[part, *(_number(scores.get(part)) for scores in columns.values())] for part in comparison.parts]

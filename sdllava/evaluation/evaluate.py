@@ -94,6 +94,11 @@ def load_samples(name: str, options: EvaluationOptions) -> tuple[Benchmark, list
         benchmark.image_folder = Path(options.images)
         if not benchmark.image_folder.is_dir():
             raise FileNotFoundError(f"{options.images!r} is not a folder. Correct --images.")
+    if benchmark.data_file:
+        if not options.data or not Path(options.data).is_file():
+            raise FileNotFoundError(f"--data {options.data!r} is not a file. Benchmark {name!r} reads a .jsonl file.")
+        source = {"id": options.data, "revision": None}
+        return benchmark, take(benchmark.read(Path(options.data)), options.limit), source
     if not benchmark.hub_id:
         return benchmark, take(benchmark.read(Path()), options.limit), {"id": name, "revision": None}
     data = options.data

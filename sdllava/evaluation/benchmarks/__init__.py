@@ -16,6 +16,7 @@ BENCHMARKS = {
     "gqa": ("gqa", "GQA"),
     "llava_bench": ("llava_bench", "LLaVABench"),
     "captions": ("captions", "CocoCaptions"),
+    "own": ("own", "Own"),
     "mini": ("mini", "Mini"),
     "mini_captions": ("mini", "MiniCaptions"),
 }
