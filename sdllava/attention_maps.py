@@ -154,7 +154,7 @@ class AttentionCapture:
         self.timestep = 0
         self._denoiser, self._layers, self._per_head = denoiser, layers, per_head
         self._rows = 0
-        self._prompts: dict[str, torch.Tensor] = {}
+        self._prompts: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._running: dict[tuple[str, int], torch.Tensor] = {}
 
     @contextmanager
@@ -185,7 +185,7 @@ class AttentionCapture:
 
     def _note_prompt(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            self._prompts[name] = kwargs["encoder_hidden_states"]
+            self._prompts[name] = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
 
         return hook
 
@@ -194,7 +194,9 @@ class AttentionCapture:
         def hook(module: nn.Module, args: Any, query: torch.Tensor) -> None:
             # the given prompt's half comes last: after the empty prompt's in one batch, or in a pass of its own
             chosen = slice(-self._rows, None)
-            probabilities = attention_probabilities(attention, query[chosen], self._prompts.pop(name)[chosen])
+            text, mask = self._prompts.pop(name)
+            mask = None if mask is None else mask[chosen]
+            probabilities = attention_probabilities(attention, query[chosen], text[chosen], mask)
             if not self._per_head:
                 probabilities = probabilities.mean(dim=1, keepdim=True)
             side = math.isqrt(probabilities.shape[2])
@@ -214,13 +216,20 @@ def _require_uncompiled(denoiser: nn.Module, layers: dict[str, str]) -> None:
             )
 
 
-def attention_probabilities(attention: Any, query: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+def attention_probabilities(
+    attention: Any,
+    query: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Softmax of scaled products of queries and keys, in float32.
 
     Args:
         attention: A diffusers `Attention`; its value projection is not needed.
         query (`torch.Tensor` of shape `(n, positions, heads * width)`): The output of `to_q`.
         encoder_hidden_states (`torch.Tensor` of shape `(n, tokens, channels)`): The prompt.
+        attention_mask (`torch.Tensor` of shape `(n, 1, tokens)`, *optional*): Added to the scores: large negative
+            values for padding, as the denoiser gives them to the module.
 
     Returns:
         `torch.FloatTensor` of shape `(n, heads, positions, tokens)`.
@@ -232,5 +241,7 @@ def attention_probabilities(attention: Any, query: torch.Tensor, encoder_hidden_
     query = query if attention.norm_q is None else attention.norm_q(query)
     key = key if attention.norm_k is None else attention.norm_k(key)
     with torch.autocast(query.device.type, enabled=False):
-        scores = attention.get_attention_scores(query.flatten(0, 1).float(), key.flatten(0, 1).float())
+        mask = attention.prepare_attention_mask(attention_mask, key.shape[2], len(key))
+        mask = None if mask is None else mask.float()
+        scores = attention.get_attention_scores(query.flatten(0, 1).float(), key.flatten(0, 1).float(), mask)
     return scores.unflatten(0, (len(query), attention.heads))

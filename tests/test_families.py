@@ -249,6 +249,48 @@ def test_parts_that_do_not_fit_raise(tmp_path):
 
 
 @torch.no_grad()
+def test_attention_maps_of_pixart_give_the_attention_output(pixart, whole, images):
+    attention, outputs = whole.backbone.transformer.transformer_blocks[1].attn2, []
+    handles = [attention.register_forward_hook(lambda m, args, output: outputs.append(output))]
+    handles.append(attention.to_v.register_forward_hook(lambda m, args, output: outputs.append(output)))
+    ids = prompt_ids(pixart)[:3]
+    prompts = whole.encode_prompts(ids)
+    noisy = whole.add_noise(whole.encode_latents(images), 50, whole.noise(torch.zeros(3, 4, 8, 8)))
+    whole.backbone.denoise(whole.backbone.transformer, noisy, 50, prompts)
+    for handle in handles:
+        handle.remove()
+    value, output = outputs
+    with whole.capture_attention(layers=["T-B1"], per_head=True) as maps:
+        whole(images, ids)
+    probabilities = maps["T-B1", 50].flatten(3).transpose(2, 3)  # (n, heads, positions, tokens)
+    torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(3, 2, 16), rtol=0, atol=1e-5)
+    assert maps["T-B1", 50].shape == (3, 2, 120, 4, 4)
+    padding = prompts["encoder_attention_mask"] == 0
+    assert probabilities.amax(dim=(1, 2))[padding].max() < 1e-6
+    rebuilt = (probabilities @ value.unflatten(2, (2, 16)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention.to_out[0](rebuilt), output, rtol=0, atol=1e-5)
+    assert whole.attention_layers() == ["T-B0", "T-B1"]
+
+
+def test_words_of_a_t5_prompt(pixart):
+    from sdllava.analysis.attention import words_in_prompt
+
+    (tokenizer,) = read_published(str(pixart), **FIELDS).tokenizers
+    ids = prompt_ids(pixart, ["Red cube."])[0].tolist()
+    words = words_in_prompt(tokenizer, ids)
+    assert [word.text for word in words] == ["red", "cube.", "<end>", "<padding>"]
+    assert [token for word in words for token in word.tokens] == list(range(120))
+
+
+def test_matching_needs_a_unet(pixart):
+    from sdllava.evaluation.matching import DiffusionMatcher
+
+    tower = SDLlavaDiffusionModel.from_component_pretrained(str(pixart), truncate=False, **FIELDS)
+    with pytest.raises(ValueError, match="Matching needs a UNet, but the family of this tower is 'pixart'"):
+        DiffusionMatcher(tower, [])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_noise_free_features_of_a_stock_unet(published, images, kind):
     """CleanDIFT's UNets are stock UNets that read clean latents."""

@@ -106,7 +106,7 @@ def words_in_prompt(
     """The words of a tokenized prompt, with sub-word tokens joined.
 
     Args:
-        tokenizer: CLIP's, which marks the end of a word with `</w>`.
+        tokenizer: CLIP's, which marks the end of a word with `</w>`, or T5's, which marks its beginning with `▁`.
         input_ids: Token ids of one prompt, with begin, end and padding.
         num_tokens: Length of the prompt in the UNet. It is longer where implicit caption tokens follow the text.
     """
@@ -114,9 +114,11 @@ def words_in_prompt(
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     words = [Word("<begin>", (0,), True)] if ids[:1] == [tokenizer.bos_token_id] else []
     pieces: list[int] = []
+    tokens = tokenizer.convert_ids_to_tokens(ids[:end])
     for position in range(len(words), end):
         pieces.append(position)
-        if tokenizer.convert_ids_to_tokens(ids[position]).endswith("</w>") or position == end - 1:
+        ends_here = tokens[position].endswith("</w>") or position == end - 1
+        if ends_here or tokens[position + 1].startswith("▁"):
             text = tokenizer.decode([ids[i] for i in pieces]).strip()
             words.append(Word(text, tuple(pieces), False))
             pieces = []

@@ -146,7 +146,7 @@ class DiffusionMatcher:
         batch_size: Rows per pass of the UNet. Scores do not depend on it.
 
     Raises:
-        ValueError: The tower is truncated or has a tiny autoencoder, or a layer does not exist.
+        ValueError: The tower is truncated, has no UNet or a tiny autoencoder, or a layer does not exist.
     """
 
     def __init__(
@@ -158,6 +158,11 @@ class DiffusionMatcher:
     ):
         if tower.config.truncate:
             raise ValueError("The tower is truncated, but matching needs the whole UNet. Load it with truncate=False.")
+        if tower.config.unet_config is None:
+            raise ValueError(
+                f"Matching needs a UNet, but the family of this tower is {tower.config.family.name!r}. Use Stable "
+                "Diffusion 1.x, 2.x or SDXL."
+            )
         if is_tiny_vae(tower.config.vae_config or {}):
             raise ValueError(
                 "The tower has a tiny autoencoder, which cannot sample latents. Load it with its VAE for matching."
