@@ -9,6 +9,7 @@ from ..version import __version__
 from .ask import ask
 from .compose import compose, taps
 from .convert import convert
+from .data import app as data_app
 from .demo import demo
 from .doctor import doctor
 from .evaluate import evaluate, match
@@ -39,6 +40,7 @@ app.add_typer(inspect_app, name="inspect")
 app.command()(push)
 app.command()(serve)
 app.command()(demo)
+app.add_typer(data_app, name="data")
 app.add_typer(mini_app, name="mini")
 app.command()(recipes)
 app.command()(doctor)
