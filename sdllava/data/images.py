@@ -25,8 +25,11 @@ def resolve_image(path: str, folder: str) -> str:
         if "://" in path or path.startswith("/") or ".." in Path(path).parts:
             raise _outside(path, folder)
         return posixpath.join(folder, path)
-    root = Path(folder).resolve()
-    full = (root / path).resolve()
+    try:
+        root = Path(folder).resolve()
+        full = (root / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a zero byte
+        raise RecordError(f"names the image {path!r}, which cannot be opened: {error}") from error
     if "://" in path or not full.is_relative_to(root):
         raise _outside(path, folder)
     return str(full)

@@ -56,7 +56,7 @@ def to_record(row: dict[str, Any], name: str = "sample", folder: str | None = No
             differ in number.
     """
     if row.get("supervised_from") is not None:
-        return cast(Record, {field: row[field] for field in Record.__annotations__})
+        return _checked_record(row)
     if isinstance(row.get("json"), dict):  # a webdataset row: an image and its annotation
         row = {**row, **row["json"]}
     images = _images(row)
@@ -77,8 +77,33 @@ def to_record(row: dict[str, Any], name: str = "sample", folder: str | None = No
         messages = messages[1:]
         supervised_from = max(supervised_from - 1, 0)
     _check_turns(messages)
+    _check_characters(messages, images)
     _place_markers(messages, len(images))
     return Record(name=name, images=images, messages=messages, supervised_from=supervised_from, folder=folder)
+
+
+def _checked_record(row: dict[str, Any]) -> Record:
+    """A row that is a record already, unchanged."""
+    if missing := [field for field in Record.__annotations__ if field not in row]:
+        raise RecordError(f"has `supervised_from` but not {', '.join(missing)}")
+    if not isinstance(row["supervised_from"], int):
+        raise RecordError(f"has {row['supervised_from']!r} as `supervised_from`; it should be a number of messages")
+    messages = [_message(message) for message in _list(row, "messages")]
+    _check_characters(messages, [_image(image) for image in _list(row, "images")])
+    return cast(Record, {field: row[field] for field in Record.__annotations__})
+
+
+def _check_characters(messages: list[Message], images: list[Any]) -> None:
+    paths = [image["path"] if isinstance(image, dict) else image for image in images]
+    texts = [message["content"] for message in messages] + [path for path in paths if isinstance(path, str)]
+    for text in texts:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RecordError(
+                    f"has a text with a surrogate, which is not a character: {error.object!r:.80}"
+                ) from error
 
 
 def split_content(content: str) -> list[dict[str, str]]:

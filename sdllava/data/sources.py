@@ -19,6 +19,7 @@ from .records import Record, RecordError, split_turns, to_record
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
+_TOO_DEEP = "is nested too deeply"
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
@@ -232,6 +233,8 @@ def _to_row(row: dict[str, Any], name: str, folder: str | None) -> dict[str, Any
         return _row(to_record(row, name, folder))
     except RecordError as error:
         return _bad_row(name, str(error))
+    except RecursionError:
+        return _bad_row(name, _TOO_DEEP)
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -240,6 +243,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _bad_row(name: str, error: str) -> dict[str, Any]:
+    error = error.encode(errors="backslashreplace").decode()
     return {"name": name, "images": [], "messages": [], "supervised_from": 0, "folder": None, "error": error}
 
 
@@ -249,7 +253,12 @@ def _load(source: DataSource, streaming: bool) -> Any:
     suffix = Path(source.path).suffix
     if suffix in BUILDERS:
         files = {"train": source.path}
-        return datasets.load_dataset(BUILDERS[suffix], data_files=files, split="train", streaming=streaming)
+        try:
+            return datasets.load_dataset(BUILDERS[suffix], data_files=files, split="train", streaming=streaming)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # pyarrow, tarfile and datasets have errors of their own
+            raise _unreadable(source.path, error) from error
     if (Path(source.path) / "state.json").is_file():
         data = datasets.load_from_disk(source.path)
         return data.to_iterable_dataset() if streaming else data
@@ -262,6 +271,12 @@ def _load(source: DataSource, streaming: bool) -> Any:
         named = split_revision(path)
         path, revision = named["pretrained_model_name_or_path"], revision or named.get("revision")
     return datasets.load_dataset(path, source.config, split=source.split, revision=revision, streaming=streaming)
+
+
+def _unreadable(path: str, error: Exception) -> ValueError:
+    cause = error.__cause__ or error  # datasets' error only says that there is one
+    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return ValueError(f"The data file {path!r} cannot be read ({reason}). Give an intact file.")
 
 
 def _undecoded(data: Any) -> Any:
@@ -293,8 +308,10 @@ def _require_file(path: str) -> None:
 def _json_rows(path: str, folder: str) -> Iterator[dict[str, Any]]:
     """Rows of a `.json` or `.jsonl` file, named by the file, the line on which they begin and their number."""
     _require_file(path)
-    with fsspec.open(path, "rt", encoding="utf-8") as stream:
-        samples: Iterator = _json_lines(stream) if path.endswith(".jsonl") else _json_array(stream.read(), path)
+    with fsspec.open(path, "rb") as stream:
+        samples: Iterator = (
+            _json_lines(stream) if path.endswith(".jsonl") else _json_array(_text(stream.read(), path), path)
+        )
         for line, sample in samples:
             name = f"{path}:{line}"
             if isinstance(sample, dict):
@@ -303,11 +320,25 @@ def _json_rows(path: str, folder: str) -> Iterator[dict[str, Any]]:
                 yield _bad_row(name, f"is not a JSON object: {sample}")
 
 
-def _json_lines(stream: Iterable[str]) -> Iterator[tuple[int, Any]]:
+def _text(data: bytes, path: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line} is not UTF-8: {error.reason}. Convert the file, for example with iconv."
+        ) from error
+
+
+def _json_lines(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line.decode("utf-8-sig"))
+            except RecursionError:
+                yield number, _TOO_DEEP
+            except UnicodeDecodeError as error:
+                yield number, f"the line is not UTF-8: {error.reason}"
             except json.JSONDecodeError as error:
                 yield number, str(error)
 
@@ -324,6 +355,8 @@ def _json_array(text: str, path: str) -> Iterator[tuple[str, Any]]:
             sample, position = decode(text, position)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}.") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}:{line} {_TOO_DEEP}.") from error
         yield f"{line} sample {number}", sample
         position = _skip(text, position, ",]", path)
         if text[position - 1] == "]":
