@@ -107,7 +107,7 @@ class PixArtBackbone(LatentBackbone):
     def denoise(
         self, denoiser: nn.Module, latents: torch.Tensor, timestep: int | torch.Tensor, prompts: Prompts
     ) -> Any:
-        """Run a transformer, in its own dtype; those for several resolutions are told the configured image size."""
+        """Run a transformer, in its own dtype; those for several resolutions also get the configured image size."""
         dtype, rows, device = dtype_of(denoiser), len(latents), latents.device
         if isinstance(timestep, torch.Tensor):
             timestep = timestep.expand(rows)
