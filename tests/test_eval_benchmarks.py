@@ -355,7 +355,7 @@ def test_no_such_data_set_offline(monkeypatch):
         locate("no-one/nothing", "MMVP/MMVP", "v1")
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if not name.startswith("mini")])
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if not name.startswith(("mini", "own"))])
 def test_empty_folder(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         get_benchmark(name).read(tmp_path)

@@ -104,7 +104,15 @@ def test_a_recipe_builds_on_its_base(tmp_path):
 
 def test_every_open_field_of_the_configurations_is_an_argument(tmp_path):
     """And the fields that the published parts determine are not."""
-    parts = {"text_config", "vision_config", "diffusion_config", "components", "left_out", "image_token_index"}
+    parts = {
+        "text_config",
+        "vision_config",
+        "diffusion_config",
+        "components",
+        "left_out",
+        "image_token_index",
+        "is_trained",
+    }
     parts |= {
         f"{part}_config" for part in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")
     }
@@ -129,7 +137,7 @@ def test_a_recipe_runs_without_an_accelerator(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     *_, training_args = parse_arguments(KINDS, ["--config", "own-data/lora", "--output_dir", str(tmp_path)])
     assert training_args.use_cpu
-    assert training_args.bf16
+    assert not training_args.bf16  # several times slower than float32 on a CPU
 
 
 @pytest.mark.parametrize(
@@ -186,7 +194,11 @@ def test_the_table_gives_the_values_of_the_handwritten_recipes():
     """`recipes_0.1.json` holds the recipes of version 0.1, as their stage's shared values and what differs."""
     stored = json.loads((Path(__file__).parent / "data" / "recipes_0.1.json").read_text())
     assert len(stored) == 75
+    removed = {f"guidance-ensemble-{mode}/{stage}" for mode in ("mean", "learned") for stage in ("align", "finetune")}
+    assert removed == stored.keys() - {*list_recipes(), "align", "finetune"}  # one effective scale each
     for name, values in stored.items():
+        if name in removed:
+            continue
         own = {key: value for key, value in values.items() if key != "base"}
         shared = stored[values["base"]] if "base" in values else {}
         assert values_of(name) == {**shared, **own}, name

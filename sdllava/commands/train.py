@@ -85,14 +85,13 @@ def _checked(arguments: Sequence[str], config: str | None) -> list[str]:
         config: The value of `--config`.
 
     Returns:
-        `list[str]`: `--name=value` as two entries, and the miniature's folder in the place of `--init_from mini`.
+        `list[str]`: `--name=value` as two entries.
 
     Raises:
         FileNotFoundError: The recipe does not exist.
         ValueError: A batch size is not positive.
     """
     _require_train_packages()
-    from ..miniature import mini_path
     from ..train.recipes import find_config
 
     parts = (entry.split("=", 1) if entry.startswith("--") else [entry] for entry in arguments)
@@ -100,9 +99,7 @@ def _checked(arguments: Sequence[str], config: str | None) -> list[str]:
     if config is not None:
         checked = ["--config", config, *checked]
     find_config(checked)
-    for position, (name, value) in enumerate(pairwise(checked), 1):
+    for name, value in pairwise(checked):
         if name in BATCH_SIZES and value.lstrip("-").isdigit() and int(value) < 1:
             raise ValueError(f"{name} is {value}. Use at least 1.")
-        if (name, value) == ("--init_from", "mini"):
-            checked[position] = str(mini_path())
     return checked

@@ -1,16 +1,20 @@
 """Checking a whole data set without training on it, and reporting its contents and its errors."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..data.images import open_image
-from ..data.records import RecordError
+from ..data.records import Record, RecordError
 from .collator import SDLlavaCollator
 from .tokens import IGNORED, Tokens, max_tokens_before_supervision, tokenize_record
 
 if TYPE_CHECKING:
     from ..processors import SDLlavaProcessor
+
+N_UNKNOWN = 50
+"""Unknown words that a report names, the most frequent ones."""
 
 
 @dataclass
@@ -25,6 +29,7 @@ class DataReport:
     lengths: list[int] = field(default_factory=list)
     truncated: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
     shown: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -38,6 +43,13 @@ class DataReport:
             ranks = {"shortest": 0, "median": len(lengths) // 2, "95%": int(0.95 * (len(lengths) - 1)), "longest": -1}
             lines.append("tokens: " + ", ".join(f"{name} {lengths[rank]}" for name, rank in ranks.items()))
         lines.append(f"{len(self.truncated)} truncated, {len(self.bad)} unreadable")
+        if self.unknown:
+            words = ", ".join(f"{word} ({count})" for word, count in self.unknown.most_common(N_UNKNOWN))
+            more = f", and {len(self.unknown) - N_UNKNOWN} more" if len(self.unknown) > N_UNKNOWN else ""
+            lines.append(
+                f"{self.unknown.total()} words of answers are unknown to the tokenizer, so the model cannot learn to "
+                f"write them: {words}{more}"
+            )
         lines += [f"truncated: {name}" for name in self.truncated] + [f"unreadable: {name}" for name in self.bad]
         return "\n".join([*self.shown, *lines])
 
@@ -69,10 +81,22 @@ def check_data(rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, n_s
         report.images += len(record["images"])
         report.text_only += not record["images"]
         report.answers += sum(message["role"] == "assistant" for message in record["messages"])
+        if collator.processor.tokenizer.unk_token_id in set(tokens.labels):
+            report.unknown.update(unknown_words(collator.processor, record))
         report.supervised += sum(label != IGNORED for label in tokens.labels)
         if len(report.shown) < n_shown:
             report.shown.append(f"{name}: {mark_supervised(collator.processor, tokens)}")
     return report
+
+
+def unknown_words(processor: "SDLlavaProcessor", record: Record) -> Iterator[str]:
+    """The words of a record's answers that the tokenizer encodes as its unknown token."""
+    tokenizer: Any = processor.tokenizer
+    for message in record["messages"]:
+        if message["role"] == "assistant":
+            for word in message["content"].split():
+                if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]:
+                    yield word
 
 
 def mark_supervised(processor: "SDLlavaProcessor", tokens: Tokens) -> str:

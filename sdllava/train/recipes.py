@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .machine import fit_to_machine
 from .recipe_table import RECIPES, Recipe
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
@@ -106,7 +107,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def parse_arguments(dataclass_types: Sequence[Any], arguments: Sequence[str]) -> tuple[Any, ...]:
     """Parse `--config RECIPE --flag value ...` with TrlParser; flags win over the recipe.
 
-    Without an accelerator `--use_cpu` is added, which the Trainer otherwise requires for bf16.
+    What the user does not set is fitted to the machine, see [`~sdllava.train.machine.fit_to_machine`]. Without an
+    accelerator `--use_cpu` is added, which the Trainer otherwise requires for bf16.
 
     Args:
         dataclass_types: The dataclasses to fill, in the order of the returned instances.
@@ -117,7 +119,7 @@ def parse_arguments(dataclass_types: Sequence[Any], arguments: Sequence[str]) ->
         ValueError: The recipe is not valid, or has a key that is not an argument.
     """
     recipe = find_config(arguments)
-    values = None if recipe is None else load_recipe(recipe)
+    values = None if recipe is None else fit_to_machine(load_recipe(recipe), chosen_arguments(arguments))
 
     import torch
     import yaml
@@ -135,6 +137,18 @@ def parse_arguments(dataclass_types: Sequence[Any], arguments: Sequence[str]) ->
         merged.flush()
         arguments[position] = merged.name
         return parser.parse_args_and_config(arguments)
+
+
+def chosen_arguments(arguments: Sequence[str]) -> set[str]:
+    """The names of the arguments that the user sets: flags, and those in a recipe of their own, without its bases.
+
+    Args:
+        arguments: The command line.
+    """
+    flags = {argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")}
+    recipe = find_config(arguments)
+    is_own = isinstance(recipe, Path) and RECIPE_FOLDER not in recipe.resolve().parents
+    return flags | (set(_read_yaml(recipe)) if is_own and isinstance(recipe, Path) else set())
 
 
 def _config_position(arguments: Sequence[str]) -> int | None:

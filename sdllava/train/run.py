@@ -24,8 +24,9 @@ from .cache_writer import cache_record, write_cache
 from .callbacks import TrainingRecordCallback
 from .check import check_data, require_supervision
 from .collator import SDLlavaCollator
+from .machine import recomputes_activations
 from .memory import print_memory
-from .recipes import parse_arguments
+from .recipes import chosen_arguments, parse_arguments
 from .tokens import LLAVA_PLAIN
 from .trainer import SDLlavaTrainer
 
@@ -42,6 +43,8 @@ class RunArguments(NamedTuple):
     adapter: AdapterArguments
     data: DataArguments
     training: SFTConfig
+    chosen: frozenset[str] = frozenset()
+    """The names of the arguments that the user sets."""
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -110,7 +113,7 @@ def parse_run(arguments: Sequence[str]) -> RunArguments:
         FileNotFoundError: The recipe does not exist.
     """
     kinds = (ModelArguments, AdapterArguments, DataArguments, SFTConfig)
-    run = RunArguments(*parse_arguments(kinds, arguments))
+    run = RunArguments(*parse_arguments(kinds, arguments), frozenset(chosen_arguments(arguments)))
     training = run.training
     training.remove_unused_columns = False
     if run.data.streaming and training.max_steps <= 0:
@@ -179,6 +182,8 @@ def build_trainer(
     """
     set_seed(run.training.seed)
     model = build_model(run.model, run.adapter)
+    if "gradient_checkpointing" not in run.chosen:
+        run.training.gradient_checkpointing = recomputes_activations(model)
     adapter = language_lora(model, run.adapter, run.model)
     keeps_own_copy = run.training.deepspeed_plugin is not None or run.adapter.load_in_4bit
     if (run.training.bf16 or run.training.fp16) and not keeps_own_copy:
@@ -202,6 +207,18 @@ def build_trainer(
         batch_size = run.training.per_device_train_batch_size
         print_memory(trainer.model, batch_size, length, run.training.gradient_checkpointing)
     return trainer
+
+
+def join_deepspeed_group(training: SFTConfig) -> None:
+    """Initialise DeepSpeed's communication. ZeRO-3 divides the parameters while the model is built, so it comes first.
+
+    Args:
+        training: The training arguments. Without DeepSpeed nothing happens.
+    """
+    if training.deepspeed_plugin is not None:
+        from deepspeed import comm
+
+        comm.init_distributed(dist_backend="gloo" if training.use_cpu else "nccl")
 
 
 def check_cache(

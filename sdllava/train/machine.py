@@ -1,0 +1,46 @@
+"""Settings of a recipe that depend on the machine and on the size of the model. Recipes name those of a GPU machine."""
+
+import os
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FREE_CORES = 2
+"""Cores per process that data loader workers leave to the training itself."""
+
+LARGE = 1_000_000_000
+"""Parameters of a language model from which recomputing activations is worth its time."""
+
+
+def fit_to_machine(values: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:
+    """A recipe's values for this machine: fewer data loader workers than cores, and float32 without an accelerator.
+
+    CPUs without bfloat16 units are several times slower in bfloat16 than in float32.
+
+    Args:
+        values: The recipe with its bases.
+        chosen: Arguments that the user sets, which stay as they are.
+    """
+    import torch
+
+    fitted = dict(values)
+    if "dataloader_num_workers" in values:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = max(available_cores() // processes - FREE_CORES, 0)
+        fitted["dataloader_num_workers"] = min(values["dataloader_num_workers"], free)
+    if not torch.accelerator.is_available():
+        fitted |= {name: off for name, off in (("dtype", "float32"), ("bf16", False)) if name in values}
+    return {name: values[name] if name in chosen else value for name, value in fitted.items()}
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def recomputes_activations(model: "PreTrainedModel") -> bool:
+    """Whether gradient checkpointing suits the size of a model: its language model has at least 10^9 parameters."""
+    language_model: Any = model.model.language_model
+    return sum(parameter.numel() for parameter in language_model.parameters()) >= LARGE

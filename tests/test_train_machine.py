@@ -1,0 +1,84 @@
+"""Recipes fit the machine and the model; unknown words are reported; the miniature is a starting point by name."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sdllava import mini_path
+from sdllava.train import machine
+from sdllava.train.arguments import ModelArguments
+from sdllava.train.build import build_processor
+from sdllava.train.check import check_data
+from sdllava.train.machine import fit_to_machine, recomputes_activations
+from sdllava.train.recipes import chosen_arguments
+from sdllava.train.run import build_collator, build_trainer, load_sources, parse_run
+
+GPU = {"dataloader_num_workers": 8, "dtype": "bfloat16", "bf16": True, "learning_rate": 2e-5}
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(2, 1, 0), (4, 1, 2), (64, 1, 8), (16, 4, 2), (1, 1, 0)])
+def test_workers_leave_cores_to_the_training(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(machine, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert fit_to_machine(GPU, [])["dataloader_num_workers"] == workers
+    assert fit_to_machine(GPU, ["dataloader_num_workers"])["dataloader_num_workers"] == 8
+    assert "dataloader_num_workers" not in fit_to_machine({}, [])
+
+
+@pytest.mark.parametrize("has_accelerator", [False, True])
+def test_precision_by_machine(monkeypatch, has_accelerator):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: has_accelerator)
+    fitted = fit_to_machine(GPU, [])
+    assert (fitted["dtype"], fitted["bf16"]) == (("bfloat16", True) if has_accelerator else ("float32", False))
+    assert fitted["learning_rate"] == 2e-5
+    assert fit_to_machine(GPU, ["bf16", "dtype"])["bf16"] is True
+
+
+def test_gradient_checkpointing_by_size():
+    with torch.device("meta"):
+        small, large = torch.nn.Linear(10, 10), torch.nn.Linear(40_000, 40_000)
+    for layer, expected in ((small, False), (large, True)):
+        assert recomputes_activations(SimpleNamespace(model=SimpleNamespace(language_model=layer))) is expected
+
+
+def test_what_the_user_sets_stays(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("base: own-data/full\nbf16: true\n")
+    assert chosen_arguments(["--config", str(own), "--seed=3", "--lora_r", "4"]) == {
+        "base", "bf16", "config", "seed", "lora_r",
+    }  # fmt: skip
+    assert chosen_arguments(["--config", "own-data/full"]) == {"config"}
+
+
+def test_a_small_model_on_a_laptop_trains_without_what_slows_it_down(work, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr(machine, "available_cores", lambda: 2)
+    data = ["--train_data", str(work / "data" / "colours.json"), "--output_dir", str(tmp_path)]
+    run = parse_run(["--config", "own-data/full", "--init_from", str(work / "trained"), *data])
+    collator = build_collator(run, build_processor(run.model))
+    build_trainer(run, collator, load_sources(run, run.data.datasets))
+    assert run.model.dtype == "float32"
+    training = run.training
+    assert (training.bf16, training.gradient_checkpointing, training.dataloader_num_workers) == (False, False, 0)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_reported(work, tmp_path):
+    samples = json.loads((work / "data" / "colours.json").read_text())
+    for sample, answer in zip(samples, ["teal", "dark teal", "red"], strict=False):
+        sample["conversations"][1]["value"] = answer
+    (tmp_path / "odd.json").write_text(json.dumps(samples))
+    run = parse_run([
+        "--init_from", str(work / "trained"), "--train_data", str(tmp_path / "odd.json"),
+        "--image_folder", str(work / "data"), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false",
+    ])  # fmt: skip
+    collator = build_collator(run, build_processor(run.model))
+    report = check_data(load_sources(run, run.data.datasets), collator)
+    assert report.unknown == {"teal": 2, "dark": 1}
+    assert "3 words of answers are unknown to the tokenizer" in report.summary()
+    assert "teal (2), dark (1)" in report.summary()
+
+
+def test_the_miniature_is_named_anywhere():
+    assert ModelArguments(init_from="mini").init_from == str(mini_path())
