@@ -186,8 +186,8 @@ class SDLlavaDiffusionConfig(VersionedConfig):
             self.ensemble == "select" and 1 <= self.ensemble_top_k <= self.num_maps
         ):
             raise ValueError(
-                f"ensemble_top_k={self.ensemble_top_k} needs ensemble='select' and at most {self.num_maps} maps. Use 1 to "
-                f"{self.num_maps}, or leave it out."
+                f"ensemble_top_k={self.ensemble_top_k} needs ensemble='select' and has at most {self.num_maps} maps to "
+                f"keep. Use 1 to {self.num_maps}, or leave it out."
             )
 
     @property
@@ -299,7 +299,8 @@ class SDLlavaConfig(VersionedConfig):
     vision_config: Any = field(default_factory=lambda: dict(CLIP_VIT_L_14_336))
     diffusion_config: Any = field(default_factory=dict)
     fusion: (
-        Literal["none", "cross_attention", "concat", "concat_tokens", "gated", "attention_over_maps", "multi_level"] | None
+        Literal["none", "cross_attention", "concat", "concat_tokens", "gated", "attention_over_maps", "multi_level"]
+        | None
     ) = None
     fusion_num_attention_heads: int = 16
     fusion_grid_size: int | None = None

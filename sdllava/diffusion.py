@@ -17,7 +17,7 @@ from .backbones import build_backbone, freeze, read_published
 from .checkpoints import CheckpointMixin
 from .configuration import SDLlavaDiffusionConfig
 from .grids import as_map, resize_grid
-from .guidance import FeatureEnsemble, guide
+from .guidance import FeatureEnsemble, ZeroLinear, guide
 from .noise import draw_noise
 from .repositories import as_dtype
 from .unet_pass import CompiledPass
@@ -196,6 +196,12 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         self.backbone.compute_buffers(module)
         if isinstance(module, FeatureEnsemble) and module.mode == "learned":
             init.zeros_(module.weight)
+        elif isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif module is getattr(self.ensemble, "gate_norm", None):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
 
     @torch.no_grad()
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 from .configuration import SDLlavaConfig
 from .grids import merge_tokens, resize_tokens, sine_positions
+from .guidance import ZeroLinear
 
 
 class CrossAttentionFusion(nn.Module):
@@ -18,9 +19,9 @@ class CrossAttentionFusion(nn.Module):
     training step.
     """
 
-    def __init__(self, config: SDLlavaConfig):
+    def __init__(self, config: SDLlavaConfig, diffusion_width: int | None = None):
         super().__init__()
-        width, diffusion_width = config.vision_hidden_size, config.diffusion_config.hidden_size
+        width, diffusion_width = config.vision_hidden_size, diffusion_width or config.diffusion_config.hidden_size
         self.num_heads = config.fusion_num_attention_heads
         self.query_size = config.token_grid_size
         self.query_norm = nn.LayerNorm(width)
@@ -28,21 +29,67 @@ class CrossAttentionFusion(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(diffusion_width, width)
         self.v_proj = nn.Linear(diffusion_width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = ZeroLinear(width, width)
 
     def forward(self, vision: torch.Tensor, diffusion: torch.Tensor) -> torch.Tensor:
         """Fuse `(n, tokens, width)` and `(n, grid ** 2, diffusion width)` to `(n, query tokens, width)`."""
         vision = resize_tokens(vision, self.query_size)
-        keys = self.key_norm(diffusion)
-        positions = sine_positions(math.isqrt(keys.shape[1]), keys.shape[2], keys)
+        keys, values = self._keys_and_values(diffusion)
         query = self._heads(self.q_proj(self.query_norm(vision)))
-        key = self._heads(self.k_proj(keys + positions))
-        value = self._heads(self.v_proj(keys))
+        key = self._heads(self.k_proj(keys))
+        value = self._heads(self.v_proj(values))
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return vision + self.out_proj(attended)
 
+    def _keys_and_values(self, diffusion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values = self.key_norm(diffusion)
+        return values + sine_positions(math.isqrt(values.shape[1]), values.shape[2], values), values
+
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class AttentionOverMaps(CrossAttentionFusion):
+    """Cross-attention whose keys and values are the tokens of all maps (an open question of S3, 6).
+
+    Each map of the ensemble, for example each guidance scale, has a learned embedding that is added to its tokens' keys
+    and values. A query can read one place at one scale and another place at another scale.
+    """
+
+    def __init__(self, config: SDLlavaConfig):
+        num_maps = config.diffusion_config.num_maps
+        width = config.diffusion_config.hidden_size // num_maps
+        super().__init__(config, width)
+        self.map_embedding = nn.Parameter(torch.zeros(num_maps, width))
+
+    def _keys_and_values(self, diffusion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = diffusion.chunk(len(self.map_embedding), dim=-1)
+        values = torch.stack([self.key_norm(part) for part in maps], dim=1) + self.map_embedding[:, None]
+        keys = values + sine_positions(math.isqrt(values.shape[2]), values.shape[3], values)
+        return keys.flatten(1, 2), values.flatten(1, 2)
+
+
+class MultiLevelFusion(nn.Module):
+    """One cross-attention per tap, from the coarsest to the finest (an open question of S3, 6 and appendix E).
+
+    What the vision tokens read at a coarse level decides what they read at the next. The tower resizes all taps to one
+    grid: with `grid_size` of the finest tap nothing of it is lost.
+    """
+
+    def __init__(self, config: SDLlavaConfig):
+        super().__init__()
+        tower = config.diffusion_config
+        taps, maps_per_tap = tower.resolved_taps(), len(tower.timesteps) * len(tower.guidance_scales)
+        self.widths = [tap.channels * maps_per_tap for tap in taps]
+        self.order = sorted(range(len(taps)), key=lambda i: taps[i].height)
+        self.levels = nn.ModuleList(CrossAttentionFusion(config, width) for width in self.widths)
+
+    def forward(self, vision: torch.Tensor, diffusion: torch.Tensor) -> torch.Tensor:
+        """Fuse `(n, tokens, width)` and `(n, grid ** 2, diffusion width)` to `(n, query tokens, width)`."""
+        parts = diffusion.split(self.widths, dim=-1)
+        for i in self.order:
+            vision = self.levels[i](vision, parts[i])
+        return vision
 
 
 class ConcatFusion(nn.Module):
@@ -85,7 +132,7 @@ class GatedFusion(nn.Module):
         self.static_norm = nn.LayerNorm(width)  # the name that checkpoints of 0.1 have
         self.diffusion_norm = nn.LayerNorm(diffusion_width)
         self.gate_proj = nn.Linear(width + diffusion_width, width)
-        self.out_proj = nn.Linear(diffusion_width, width)
+        self.out_proj = ZeroLinear(diffusion_width, width)
 
     def forward(self, vision: torch.Tensor, diffusion: torch.Tensor) -> torch.Tensor:
         """Fuse `(n, tokens, width)` and `(n, grid ** 2, diffusion width)` to `(n, size ** 2, width)`."""
@@ -100,6 +147,8 @@ FUSIONS = {
     "concat": ConcatFusion,
     "concat_tokens": ConcatTokensFusion,
     "gated": GatedFusion,
+    "attention_over_maps": AttentionOverMaps,
+    "multi_level": MultiLevelFusion,
 }
 """Fusions by the configuration's `fusion`."""
 

@@ -29,15 +29,35 @@ def guide(unconditional: torch.Tensor | None, conditional: torch.Tensor | None, 
     return (base + scale * (conditional.float() - base)).to(conditional.dtype)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that begins at zero."""
+
+    def reset_parameters(self) -> None:
+        """Set all weights to zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class FeatureEnsemble(nn.Module):
-    """Several taps, timesteps and guidance scales as one map: concatenated on channels, averaged, or a learned mean."""
+    """Several taps, timesteps and guidance scales as one map.
+
+    Maps are concatenated on channels, averaged (`"mean"`, `"learned"`), or selected per token by a gate that reads all
+    of them (`"select"`), softly or, with `ensemble_top_k`, sparsely. Guidance is linear, so an average with weights w_i
+    over scales s_i equals the single scale sum(w_i s_i) / sum(w_i); a selection differs between tokens, which no single
+    scale does. The gate begins as the mean.
+    """
 
     def __init__(self, config: SDLlavaDiffusionConfig):
         super().__init__()
         self.mode = config.ensemble
         self.widths = [tap.channels for tap in config.resolved_taps() for _ in config.timesteps]
         if self.mode == "learned":
-            self.weight = nn.Parameter(torch.zeros(len(self.widths) * len(config.guidance_scales)))
+            self.weight = nn.Parameter(torch.zeros(config.num_maps))
+        elif self.mode == "select":
+            joined = config.num_maps * config.hidden_size
+            self.top_k = config.ensemble_top_k
+            self.gate_norm = nn.LayerNorm(joined)
+            self.gate = ZeroLinear(joined, config.num_maps)
 
     def forward(self, by_scale: Sequence[torch.Tensor]) -> torch.Tensor:
         """Combine the features of each guidance scale.
@@ -54,5 +74,18 @@ class FeatureEnsemble(nn.Module):
             return torch.cat(parts, dim=-1)
         if self.mode == "mean":
             return torch.stack(parts).mean(dim=0)
+        if self.mode == "select":
+            return torch.einsum("nts,sntc->ntc", self._selection(parts), torch.stack(parts))
         weight = self.weight.softmax(dim=0).to(parts[0].dtype)
         return torch.einsum("s,sntc->ntc", weight, torch.stack(parts))
+
+    def _selection(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The weight of each map for each token, `(n, tokens, maps)`, with sum 1."""
+        joined = torch.cat(list(parts), dim=-1).to(self.gate.weight.dtype)
+        weights = self.gate(self.gate_norm(joined)).softmax(dim=-1)
+        if self.top_k is not None:
+            largest = weights.topk(self.top_k, dim=-1).indices
+            kept = torch.zeros_like(weights).scatter(-1, largest, weights.gather(-1, largest))
+            sparse = kept / kept.sum(dim=-1, keepdim=True)
+            weights = weights + (sparse - weights).detach()  # gradients reach the maps that were not selected, too
+        return weights.to(parts[0].dtype)

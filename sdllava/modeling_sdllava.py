@@ -17,13 +17,8 @@ from .assembly import load_weights
 from .checkpoints import FROZEN_PARTS, CheckpointMixin, fetch_frozen, leave_out_frozen
 from .configuration import SDLlavaConfig
 from .diffusion import SDLlavaDiffusionModel
-from .fusion import (
-    CrossAttentionFusion,
-    GatedFusion,
-    ImplicitCaptioner,
-    SDLlavaMultiModalProjector,
-    build_fusion,
-)
+from .fusion import AttentionOverMaps, ImplicitCaptioner, SDLlavaMultiModalProjector, build_fusion
+from .guidance import ZeroLinear
 from .outputs import SDLlavaCausalLMOutputWithPast, SDLlavaImageEncodings, SDLlavaModelOutputWithPast
 from .parts import Parts, read_llava_parts, read_parts
 from .repositories import as_dtype
@@ -57,10 +52,13 @@ class SDLlavaPreTrainedModel(CheckpointMixin, PreTrainedModel):
     _can_compile_fullgraph = True
 
     def _init_weights(self, module: nn.Module) -> None:
+        # of modules with own weights only: transformers skips the others
         super()._init_weights(module)
-        if isinstance(module, CrossAttentionFusion | GatedFusion):
-            init.zeros_(module.out_proj.weight)
-            init.zeros_(module.out_proj.bias)
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, AttentionOverMaps):
+            init.zeros_(module.map_embedding)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -24,6 +24,8 @@ class Fusion(StrEnum):
     concat = "concat"
     concat_tokens = "concat_tokens"
     gated = "gated"
+    attention_over_maps = "attention_over_maps"
+    multi_level = "multi_level"
 
 
 def compose(

@@ -187,7 +187,7 @@ class Engine:
 
     def _features_without_diffusion(self, vision: torch.Tensor) -> BaseModelOutputWithPooling:
         config, body = self.model.config, self.model.model
-        if config.fusion in ("cross_attention", "gated"):  # the diffusion features are added to the vision features
+        if config.fusion not in ("concat", "concat_tokens"):  # the diffusion features are added to the vision features
             fused = resize_tokens(vision, config.token_grid_size)
         else:
             diffusion = config.diffusion_config

@@ -394,21 +394,45 @@ def _sdxl_llava() -> list[Recipe]:
 def _open_questions() -> list[Recipe]:
     fused = {**SD21, **CLIP, "fusion": "cross_attention"}
     scales = {"guidance_scales": [0, 1, 4]}
+    several = "(S3, 6): guidance scales 0, 1 and 4 together"
     rows: list[tuple[str, str, dict[str, Any]]] = [
         (
-            "guidance-ensemble-mean",
-            "(S3, 6): guidance scales 0, 1 and 4 together, mean",
-            {**fused, **scales, "ensemble": "mean"},
+            "guidance-select",
+            f"{several}, selected per token by a learned gate",
+            {**fused, **scales, "ensemble": "select"},
         ),
         (
-            "guidance-ensemble-learned",
-            "(S3, 6): guidance scales 0, 1 and 4 together, learned",
-            {**fused, **scales, "ensemble": "learned"},
+            "guidance-attention",
+            f"{several}, cross-attention over the tokens of all scales",
+            {**fused, **scales, "fusion": "attention_over_maps"},
         ),
+        ("guidance-concat", f"{several}, concatenated on channels", {**fused, **scales, "ensemble": "concat"}),
         (
             "layer-ensemble",
             "(S3, appendix E): U-L1 and U-L2 together",
             {**fused, "taps": [TAP, "U-L2-R1-B0-Cross-Q"], "guidance_scales": [4]},
+        ),
+        (
+            "multi-level-fusion",
+            "(S3, 6): U-L1 (16 x 16), then U-L2 (32 x 32), one cross-attention each",
+            {
+                **fused,
+                "fusion": "multi_level",
+                "taps": [TAP, "U-L2-R1-B0-Cross-Q"],
+                "grid_size": 32,
+                "guidance_scales": [4],
+            },
+        ),
+        (
+            "feature-selection",
+            "(S3, 6): each token keeps 2 of 4 taps, by a learned gate",
+            {
+                **fused,
+                "taps": [DOWN_TAP, TAP, "U-L1-R1-B0-Out", "U-L1-R2-B0-Cross-Q"],
+                "guidance_scales": [4],
+                "ensemble": "select",
+                "ensemble_top_k": 2,
+            },
         ),
         (
             "gated-fusion",
