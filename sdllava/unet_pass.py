@@ -190,8 +190,8 @@ class CompiledPass:
         self._denoise = denoise
         self._read: dict[str, torch.Tensor] = {}
         self._shared = {"rows": 0, "blocks": 0}
+        hook_shared_rows(shared(self._denoiser), self._shared)  # first, so that a tap reads the repeated rows
         hook_taps(self._denoiser, taps, self._read)
-        hook_shared_rows(shared(self._denoiser), self._shared)
         self._compiled = torch.compile(self._pass, **{"fullgraph": True, **options})
         self._known_shapes: set[tuple[int, ...]] = set()
         self._lock = threading.Lock()

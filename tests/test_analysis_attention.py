@@ -134,7 +134,9 @@ def test_a_call_without_prompt_keeps_no_maps_and_a_new_call_replaces_the_last():
     with model.capture_attention() as maps:
         call(model, guidance_scales=[0.0])
         assert len(maps) == 0
-        with pytest.raises(ValueError, match=r"(?i)no attention was captured"):
+        with pytest.raises(
+            ValueError, match=r"No attention was captured\. Call the model with a question inside the context"
+        ):
             maps.average()
         call(model, n=3)
         call(model, n=1)
@@ -170,7 +172,7 @@ def test_average_at_one_resolution():
     torch.testing.assert_close(maps.average(resolution=2), expected)
     one = maps.average(resolution=2, layers=["D-L2-R1-B0"], timesteps=[500])
     torch.testing.assert_close(one, maps["D-L2-R1-B0", 500].mean(dim=1))
-    with pytest.raises(ValueError, match=r"(?i)no captured layer has the resolution 3\b.*\[1, 2, 4, 8\]"):
+    with pytest.raises(ValueError, match=r"No captured layer has the resolution 3\. Use one of \[1, 2, 4, 8\]"):
         maps.average(resolution=3)
 
 
@@ -190,7 +192,10 @@ def test_in_half_precision_and_under_autocast_rows_sum_to_one():
 @pytest.mark.parametrize("name", ["U-L1-R2-B0", "U-L3-R0-B0-Cross-Q", "nowhere"])
 def test_a_layer_after_the_last_tap_raises_an_error_that_names_the_nearest(name):
     context = truncated_tower("U-L1-R1-B0-Cross-Q").capture_attention([name])
-    with pytest.raises(ValueError, match=f"'{name}'.*-B0"):
+    with pytest.raises(
+        ValueError,
+        match=rf"No cross-attention '{name}' runs up to this tower's last tap\. The nearest that do are .*-B0",
+    ):
         context.__enter__()
 
 

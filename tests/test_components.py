@@ -52,10 +52,10 @@ def model_inputs(processor, photograph) -> dict:
 @pytest.mark.parametrize(
     ("diffusion", "vision", "fields"),
     [
-        ("sd1", "clip", {}),
-        ("sd2", "siglip", {"fusion": "concat"}),
+        pytest.param("sd1", "clip", {}, marks=pytest.mark.slow),
+        pytest.param("sd2", "siglip", {"fusion": "concat"}, marks=pytest.mark.slow),
         ("sdxl", "dinov2", {"taps": ["U-L0-R0-B2-Out"]}),
-        ("sd2", None, {}),
+        pytest.param("sd2", None, {}, marks=pytest.mark.slow),
         (None, "clip", {}),
     ],
 )
@@ -101,8 +101,16 @@ def test_vision_tower_of_a_whole_clip_repository(published, tmp_path):
     assert all(torch.equal(x, expected[name]) for name, x in model.model.vision_tower.state_dict().items())
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "gated"])
-@pytest.mark.parametrize("diffusion", [None, "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    ("diffusion", "fusion"),
+    [
+        (None, "cross_attention"),
+        ("sd2", "cross_attention"),
+        pytest.param("sd2", "gated", marks=pytest.mark.slow),
+        pytest.param("sdxl", "cross_attention", marks=pytest.mark.slow),
+        ("sdxl", "gated"),
+    ],
+)
 def test_an_upgraded_llava_gives_llavas_logits_and_tokens(published, photograph, diffusion, fusion):
     taps = {"taps": ["U-L0-R0-B2-Out"]} if diffusion == "sdxl" else {}
     fields = {**TOWER, **HEADS, **taps, "fusion": fusion} if diffusion else {}

@@ -103,7 +103,7 @@ def test_attention_and_delta_equal_those_of_the_analysis(engine):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"not an image", "image that Pillow can read"),
+        (b"not an image", r"is not an image that Pillow can read\. Give PNG, JPEG or WebP\."),
         (png(noise())[:200], "truncated or unreadable"),
         (b"\0" * (MAX_BYTES + 1), r"The file has 10\.0 MiB\. Upload an image of at most 10 MiB\."),
         (png(Image.new("1", (9000, 9000))), r"its size is 9000 x 9000\. Give an image of at most 50 million pixels\."),
@@ -178,7 +178,7 @@ def test_the_events_of_a_session(engine, tmp_path):
     with pytest.raises(gr.Error, match=r"No image is open\. Choose an example or upload one\."):
         page.ask(None, "Is it red?", 4.0)
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    with pytest.raises(gr.Error, match="image that Pillow can read"):
+    with pytest.raises(gr.Error, match=r"is not an image that Pillow can read\. Give PNG, JPEG or WebP\."):
         page.upload(str(tmp_path / "bad.png"))
     (tmp_path / "mine.png").write_bytes(png(noise(64, 40)))
     _, _, encoded, current, picture, *_ = page.upload(str(tmp_path / "mine.png"))

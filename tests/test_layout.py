@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def module_name(path: Path) -> str:
 FILES = {module_name(path): path for root in ("sdllava", "research", "perf") for path in (ROOT / root).rglob("*.py")}
 
 
+@cache
 def imported_modules(name: str, *, for_types: bool = False) -> set[str]:
     """Modules of this repository that a module imports, also inside functions; not those under TYPE_CHECKING."""
     path = FILES[name]

@@ -81,14 +81,14 @@ def test_plain_llava_equals_transformers_bitwise(strategy, layer):
 @pytest.mark.parametrize(
     ("diffusion", "vision", "fields"),
     [
-        ("sd1", "clip", {"fusion": "cross_attention"}),
+        pytest.param("sd1", "clip", {"fusion": "cross_attention"}, marks=pytest.mark.slow),
         ("sd2", "siglip", {"fusion": "concat"}),
         ("sd2-v", "dinov2", {"fusion": "concat_tokens"}),
-        ("sdxl", "clip", {"fusion": "gated"}),
-        ("sd2", None, {}),
+        pytest.param("sdxl", "clip", {"fusion": "gated"}, marks=pytest.mark.slow),
+        pytest.param("sd2", None, {}, marks=pytest.mark.slow),
         ("sd2", None, {"spatial_merge_size": 2}),
         ("sd2", "clip", {"fusion": "cross_attention", "fusion_grid_size": 2}),
-        ("sd2", "clip", {"fusion": "concat", "spatial_merge_size": 2}),
+        pytest.param("sd2", "clip", {"fusion": "concat", "spatial_merge_size": 2}, marks=pytest.mark.slow),
         (None, "siglip", {}),
         ("sd2", "clip", {"diffusion_fields": {"implicit_caption_tokens": 3}}),
     ],
@@ -283,8 +283,17 @@ def test_a_stage_says_what_trains(stage):
         model.set_stage("both")
 
 
-@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config, MistralConfig])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        pytest.param(LlamaConfig, False, marks=pytest.mark.slow),
+        pytest.param(LlamaConfig, True, marks=pytest.mark.slow),
+        pytest.param(Qwen2Config, False, marks=pytest.mark.slow),
+        (Qwen2Config, True),
+        (MistralConfig, False),
+        pytest.param(MistralConfig, True, marks=pytest.mark.slow),
+    ],
+)
 def test_language_models_of_three_families(family, tied, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = family(vocab_size=320, num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=tied, **sizes)
@@ -305,6 +314,7 @@ def test_device_map_on_the_cpu(fused, tmp_path):
     assert torch.equal(answer(model, inputs), answer(fused, inputs))
 
 
+@pytest.mark.slow
 def test_compiled_language_model_gives_the_same_tokens(fused):
     compiled = torch.compile(fused.model.language_model, backend="eager", fullgraph=True)
     inputs = batch(fused, [1])
@@ -314,6 +324,7 @@ def test_compiled_language_model_gives_the_same_tokens(fused):
         assert torch.equal(compiled(inputs_embeds=embeds).last_hidden_state, expected)
 
 
+@pytest.mark.slow
 def test_full_size_parts_have_the_published_numbers_of_parameters():
     with torch.device("meta"):
         config = SDLlavaConfig()
@@ -338,7 +349,7 @@ def test_full_size_parts_have_the_published_numbers_of_parameters():
         (
             {"input_ids": torch.tensor([[1, 5, 6]])},
             RuntimeError,
-            "the text holds 0 image placeholders, but the images give",
+            "The text holds 0 image placeholders, but the images give",
         ),
         ({"input_ids": None}, ValueError, "Give exactly one of input_ids and inputs_embeds, not none"),
         ({"pixel_values": None}, ValueError, "has a vision encoder. Give pixel_values"),
@@ -369,7 +380,7 @@ def test_parts_that_do_not_fit_raise(fields, message):
         tiny.config(**fields)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_quantisation_touches_the_language_model_only(bits, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
     wide = build(text_config=tiny.text_config(hidden_size=64, intermediate_size=128))

@@ -84,7 +84,8 @@ def test_a_checkpoint_loads_where_the_package_is_not_installed(composed, tmp_pat
     assert "answer" in lines["ANSWER"]
     # what such a process saves loads here without trust_remote_code
     again = SDLlavaForConditionalGeneration.from_pretrained(f"{composed}-again")
-    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+    weights = model.state_dict()
+    assert all(torch.equal(x, weights[name]) for name, x in again.state_dict().items())
 
 
 @pytest.mark.slow

@@ -96,8 +96,15 @@ def stock_unet(kind: str, latent_size: int) -> tuple[UNet2DConditionModel, dict,
     return unet, inputs, taps, first
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("latent_size", [8, 11])
+@pytest.mark.parametrize(
+    ("kind", "latent_size"),
+    [
+        ("sd1", 8),
+        ("sd2", 11),
+        ("sdxl", 8),
+        *(pytest.param(kind, size, marks=pytest.mark.slow) for kind, size in (("sd1", 11), ("sd2", 8), ("sdxl", 11))),
+    ],
+)
 def test_every_tap_equals_a_hook_on_the_whole_stock_unet(kind, latent_size):
     """Names, sizes and values of all taps, read in one pass."""
     unet, inputs, taps, expected = stock_unet(kind, latent_size)
