@@ -36,6 +36,7 @@ def test_a_training_step_changes_the_record_and_evaluation_does_not(composed, tm
     assert SDLlavaConfig.from_pretrained(tmp_path).is_trained is True
 
 
+@pytest.mark.slow
 def test_trained_and_merged_checkpoints_are_recorded_as_trained(work):
     assert SDLlavaConfig.from_pretrained(work / "trained").is_trained is True
     parts = SDLlavaForConditionalGeneration.from_pretrained(work / "trained")

@@ -113,7 +113,7 @@ def parse_run(arguments: Sequence[str]) -> RunArguments:
         FileNotFoundError: The recipe does not exist.
     """
     kinds = (ModelArguments, AdapterArguments, DataArguments, SFTConfig)
-    run = RunArguments(*parse_arguments(kinds, arguments), frozenset(chosen_arguments(arguments)))
+    run = RunArguments(*parse_arguments(kinds, arguments), chosen=frozenset(chosen_arguments(arguments)))
     training = run.training
     training.remove_unused_columns = False
     if run.data.streaming and training.max_steps <= 0:
