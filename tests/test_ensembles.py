@@ -79,7 +79,7 @@ def test_concatenation_takes_one_scale_for_one_channel_and_another_for_the_next(
 
 
 def test_attention_over_maps_reads_one_scale_for_one_query_and_another_for_the_next():
-    """The map's embedding outweighs the features in the keys, so a query attends to all tokens of one map alike."""
+    """The map's embedding outweighs the features in the keys, so a query attends to all tokens of one map."""
     config = tiny.config(**MODELS["attention_over_maps"])
     width, diffusion_width = config.vision_hidden_size, config.diffusion_config.hidden_size // 2
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def test_attention_over_maps_reads_one_scale_for_one_query_and_another_for_the_n
     fusion.k_proj.weight.data[heads, 0] = 1.0
     torch.nn.init.zeros_(fusion.v_proj.weight[:, 0])  # the values leave the embedding out
     plain.load_state_dict({name: x for name, x in fusion.state_dict().items() if name != "map_embedding"})
-    torch.nn.init.zeros_(plain.q_proj.weight)  # all tokens of its one map alike
+    torch.nn.init.zeros_(plain.q_proj.weight)  # all tokens of its only map
     vision = torch.randn(1, config.vision_grid_size**2, width)
     vision[..., 0] = torch.tensor([9.0, -9.0]).repeat(vision.shape[1] // 2)
     unconditional, conditional = random_features(diffusion_width)

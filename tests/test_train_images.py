@@ -37,11 +37,11 @@ def test_a_source_that_lacks_images_raises(colours, streaming):
 
 def test_rows_are_sampled_per_source(colours, monkeypatch):
     monkeypatch.setattr(image_files, "SAMPLED_ROWS", 4)
-    asked = []
-    monkeypatch.setattr(image_files, "_exists", lambda path, folder: asked.append((folder[-5:], path)) or True)
+    checked = []
+    monkeypatch.setattr(image_files, "_exists", lambda path, folder: checked.append((folder[-5:], path)) or True)
     check_image_files(load_data(colours), colours, 0.0)
-    assert [folder for folder, _ in asked] == ["whole"] * 4 + ["rtial"] * 4
-    assert len(set(asked)) == 8
+    assert [folder for folder, _ in checked] == ["whole"] * 4 + ["rtial"] * 4
+    assert len(set(checked)) == 8
 
 
 def test_images_inside_the_data_need_no_folder(tmp_path):

@@ -83,9 +83,9 @@ def load_recipe(recipe: Path | Recipe) -> dict[str, Any]:
         values = {**own, **values}
         if base is None:
             return values
-        beside = Path() if isinstance(recipe, Recipe) else recipe.resolve().parent / str(base)
+        relative = Path() if isinstance(recipe, Recipe) else recipe.resolve().parent / str(base)
         try:
-            recipe = beside if beside.is_file() else find_recipe(str(base))
+            recipe = relative if relative.is_file() else find_recipe(str(base))
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"The base {str(base)!r} of {name!r} does not exist. Correct its `base:`."
