@@ -109,7 +109,7 @@ def test_compose_upgrades_a_llava(published, tmp_path):
     assert "exists. Name a new folder." in again.stderr
 
 
-def test_a_failed_compose_leaves_nothing_behind(published, tmp_path):
+def test_a_failed_compose_leaves_no_output(published, tmp_path):
     done = run("compose", tmp_path / "model", "--diffusion", published["clip"], "--language-model", published["llm"])
     assert done.exit_code == 1
     assert "cannot read the diffusion model" in done.stderr.lower()

@@ -290,7 +290,7 @@ def test_renamed_field_of_a_later_or_nested_row(tmp_path, name, files, sentence)
         get_benchmark(name).read(tmp_path)
 
 
-def test_mmvp_vlm_id_that_is_no_number(tmp_path):
+def test_mmvp_vlm_id_that_is_not_a_number(tmp_path):
     (tmp_path / "MLLM_VLM Images").mkdir()
     (tmp_path / "Questions.csv").write_text("id,type,statement\none,a,b\n2,a,c\n")
     with pytest.raises(ValueError, match=r"the ids 'one' and '2' of Questions\.csv are not an odd and an even number"):

@@ -77,7 +77,7 @@ def recorded(checkpoint) -> Path:
 def test_the_metadata_holds_what_was_recorded(recorded):
     metadata = make_card(recorded, "me/model").data.to_dict()
     assert metadata["base_model"] == [part["id"] for part in COMPONENTS.values()]
-    assert metadata["datasets"] == ["liuhaotian/LLaVA-Instruct-150K"]  # the local file is no data set on the Hub
+    assert metadata["datasets"] == ["liuhaotian/LLaVA-Instruct-150K"]  # the local file is not a data set on the Hub
     assert (metadata["library_name"], metadata["pipeline_tag"]) == ("transformers", "visual-question-answering")
     assert (metadata["license"], metadata["license_name"]) == ("other", "licences-of-the-parts")
     assert metadata["language"] == ["en"]

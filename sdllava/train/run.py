@@ -113,8 +113,8 @@ def parse_run(arguments: Sequence[str]) -> RunArguments:
         FileNotFoundError: The recipe does not exist.
     """
     kinds = (ModelArguments, AdapterArguments, DataArguments, SFTConfig)
-    run = RunArguments(*parse_arguments(kinds, arguments), chosen=frozenset(chosen_arguments(arguments)))
-    training = run.training
+    model, adapter, data, training = parse_arguments(kinds, arguments)
+    run = RunArguments(model, adapter, data, training, frozenset(chosen_arguments(arguments)))
     training.remove_unused_columns = False
     if run.data.streaming and training.max_steps <= 0:
         raise ValueError("Streaming data has no known length. Set max_steps.")
