@@ -37,10 +37,19 @@ test-oldest:  ## every test on the oldest versions that pyproject.toml allows
 fuzz: $(VENV)/.dev  ## 20,000 damaged images through the decoder, others for each run
 	$(BIN)/python -W ignore tests/faults/image_mutations.py --count $(COUNT)
 
+.venv-deepspeed/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	.venv-deepspeed/bin/python -m pip install -q -c constraints.txt -e '.[train]' pytest setuptools wheel
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[deepspeed]'
+	touch $@
+
+test-deepspeed: .venv-deepspeed/.done  ## ZeRO-2 and ZeRO-3 on two CPU processes, in an environment of their own
+	DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest -m "" tests/test_train_deepspeed.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info demo-scene.png
+	rm -rf .venv .venv-oldest .venv-deepspeed build dist *.egg-info demo-scene.png

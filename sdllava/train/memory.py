@@ -3,10 +3,13 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
+
+from .activations import compute_dtype, peak_activations
 
 PARTS = {
     "vision_tower": "vision encoder",
@@ -42,7 +45,15 @@ def count_parameters(model: nn.Module) -> list[PartCount]:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a process needs: exact for weights, gradients and AdamW's two moments, estimated for activations."""
+    """Bytes that a process needs.
+
+    Attributes:
+        weights: All parameters, with half-precision copies of those that are trained in float32 under autocast.
+        gradients: Of the trained parameters.
+        optimizer: AdamW's two moments, and under ZeRO its float32 copy of half-precision weights.
+        activations: The peak of everything else in a forward and backward pass: activations of the VAE, the UNet, the
+            vision encoder and the language model, and the logits in float32.
+    """
 
     weights: int
     gradients: int
@@ -55,30 +66,41 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def estimate_memory(model: PreTrainedModel, batch_size: int, length: int, checkpointing: bool) -> MemoryEstimate:
-    """The memory of one process that holds the whole model, before sharding (FSDP, ZeRO).
+def estimate_memory(
+    model: PreTrainedModel, batch_size: int, length: int, checkpointing: bool, zero_stage: int = 0, processes: int = 1
+) -> MemoryEstimate:
+    """The memory of one process in training.
 
-    Activations are those of the language model in half precision with a fused attention, after Korthikanti et al.
-    (arXiv 2205.05198, section 4): 34 bytes per token, channel and layer, or with checkpointing 2 bytes plus one whole
-    layer. The logits and the activations of the diffusion model are not included.
+    ZeRO (arXiv 1910.02054) divides the optimizer states among the processes from stage 1 on, the gradients from stage
+    2 on, and the parameters in stage 3. Activations are counted by [`~sdllava.train.activations.peak_activations`].
 
     Args:
-        model: The model, with the trained parameters marked by `requires_grad`.
-        batch_size: Sequences in one forward pass.
+        model: The model, with the trained parameters marked by `requires_grad`. It may be on the meta device.
+        batch_size: Sequences in one forward pass, each with one image.
         length: Tokens of a sequence, including image tokens.
         checkpointing: Whether activations are recomputed in the backward pass.
+        zero_stage: DeepSpeed's stage, in 0..3.
+        processes: Processes that share the model's states under ZeRO.
     """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    text = model.config.get_text_config()
-    layer = batch_size * length * text.hidden_size
-    per_layer = 2 if checkpointing else 34
-    activations = layer * (per_layer * text.num_hidden_layers + (34 if checkpointing else 0))
-    return MemoryEstimate(weights, trained, 2 * trained, activations)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    optimizer = 2 * gradients
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if zero_stage:
+        optimizer = sum(3 * 4 * p.numel() if p.element_size() == 2 else 2 * 4 * p.numel() for p in trained)
+    elif compute_dtype(model) != torch.float32:
+        weights += 2 * sum(p.numel() for p in trained if p.element_size() == 4 and p.ndim > 1)  # autocast's cache
+    shares = [processes if zero_stage >= stage else 1 for stage in (3, 2, 1)]
+    return MemoryEstimate(
+        weights // shares[0],
+        gradients // shares[1],
+        optimizer // shares[2],
+        peak_activations(model, batch_size, length, checkpointing),
+    )
 
 
 def print_memory(model: PreTrainedModel, batch_size: int, length: int, checkpointing: bool) -> None:
-    """Print the trained and frozen parameters by part, and the memory estimate. See [`estimate_memory`]."""
+    """Print the trained and frozen parameters by part and, on an accelerator, the estimate of [`estimate_memory`]."""
     table = Table("part", "trained", "frozen", title="Parameters")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -87,11 +109,16 @@ def print_memory(model: PreTrainedModel, batch_size: int, length: int, checkpoin
         table.add_row(count.name, f"{count.trained:,}", f"{count.frozen:,}")
     table.add_section()
     table.add_row("all", f"{sum(c.trained for c in counts):,}", f"{sum(c.frozen for c in counts):,}")
+    console = Console()
+    console.print(table)
+    if next(model.parameters()).device.type == "cpu" and not torch.accelerator.is_available():
+        return  # counting takes seconds, and the device's memory is not the limit
+    if any(hasattr(p, "quant_state") or not p.numel() for p in model.parameters()):
+        console.print("Memory is not estimated for 4-bit weights, or for parameters that are divided among processes.")
+        return
     memory = estimate_memory(model, batch_size, length, checkpointing)
     pieces = ("weights", "gradients", "optimizer", "activations")
     sizes = ", ".join(f"{piece} {getattr(memory, piece) / BYTES_PER_GIB:.2f}" for piece in pieces)
-    console = Console()
-    console.print(table)
     console.print(f"Estimated memory per process, unsharded: {memory.total / BYTES_PER_GIB:.2f} GiB ({sizes}).")
 
 

@@ -121,6 +121,9 @@ class SDLlavaTrainer(SFTTrainer):
             for path in sorted(unfinished.iterdir()):
                 move_into_place(path, Path(self.args.output_dir, path.name))
             unfinished.rmdir()
+            if self._is_sharded() and unet_adapter(model) is not None:
+                folder = self.args.output_dir
+                print(f"LoRA of the UNet is not merged. Merge it with: sdllava merge {folder} {folder}-merged")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card from the run's records, once the output folder holds a model."""
