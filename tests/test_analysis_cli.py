@@ -154,7 +154,7 @@ def test_a_drawn_map_is_bright_where_its_numbers_are(tmp_path):
             "'x.bmp' has an unknown suffix. Use one of .png, .svg, .npz, .json",
         ),
         (["attention", "no.png", "red", "-o", "x.png"], "'no.png' is not an existing file"),
-        (["attention", "0.png", " ", "-o", "x.png"], "question ' ' is empty"),
+        (["attention", "0.png", " ", "-o", "x.png"], "Question ' ' is empty"),
         (["attention", "0.png", "red", "-o", "x.png", "--layers", ","], "separated by commas or 'all'"),
         (
             ["features", "0.png", "-o", "x.png", "--taps", "U-L9-R0-B0-Out"],

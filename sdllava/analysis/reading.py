@@ -160,7 +160,7 @@ def _choose_scales(
 
 
 def _check_timestep(tower: SDLlavaDiffusionModel, timestep: int) -> None:
-    last = len(tower._signal_rates) - 1
+    last = tower.config.family.train_timesteps(tower.config.part_configs) - 1
     if not 0 <= timestep <= last:
         raise ValueError(f"Timestep {timestep} is outside the training schedule. Use a value in 0..{last}.")
 
