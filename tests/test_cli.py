@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 import sdllava
 from sdllava import SDLlavaForConditionalGeneration
 from sdllava.commands.main import app
-from sdllava.commands.options import check_device, model_path, parse_integers, parse_numbers
+from sdllava.commands.options import check_device, parse_integers, parse_numbers
 from sdllava.commands.reporting import require_packages
 
 
