@@ -194,15 +194,11 @@ def test_what_no_prompt_has_reached_is_computed_once(kind, only_cross_attention,
     assert not any(m._forward_hooks for m in model.unet.modules())
 
 
-LATE_TAPS = ["U-L1-R0-Res-Out", "U-L1-R1-B0-Cross-Q"]
-
-
 @pytest.mark.parametrize(
     ("kind", "taps"),
     [
         ("sd2", ["D-L0-R0-Res-Out", "D-L0-R0-B0-Cross-Q"]),
-        pytest.param("sd2", LATE_TAPS, marks=pytest.mark.slow),
-        pytest.param("sdxl", LATE_TAPS, marks=pytest.mark.slow),
+        pytest.param("sdxl", ["U-L1-R0-Res-Out", "U-L1-R1-B0-Cross-Q"], marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_pass_gives_the_same_features(kind, taps, caplog):
