@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import metadata_load
+from huggingface_hub.errors import HFValidationError
 from transformers.utils import cached_file, has_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -88,7 +89,7 @@ def require_safetensors(source: str | os.PathLike) -> None:
             names = ("model.safetensors", "model.safetensors.index.json")
             if any(has_file(name, file, **hub_options(options)) for file in names):
                 return
-        except OSError:
+        except (OSError, HFValidationError):
             return
     refuse_pickle(name, **options)
 

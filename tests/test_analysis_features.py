@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA as SklearnPCA
 from sdllava import SDLlavaDiffusionModel, list_taps
 from sdllava.analysis.features import delta_maps, find_registers, fit_pca, pca_maps
 from sdllava.analysis.reading import FeatureMap, choose_taps, read_features, reconfigure
+from sdllava.grids import resize_grid
 
 
 def tower(kind: str = "sd2", **fields) -> SDLlavaDiffusionModel:
@@ -61,9 +62,9 @@ def test_a_reconfigured_tower_shares_weights_and_does_not_modify_the_original():
     output = reader(inputs["diffusion_pixel_values"], inputs["diffusion_input_ids"])
     assert output.last_hidden_state.shape == (2, 16, 128)
     one, two = read_features(model, latents(model), prompts(model), ["D-L2-R0-B0-Out"], [500], [0.0, 2.0])
-    assert torch.equal(output.unconditional_features, reader._to_grid(one.values.permute(0, 3, 1, 2)))
+    assert torch.equal(output.unconditional_features, resize_grid(one.values.permute(0, 3, 1, 2), 4))
     guided_on_the_grid = output.last_hidden_state[..., 64:]
-    torch.testing.assert_close(guided_on_the_grid, reader._to_grid(two.values.permute(0, 3, 1, 2)))
+    torch.testing.assert_close(guided_on_the_grid, resize_grid(two.values.permute(0, 3, 1, 2), 4))
 
 
 @pytest.mark.parametrize(

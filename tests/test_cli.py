@@ -132,7 +132,7 @@ def test_the_version_is_printed():
     ("arguments", "message"),
     [
         (["ask", "missing.jpg", "What?"], "missing.jpg"),
-        (["ask", "PHOTO", "", "--model", "COMPOSED"], "question '' is empty"),
+        (["ask", "PHOTO", "", "--model", "COMPOSED"], "Question '' is empty"),
         (["ask", "PHOTO", "PHOTO", "What?", "--model", "COMPOSED"], "is a file. Give one image, then the questions"),
         (["ask", "PHOTO", "What?", "--model", "EMPTY"], "EMPTY"),
         (["ask", "PHOTO", "What?", "--model", "PHOTO"], "is neither a folder nor a repository id"),

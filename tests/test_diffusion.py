@@ -197,7 +197,7 @@ def test_what_no_prompt_has_reached_is_computed_once(kind, only_cross_attention,
 @pytest.mark.parametrize(
     ("kind", "taps"),
     [
-        ("sd2", ["D-L0-R0-Res-Out", "D-L0-R0-B0-Cross-Q"]),
+        pytest.param("sd2", ["D-L0-R0-Res-Out", "D-L0-R0-B0-Cross-Q"], marks=pytest.mark.slow),
         pytest.param("sd2", ["U-L1-R0-Res-Out", "U-L1-R1-B0-Cross-Q"], marks=pytest.mark.slow),
         pytest.param("sdxl", ["D-L1-R0-Res-Out", "D-L1-R0-B0-Cross-Q"], marks=pytest.mark.slow),
     ],

@@ -156,9 +156,7 @@ def inputs_of(model: SDLlavaForConditionalGeneration, prompt: torch.Tensor | Non
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("concat", "top_k"))) for n in MODELS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "select")) for n in MODELS])
 def test_models_begin_without_the_diffusion_features_and_survive_a_round_trip(name, tmp_path):
     model = model_of(name)
     vision = torch.randn(1, model.config.vision_grid_size**2, model.config.vision_hidden_size)

@@ -130,7 +130,7 @@ def test_layers(published):
         "up_blocks.3.attentions.2.transformer_blocks.0.attn2",
     ]
     assert len(attention_layers(unet, "all")) == 16
-    with pytest.raises(ValueError, match="the nearest are"):
+    with pytest.raises(ValueError, match="The nearest are"):
         attention_layers(unet, ("U-L9-R9-B9-Cross-Q",))
     with pytest.raises(ValueError, match=r"'U-L1-R1-B0-Out' is not a query of a cross-attention\. Use Cross-Q taps"):
         attention_layers(unet, ("U-L1-R1-B0-Out",))
@@ -189,7 +189,8 @@ def test_bad_options(options, sentence):
     [(True, False, "truncated, .*truncate=False"), (False, True, "tiny autoencoder, .*Load it with its VAE")],
 )
 def test_towers_that_cannot_match(truncate, tiny, message):
-    tower = SimpleNamespace(config=SimpleNamespace(truncate=truncate, has_tiny_vae=tiny))
+    vae = {"encoder_block_out_channels": [8]} if tiny else {}
+    tower = SimpleNamespace(config=SimpleNamespace(truncate=truncate, unet_config={}, vae_config=vae))
     with pytest.raises(ValueError, match=message):
         DiffusionMatcher(tower, [])
 

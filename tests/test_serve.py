@@ -189,6 +189,7 @@ def test_model_and_processor_have_what_serving_engines_require(checkpoint):
     assert (inputs["input_ids"] == processor.image_token_id).sum() == sum(counts.num_image_tokens)
 
 
+@pytest.mark.slow
 def test_served_model_works_as_a_local_judge(client, checkpoint):
     from sdllava.evaluation.judge import EndpointJudge
 

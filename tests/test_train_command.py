@@ -87,7 +87,6 @@ def test_a_run_prints_its_parts_and_sample_answers(work, capsys, lora):
     assert "'eval_loss'" in printed
     assert "language model" in printed
     assert "projector" in printed
-    assert "Estimated memory per process" in printed
 
 
 def test_the_plain_trainer_takes_model_and_collator(work):

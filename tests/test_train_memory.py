@@ -51,6 +51,7 @@ def test_estimate_is_within_15_percent_of_the_measured_peak(checkpointing):
     assert estimated == pytest.approx(measured_peak(model, checkpointing), rel=0.15)
 
 
+@pytest.mark.slow
 def test_zero_divides_the_states_among_processes(composed):
     model = SDLlavaForConditionalGeneration.from_pretrained(composed)
     model.set_stage("align")
