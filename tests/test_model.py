@@ -249,7 +249,10 @@ def test_the_implicit_captioners_gradient_agrees_with_finite_differences():
     """Through the frozen UNet, along the gradient's own direction."""
     model = build(diffusion_fields={"implicit_caption_tokens": 2})
     inputs = batch(model, [1])
-    loss = lambda: model(**inputs, labels=inputs["input_ids"]).loss  # noqa: E731
+
+    def loss() -> torch.Tensor:
+        return model(**inputs, labels=inputs["input_ids"]).loss
+
     weights = list(model.model.implicit_captioner.parameters())
     gradients = torch.autograd.grad(loss(), weights)
     norm = torch.stack([g.norm() for g in gradients]).norm()
@@ -331,7 +334,10 @@ def test_full_size_parts_have_the_published_numbers_of_parameters():
         cut = SDLlavaForConditionalGeneration(config)
         config.diffusion_config.truncate = False
         model = SDLlavaForConditionalGeneration(config)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
     tower, body = model.model.diffusion_tower, model.model
     assert count(tower.unet) == 865_910_724
     assert count(tower.vae) == 83_653_863

@@ -9,8 +9,10 @@ from PIL import Image
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-import sdllava  # noqa: F401  registers the task
+import sdllava
 from sdllava.pipeline import NUM_KEPT_IMAGES
+
+sdllava.register()
 
 
 def picture(seed: int = 0) -> Image.Image:

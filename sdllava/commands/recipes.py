@@ -138,8 +138,8 @@ def train_help(names: Iterable[str]) -> str:
         families.setdefault("-".join(folder.split("-")[:2]), []).append(folder)
     entries = [f"{family}* ({len(found)})" if found[1:] else found[0] for family, found in families.items()]
     lines = [TRAIN_HELP, "Recipes: `sdllava recipes [WORDS]` lists them by paper row, backbone and fusion."]
-    options = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
-    return "\n".join([*lines, *textwrap.wrap(", ".join(entries), 80, **options)])  # type: ignore[arg-type]
+    wrapper = textwrap.TextWrapper(80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join([*lines, *wrapper.wrap(", ".join(entries))])
 
 
 def complete_recipe(incomplete: str) -> list[Any]:

@@ -170,7 +170,8 @@ class ChatApp:
         answering = loop.run_in_executor(self.worker.executor, self.worker.answer, job)
         leaving = asyncio.ensure_future(_disconnected(request))
         try:
-            await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+            both: list[asyncio.Future[Any]] = [answering, leaving]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
                 raise ClientDisconnect
             return self._counted(answering.result())
