@@ -223,10 +223,10 @@ def test_operations_and_memory_need_no_weights(tmp_path, capsys, monkeypatch):
     import operations
 
     monkeypatch.setattr(operations, "PAPER_RATES", {"finetune": 4.6})
-    operations.main("mini", ["sdxl"])
+    operations.main("mini", ["sd21"])
     memory.main(False, "mini", "cpu", "float32", tmp_path / "memory.json")
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("sdxl", "first question", "finetune", "language model"))
+    assert all(name in printed for name in ("sd21", "first question", "finetune", "language model"))
     gib = json.loads((tmp_path / "memory.json").read_text())["gib"]
     for column in gib.values():
         total = column.pop("total")
