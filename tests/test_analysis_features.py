@@ -32,7 +32,7 @@ def latents(model, n: int = 2) -> torch.Tensor:
     return model.encode_latents(tiny.image_inputs(n)["diffusion_pixel_values"])
 
 
-@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd2", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_taps_that_are_read_together_equal_those_of_a_tower_with_one_tap(kind):
     model = tower(kind)
     names = [tap.name for tap in list_taps(model.config.unet_config)]

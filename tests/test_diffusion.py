@@ -106,7 +106,9 @@ def test_latents_are_the_scaled_mode():
     torch.testing.assert_close(model.encode_latents(pixels), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.slow), "sd2", "sd2-v", "sdxl"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("sd1", marks=pytest.mark.slow), "sd2", "sd2-v", pytest.param("sdxl", marks=pytest.mark.slow)]
+)
 def test_guidance_is_the_papers_formula(kind):
     both = ask(tower(kind, guidance_scales=[4.0]))
     unconditional, conditional = both.unconditional_features, both.conditional_features

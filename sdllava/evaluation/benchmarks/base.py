@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import is_offline_mode
 from PIL import Image
 
 from ...image_loading import load_rgb
@@ -166,7 +167,14 @@ def locate(
         )
     try:
         folder = Path(
-            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=list(files), max_workers=4)
+            snapshot_download(
+                name,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=list(files),
+                max_workers=4,
+                local_files_only=is_offline_mode(),  # huggingface_hub 1 would ask the Hub for a commit's files
+            )
         )
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
