@@ -7,7 +7,6 @@ and reports the peak.
     python perf/memory.py --device cuda --measure
 """
 
-import weakref
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +18,10 @@ from measure import DEFAULT_DEVICE, DEFAULT_DTYPE, Bench, Device, DType, Size, d
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sdllava import SDLlavaConfig, SDLlavaDiffusionModel, SDLlavaForConditionalGeneration
 from sdllava.atomic_files import write_json
+from sdllava.train.activations import LiveResults
 
 CONTEXT = 1024
 """Tokens of the counted conversation: 576 image tokens, the others text."""
@@ -58,39 +56,6 @@ def part_bytes(config: SDLlavaConfig, dtype: torch.dtype, four_bit: bool = False
 
 def _bytes(module: nn.Module, dtype: torch.dtype) -> float:
     return sum(p.numel() for p in module.parameters()) * dtype.itemsize
-
-
-class LiveResults(TorchDispatchMode):
-    """Counts the bytes of live intermediate results, and their peak.
-
-    Args:
-        weights (`nn.Module`): A module whose parameters are not counted.
-    """
-
-    def __init__(self, weights: nn.Module):
-        super().__init__()
-        self.alive = {p.untyped_storage()._cdata for p in weights.parameters()}
-        self.bytes = self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor):
-                self._add(result.untyped_storage())
-        return results
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.alive:
-            self.alive.add(storage._cdata)
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
-
-    def _drop(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.bytes -= size
 
 
 def peak_results(config: SDLlavaConfig, dtype: torch.dtype) -> float:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sdllava import SDLlavaForConditionalGeneration, mini_path
-from sdllava.train.memory import estimate_memory
+from sdllava import SDLlavaConfig, SDLlavaForConditionalGeneration, mini_path
+from sdllava.train.memory import estimate_memory, print_memory
 
 BATCH, LENGTH = 4, 128
 
@@ -61,3 +61,19 @@ def test_zero_divides_the_states_among_processes(composed):
         expected = [size // part for size, part in zip((one.weights, one.gradients, one.optimizer), parts, strict=True)]
         assert [shared.weights, shared.gradients, shared.optimizer] == expected
         assert shared.activations == one.activations
+
+
+def test_a_run_prints_its_memory_except_on_a_cpu(composed, capsys):
+    with torch.device("meta"):
+        model = SDLlavaForConditionalGeneration(SDLlavaConfig.from_pretrained(composed))
+    model.set_stage("align")
+    print_memory(model, 1, 10, checkpointing=False)
+    total = estimate_memory(model, 1, 10, checkpointing=False).total
+    assert f"Estimated memory per process, unsharded: {total / 2**30:.2f} GiB" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    if not torch.accelerator.is_available():
+        print_memory(SDLlavaForConditionalGeneration.from_pretrained(composed), 1, 10, checkpointing=False)
+        printed = capsys.readouterr().out
+        assert "projector" in printed
+        assert "Estimated memory" not in printed
