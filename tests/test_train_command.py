@@ -18,7 +18,6 @@ from sdllava.processors import SDLlavaProcessor
 from sdllava.train.__main__ import main
 from sdllava.train.arguments import AdapterArguments, ModelArguments
 from sdllava.train.build import build_model, build_processor
-from sdllava.train.callbacks import EpochCallback
 from sdllava.train.collator import SDLlavaCollator
 from sdllava.train.run import cache, train
 
@@ -99,7 +98,7 @@ def test_the_plain_trainer_takes_model_and_collator(work):
         save_strategy="no", report_to=[], learning_rate=1e-2, disable_tqdm=True,
     )  # fmt: skip
     data = load_data([DataSource(str(work / "data" / "colours.json"))])
-    trainer = Trainer(model, arguments, collator, train_dataset=data, callbacks=[EpochCallback(collator)])
+    trainer = Trainer(model, arguments, collator, train_dataset=data)
     trainer.train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed

@@ -46,7 +46,7 @@ def assert_same_run(folder: Path, base: Path) -> None:
 
 def batch_for(arguments: ModelArguments, data: Path, n: int = 2) -> dict:
     rows = load_data([DataSource(str(data))])
-    return SDLlavaCollator(build_processor(arguments))([rows[i] for i in range(n)])
+    return SDLlavaCollator(build_processor(arguments), seed=0)([rows[i] for i in range(n)])
 
 
 @pytest.mark.parametrize(

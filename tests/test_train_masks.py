@@ -181,7 +181,7 @@ def test_random_choices_depend_only_on_seed_epoch_and_sample(processor):
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_see_the_epoch(processor, persistent):
     rows = [conversation("<image>\nwhat", "red", n_images=1)] * 2
-    collator = SDLlavaCollator(processor)
+    collator = SDLlavaCollator(processor, seed=0)
     loader = torch.utils.data.DataLoader(
         rows, batch_size=1, collate_fn=collator, num_workers=1, persistent_workers=persistent
     )
@@ -189,6 +189,20 @@ def test_workers_see_the_epoch(processor, persistent):
         collator.set_epoch(epoch)
         expected = collator(rows[:1])["diffusion_noise_seed"]
         assert all(torch.equal(batch["diffusion_noise_seed"], expected) for batch in loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_without_a_seed_each_epoch_has_its_own_noise(processor, num_workers):
+    rows = [conversation("<image>\nwhat", "red", n_images=1)] * 2
+    loader = torch.utils.data.DataLoader(rows, collate_fn=SDLlavaCollator(processor), num_workers=num_workers)
+    seeds = [int(batch["diffusion_noise_seed"]) for _ in range(2) for batch in loader]
+    assert len(set(seeds)) == 4
+    assert min(seeds) >= 0
+
+
+def test_rows_without_columns_name_the_setting(processor):
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        SDLlavaCollator(processor, skip_bad_samples=True)([{}, {}])
 
 
 def test_bad_samples_are_named_or_contribute_nothing(processor, tmp_path):

@@ -30,7 +30,7 @@ HYPERPARAMETERS = (
 
 
 class EpochCallback(TrainerCallback):
-    """Sets the collator's epoch, on which its random choices depend. The plain Trainer needs it as well.
+    """Sets the epoch of a collator that has a seed; the plain Trainer needs it only to resume exactly.
 
     Args:
         collator: The collator of the training data.

@@ -36,7 +36,9 @@ class SDLlavaCollator:
         processor ([`SDLlavaProcessor`]): The processor of the model.
         prompts ([`PromptOptions`]): How the diffusion model's prompts are made.
         template (`str`): A chat template with generation markers. Default: the processor's.
-        seed (`int`): Determines every random choice, together with the epoch and the sample.
+        seed (`int`): Determines every random choice, together with the epoch ([`set_epoch`]) and the sample, so that a
+            resumed run equals an uninterrupted one. Without it, noise and prompts are drawn again at each use of a
+            sample, from torch's random generator, and the epoch is not needed.
         max_length (`int`): Number of tokens to keep of a sample. None keeps all.
         require_images (`bool`): Whether a sample without an image is an error, as in stage 1, where it would train
             nothing.
@@ -51,7 +53,7 @@ class SDLlavaCollator:
     processor: "SDLlavaProcessor"
     prompts: PromptOptions = field(default_factory=PromptOptions)
     template: str | None = None
-    seed: int = 0
+    seed: int | None = None
     max_length: int | None = None
     require_images: bool = False
     skip_bad_samples: bool = False
@@ -82,8 +84,14 @@ class SDLlavaCollator:
             training, and `image_encodings` from a cache.
 
         Raises:
-            ValueError: A sample is not usable, and `skip_bad_samples` is off, or too many are skipped.
+            ValueError: A sample is not usable, and `skip_bad_samples` is off, or too many are skipped; or the rows have
+                no columns.
         """
+        if not any(rows):
+            raise ValueError(
+                f"The {len(rows)} rows of this batch have no columns. Trainer removed them, because the model does not "
+                "read them itself. Set remove_unused_columns=False in TrainingArguments."
+            )
         samples = [self._sample(row, number) for number, row in enumerate(rows)]
         batch: dict[str, Any] = self._pad([sample.tokens for sample in samples])
         prompts = [prompt for sample in samples for prompt in sample.prompts]
@@ -140,10 +148,10 @@ class SDLlavaCollator:
         try:
             record = self.record(row, number)
             tokens = self.tokens(record)
-            epoch = int(self._epoch if row.get("epoch") is None else row["epoch"])
+            seed, epoch = self._seed_and_epoch(row)
             key = sample_key(record)
-            prompts = training_prompts(record, self.prompts, self.seed, epoch, key)
-            noise = noise_seeds(self.seed, epoch, key, len(record["images"]))
+            prompts = training_prompts(record, self.prompts, seed, epoch, key)
+            noise = noise_seeds(seed, epoch, key, len(record["images"]))
             keys = [self._cache_key(image, prompt) for image, prompt in zip(record["images"], prompts, strict=True)]
             images = [open_image(image, record["folder"]) for image in record["images"]] if self.needs_images() else []
         except RecordError as error:
@@ -155,6 +163,11 @@ class SDLlavaCollator:
             self.check_skipped(int(self._skipped), int(self._seen))
             return self._blank()
         return _Sample(tokens, images, keys, prompts, noise)
+
+    def _seed_and_epoch(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        if self.seed is None:
+            return int(torch.randint(2**63 - 1, ())), 0
+        return self.seed, int(self._epoch if row.get("epoch") is None else row["epoch"])
 
     def check_skipped(self, skipped: int, seen: int) -> None:
         """Check the number of skipped samples against `max_bad_samples`.
