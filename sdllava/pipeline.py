@@ -17,6 +17,11 @@ NUM_KEPT_IMAGES = 8
 """Images whose features are cached, so that a follow-up question costs one conditional pass."""
 
 
+def image_key(image: Image) -> str:
+    """A hash of an image's size and pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
 class CachedEncodings:
     """Cached image features of a model: what does not depend on the question, for the last images.
 
@@ -33,16 +38,19 @@ class CachedEncodings:
         return len(self._kept)
 
     def replace_pixels(self, images: Sequence[Image], inputs: Any) -> None:
+        """As `replace`, with the images themselves."""
+        self.replace([image_key(image) for image in images], inputs)
+
+    def replace(self, keys: Sequence[str], inputs: Any) -> None:
         """Replace the pixels in a processor's output by `image_encodings`; each new image is encoded once.
 
         Args:
-            images: The processor's images, in order.
+            keys: From [`image_key`], of the processor's images, in order.
             inputs: With `pixel_values`, `diffusion_pixel_values` or both, `(n, 3, height, width)`; changed in place.
         """
         pixels = {name: inputs.pop(name) for name in ("pixel_values", "diffusion_pixel_values") if name in inputs}
         device = self.model.device
-        weights = f"{self.model.dtype} {device} "
-        keys = [weights + hashlib.sha256(repr(i.size).encode() + i.tobytes()).hexdigest() for i in images]
+        keys = [f"{self.model.dtype} {device} {key}" for key in keys]
         new = {key: row for row, key in enumerate(keys) if key not in self._kept}
         rows = list(new.values())
         if rows:

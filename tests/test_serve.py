@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
+from sdllava.serving.chat import ChatRequest
 
 openai = pytest.importorskip("openai", reason="the extra serve is not installed")
 pytest.importorskip("starlette", reason="the extra serve is not installed")
@@ -187,6 +189,122 @@ def test_model_and_processor_have_what_serving_engines_require(checkpoint):
     assert model.get_encoder("image") is not None
     assert model.model.language_model is not None
     assert (inputs["input_ids"] == processor.image_token_id).sum() == sum(counts.num_image_tokens)
+
+
+# requests that are answered together
+
+
+Asked = tuple[ChatRequest, list[Image.Image]]
+
+
+def asked(question: str, *images: Image.Image, **fields) -> Asked:
+    """A request, greedy by default, and its images."""
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
+    options = {"max_new_tokens": TOKENS, "temperature": 0.0, **fields}
+    return ChatRequest([{"role": "user", "content": content}], ["data:"] * len(images), **options), list(images)
+
+
+OTHER = Image.effect_noise((30, 30), 50).convert("RGB")
+REQUESTS = [
+    asked("What is left?", IMAGE),
+    asked("Is it red, and is it on the left of the other one?", OTHER, max_new_tokens=5),
+    asked("Hello"),
+    asked("How do they differ?", OTHER, IMAGE, stream=True),
+    asked("What is left?", OTHER, stop=("e",)),
+    asked("And now?", IMAGE, max_new_tokens=1),
+]
+
+
+@pytest.fixture(scope="module")
+def worker(checkpoint):
+    from sdllava.serving.worker import ModelWorker
+
+    model = SDLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    return ModelWorker(model, SDLlavaProcessor.from_pretrained(checkpoint), max_batch=len(REQUESTS), batch_seconds=0.3)
+
+
+@pytest.fixture
+def batches(worker, monkeypatch) -> list[int]:
+    """The number of prompts of each call of `generate`."""
+    sizes, generate = [], worker.model.generate
+
+    def counted(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(worker.model, "generate", counted)
+    return sizes
+
+
+def answers(worker, requests: list[Asked]) -> list[tuple]:
+    """The answers to requests that arrive at the same time, each with the text that was sent before its end."""
+    jobs, sent = [worker.prepare(request, images, time.monotonic() + 60) for request, images in requests], {}
+    for number, job in enumerate(jobs):
+        job.send = lambda piece, number=number: sent.setdefault(number, []).append(piece)
+    futures = [worker.submit(job) for job in jobs]
+    return [(future.result(60), "".join(sent[number])) for number, future in enumerate(futures)]
+
+
+def test_requests_that_wait_are_answered_together_as_alone(worker, batches):
+    alone = [answers(worker, [request])[0] for request in REQUESTS]
+    assert batches == [1] * len(REQUESTS)
+    batches.clear()
+    assert answers(worker, REQUESTS) == alone
+    assert batches == [len(REQUESTS)]
+    assert [answer.completion_tokens for answer, _ in alone[:4]] == [TOKENS, 5, TOKENS, TOKENS]
+    assert [answer.finish_reason for answer, _ in alone[:2]] == ["length", "length"]
+    assert "e" not in alone[4][0].text
+    assert all(answer.text == text for answer, text in alone)
+    assert len({answer.text for answer, _ in alone}) > 3
+
+
+def test_sampling_and_beam_searches_are_answered_one_by_one(worker, batches):
+    others = [asked("What is left?", IMAGE, temperature=1.0, seed=3), asked("What is left?", IMAGE, num_beams=2)]
+    alone = [answers(worker, [request])[0] for request in others]
+    batches.clear()
+    assert answers(worker, [REQUESTS[0], *others, REQUESTS[1]])[1:3] == alone
+    assert batches == [2, 1, 1]
+
+
+def test_the_images_of_a_batch_are_limited(worker, batches, monkeypatch):
+    monkeypatch.setattr(worker, "max_batch", 3)
+    answers(worker, [REQUESTS[3], REQUESTS[0], REQUESTS[1], asked("Which?", *[IMAGE] * 4)])
+    assert batches == [2, 1, 1]
+
+
+def test_a_batch_that_fails_is_answered_one_by_one(worker, monkeypatch):
+    expected = answers(worker, REQUESTS[:3])
+    generate = worker.model.generate
+
+    def fails(**inputs):
+        if len(inputs["input_ids"]) > 1 or inputs["input_ids"].shape[1] == longest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**inputs)
+
+    longest = max(answer.prompt_tokens for answer, _ in expected)
+    monkeypatch.setattr(worker.model, "generate", fails)
+    jobs = [worker.prepare(request, images, time.monotonic() + 60) for request, images in REQUESTS[:3]]
+    futures = [worker.submit(job) for job in jobs]
+    assert futures[0].result(60) == expected[0][0]
+    with pytest.raises(torch.OutOfMemoryError):
+        futures[1].result(60)
+    assert futures[2].result(60) == expected[2][0]
+
+
+def test_requests_whose_time_is_over_do_not_hold_up_the_others(worker, batches):
+    from sdllava.serving.limits import RequestError
+
+    expected = answers(worker, REQUESTS[:1])
+    ends = [time.monotonic() + 60, time.monotonic() - 1, time.monotonic() + 60]
+    jobs = [worker.prepare(REQUESTS[0][0], [IMAGE], end) for end in ends]
+    jobs[2].send = lambda piece: jobs[2].cancelled.set()  # the client leaves after the first piece
+    jobs[2].request = asked("What is left?", IMAGE, stream=True)[0]
+    futures = [worker.submit(job) for job in jobs]
+    assert futures[0].result(60) == expected[0][0]
+    for future in futures[1:]:
+        with pytest.raises(RequestError, match="took too long"):
+            future.result(60)
+    assert batches == [1, 2]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..serving.limits import Limits
+from ..serving.limits import BATCH_SECONDS, MAX_BATCH, Limits
 from .options import AutoDType, HostOption, PortOption, check_device, model_path, split_names
 from .reporting import warn_if_untrained
 
@@ -28,6 +28,12 @@ def serve(
     allow_media_domains: Annotated[
         str, typer.Option(help="Domains whose image URLs are fetched, separated by commas. Default: none.")
     ] = "",
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Requests that are answered together, and their images. 1: one by one.")
+    ] = MAX_BATCH,
+    batch_seconds: Annotated[
+        float, typer.Option(min=0, max=10, help="How long a request waits for others, where the model is free.")
+    ] = BATCH_SECONDS,
     max_body_bytes: Annotated[int, _limit("Bytes of a request.", min=1)] = DEFAULT.max_body_bytes,
     max_images: Annotated[int, _limit("Images of a request.", min=0)] = DEFAULT.max_images,
     max_image_bytes: Annotated[int, _limit("Bytes of an image.", min=1)] = DEFAULT.max_image_bytes,
@@ -58,7 +64,9 @@ def serve(
     )
     names = served_names(model)
     domains = split_names(allow_media_domains)
-    server = build_server(path, names, host, port, device, dtype.value, limits, domains, api_key or None)
+    server = build_server(
+        path, names, host, port, device, dtype.value, limits, domains, api_key or None, max_batch, batch_seconds
+    )
     warn_if_untrained(SDLlavaConfig.from_pretrained(path))
     typer.echo(f"http://{host}:{port}/v1 serves the model {names[0]!r}", err=True)
     server.run()

@@ -17,15 +17,15 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from .chat import ChatRequest, read_chat_request
+from .jobs import Answer, Job, timeout_error
 from .limits import Limits, RequestError
 from .media import decode, fetch, read_data_url
 from .metrics import Metrics
-from .worker import Answer, Job, ModelWorker
+from .worker import ModelWorker
 
 logger = logging.getLogger(__name__)
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
-_TIMEOUT = "The request took too long. Ask for fewer tokens, or try again later."
 _INTERNAL = "The server failed. Its log has the cause."
 
 
@@ -36,7 +36,10 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 
 class ChatApp:
-    """Answers requests. Images are fetched in the event loop and decoded in threads; the model has its own thread.
+    """Answers requests.
+
+    Images are fetched in the event loop. Two threads decode them and make the model's inputs, so that at most two
+    requests hold decoded images. The model has a thread of its own.
 
     Args:
         worker: Runs the model.
@@ -57,7 +60,7 @@ class ChatApp:
         self.worker, self.names, self.limits = worker, names, limits
         self.media_domains, self.api_key = media_domains, api_key
         self.metrics = Metrics()
-        self.decoders = ThreadPoolExecutor(2, "decode")
+        self.preparers = ThreadPoolExecutor(2, "prepare")
 
     def starlette(self) -> Starlette:
         """The ASGI application."""
@@ -123,7 +126,7 @@ class ChatApp:
             raise
         except TimeoutError:
             status = 504
-            raise RequestError(_TIMEOUT, 504) from None
+            raise timeout_error() from None
         except ClientDisconnect:
             status = 499
             return Response(status_code=400)
@@ -142,10 +145,19 @@ class ChatApp:
     async def _prepare(self, request: Request, start: float) -> Job:
         body = await self._read_body(request)
         loop = asyncio.get_running_loop()
-        chat = await loop.run_in_executor(self.decoders, read_chat_request, body, self.names, self.limits)
-        files = [await self._image_bytes(url) for url in chat.image_urls]
-        images = [await loop.run_in_executor(self.decoders, decode, data, self.limits) for data in files]
-        return Job(chat, images, start + self.limits.request_seconds)
+        chat = await loop.run_in_executor(self.preparers, read_chat_request, body, self.names, self.limits)
+        files = [await self._fetched(url) for url in chat.image_urls]
+        end = start + self.limits.request_seconds
+        return await loop.run_in_executor(self.preparers, self._decode_and_prepare, chat, files, end)
+
+    def _decode_and_prepare(self, chat: ChatRequest, files: Sequence[str | bytes], end: float) -> Job:
+        images = []
+        for file in files:
+            if time.monotonic() > end:
+                raise timeout_error()
+            data = file if isinstance(file, bytes) else read_data_url(file, self.limits.max_image_bytes)
+            images.append(decode(data, self.limits))
+        return self.worker.prepare(chat, images, end)
 
     async def _read_body(self, request: Request) -> bytes:
         too_large = RequestError(f"The body has more than {self.limits.max_body_bytes} bytes. Send less.", 413)
@@ -159,15 +171,14 @@ class ChatApp:
                 raise too_large
         return bytes(body)
 
-    async def _image_bytes(self, url: str) -> bytes:
-        if url.startswith(("http://", "https://")):
-            return await fetch(url, self.media_domains, self.limits)
-        return read_data_url(url, self.limits.max_image_bytes)
+    async def _fetched(self, url: str) -> str | bytes:
+        """The bytes of an image's URL, or the data URL itself."""
+        is_remote = url.startswith(("http://", "https://"))
+        return await fetch(url, self.media_domains, self.limits) if is_remote else url
 
     async def _answer(self, job: Job, request: Request) -> Answer:
         """Wait for the answer, or for the client to leave."""
-        loop = asyncio.get_running_loop()
-        answering = loop.run_in_executor(self.worker.executor, self.worker.answer, job)
+        answering = asyncio.wrap_future(self.worker.submit(job))
         leaving = asyncio.ensure_future(_disconnected(request))
         try:
             both: list[asyncio.Future[Any]] = [answering, leaving]
@@ -190,7 +201,7 @@ class ChatApp:
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         job.send = lambda text: _call(loop, pieces, text)
-        answering = loop.run_in_executor(self.worker.executor, self.worker.answer, job)
+        answering = asyncio.wrap_future(self.worker.submit(job))
         answering.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (piece := await pieces.get()) is not None:
@@ -246,7 +257,7 @@ class _Stream(StreamingResponse):
             yield "data: [DONE]\n\n"
             self.outcome = 200
         except (RequestError, TimeoutError) as error:
-            found = error if isinstance(error, RequestError) else RequestError(_TIMEOUT, 504)
+            found = error if isinstance(error, RequestError) else timeout_error()
             self.outcome = found.status
             yield _event(error_body(found))
         except Exception:

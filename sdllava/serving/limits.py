@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+MAX_BATCH = 8
+"""Requests that are answered together; also their images."""
+BATCH_SECONDS = 0.01
+"""How long a request waits for others."""
+
 
 @dataclass(frozen=True)
 class Limits:

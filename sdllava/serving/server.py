@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .limits import Limits
+from .limits import BATCH_SECONDS, MAX_BATCH, Limits
 
 if TYPE_CHECKING:
     import uvicorn
@@ -44,6 +44,8 @@ def build_server(
     limits: Limits | None = None,
     media_domains: Sequence[str] = (),
     api_key: str | None = None,
+    max_batch: int = MAX_BATCH,
+    batch_seconds: float = BATCH_SECONDS,
 ) -> "uvicorn.Server":
     """Load a model and make its server, which does not run yet.
 
@@ -60,6 +62,8 @@ def build_server(
         limits: What one request may cost.
         media_domains: Domains whose image URLs are fetched. Addresses that are not public are never fetched.
         api_key: The bearer token that requests need; None lets every client in.
+        max_batch: Requests that are answered together, and their images; 1 answers one by one.
+        batch_seconds: How long a request waits for others, where the model is free.
 
     Raises:
         ImportError: The extra `serve` is not installed.
@@ -89,7 +93,7 @@ def build_server(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = SDLlavaForConditionalGeneration.from_pretrained(model, dtype=dtype).to(device)
-    worker = ModelWorker(loaded, SDLlavaProcessor.from_pretrained(model))
+    worker = ModelWorker(loaded, SDLlavaProcessor.from_pretrained(model), max_batch, batch_seconds)
     limits = limits or Limits()
     app = ChatApp(worker, names, limits, media_domains, api_key).starlette()
     grace = int(limits.request_seconds) + SHUTDOWN_SECONDS

@@ -17,9 +17,9 @@ from PIL import Image
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 from sdllava.serving import media
 from sdllava.serving.app import ChatApp
+from sdllava.serving.jobs import Answer, Job
 from sdllava.serving.limits import Limits, RequestError
 from sdllava.serving.server import served_names
-from sdllava.serving.worker import Answer
 
 LIMITS = Limits(max_body_bytes=200_000, max_images=2, max_image_bytes=50_000, max_image_pixels=10_000,
                 max_new_tokens=32, max_beams=2, max_question_chars=500, max_queue=3, request_seconds=1.5)  # fmt: skip
@@ -30,7 +30,14 @@ class Echo:
 
     def __init__(self):
         self.executor = ThreadPoolExecutor(1)
-        self.jobs = []
+        self.jobs, self.images = [], []
+
+    def prepare(self, request, images, end) -> Job:
+        self.images.append(images)
+        return Job(request, end)
+
+    def submit(self, job):
+        return self.executor.submit(self.answer, job)
 
     def answer(self, job) -> Answer:
         self.jobs.append(job)
@@ -185,9 +192,8 @@ def test_a_good_request_returns_the_answer(client, app):
     assert response["choices"][0]["message"] == {"role": "assistant", "content": "What is it?"}
     assert response["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     assert response["model"] == "model"
-    job = app.worker.jobs[-1]
-    assert [x.size for x in job.images] == [(20, 10)]
-    checked = job.request
+    assert [x.size for x in app.worker.images[-1]] == [(20, 10)]
+    checked = app.worker.jobs[-1].request
     assert (checked.temperature, checked.max_new_tokens, checked.stop, checked.seed) == (0, 5, ("?",), 0)
     assert checked.messages[0] == system
 
