@@ -455,3 +455,13 @@ class SDLlavaConfig(VersionedConfig):
             return self.vision_grid_size**2 + int(cls)
         tokens = (self.token_grid_size // self.spatial_merge_size) ** 2
         return tokens + self.diffusion_config.grid_size**2 if self.fusion == "concat_tokens" else tokens
+
+    @property
+    def question_independent_tokens(self) -> int:
+        """Leading tokens of an image that are equal for every question, although the others depend on it."""
+        return self.token_grid_size**2 if self.fusion == "concat_tokens" else 0
+
+    @property
+    def depends_on_question(self) -> bool:
+        """Whether image features depend on the question."""
+        return self.diffusion_config is not None and self.diffusion_config.conditioning != "none"

@@ -106,7 +106,11 @@ class ConcatFusion(nn.Module):
 
 
 class ConcatTokensFusion(nn.Module):
-    """Vision tokens, then diffusion tokens at the vision encoder's width."""
+    """Vision tokens, then diffusion tokens at the vision encoder's width.
+
+    The vision tokens do not depend on the question, so a follow-up question reuses their keys and values; see
+    [`~sdllava.prefix_cache.PrefixCache`].
+    """
 
     def __init__(self, config: SDLlavaConfig):
         super().__init__()
@@ -116,7 +120,15 @@ class ConcatTokensFusion(nn.Module):
 
     def forward(self, vision: torch.Tensor, diffusion: torch.Tensor) -> torch.Tensor:
         """Fuse `(n, a, width)` and `(n, b, diffusion width)` to `(n, a + b, width)`."""
-        return torch.cat([resize_tokens(vision, self.size), self.proj(self.norm(diffusion))], dim=1)
+        return torch.cat([self.vision_tokens(vision), self.diffusion_tokens(diffusion)], dim=1)
+
+    def vision_tokens(self, vision: torch.Tensor) -> torch.Tensor:
+        """The first part of the sequence, `(n, a, width)`."""
+        return resize_tokens(vision, self.size)
+
+    def diffusion_tokens(self, diffusion: torch.Tensor) -> torch.Tensor:
+        """The second part of the sequence, `(n, b, width)`."""
+        return self.proj(self.norm(diffusion))
 
 
 class GatedFusion(nn.Module):

@@ -1,26 +1,22 @@
 """The vision-language model: LLaVA's own modules and names, with a diffusion tower and a fusion."""
 
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .assembly import load_weights
-from .checkpoints import FROZEN_PARTS, CheckpointMixin, fetch_frozen, leave_out_frozen
 from .configuration import SDLlavaConfig
-from .diffusion import SDLlavaDiffusionModel
-from .fusion import AttentionOverMaps, ImplicitCaptioner, SDLlavaMultiModalProjector, build_fusion
-from .guidance import ZeroLinear
+from .image_model import SDLlavaImageModel, SDLlavaPreTrainedModel
 from .outputs import SDLlavaCausalLMOutputWithPast, SDLlavaImageEncodings, SDLlavaModelOutputWithPast
 from .parts import Parts, read_llava_parts, read_parts
+from .prefix_cache import PrefixCache
 from .repositories import as_dtype
 
 IMAGE_INPUTS = (
@@ -28,6 +24,7 @@ IMAGE_INPUTS = (
     "diffusion_pixel_values",
     "diffusion_input_ids",
     "diffusion_input_ids_2",
+    "diffusion_input_ids_3",
     "diffusion_noise_seed",
     "image_encodings",
     "diffusion_guidance_scales",
@@ -36,87 +33,13 @@ IMAGE_INPUTS = (
 _IMAGES_TWICE = "Both images and mm_encoder_outputs were given. Give one of them."
 
 
-class SDLlavaPreTrainedModel(CheckpointMixin, PreTrainedModel):
-    """What both models share: saving, loading and initialisation."""
-
-    config: SDLlavaConfig
-    config_class = SDLlavaConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        # of modules with own weights only: transformers skips the others
-        super()._init_weights(module)
-        if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, AttentionOverMaps):
-            init.zeros_(module.map_embedding)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; frozen parts that were left out come from their own repositories."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.config.left_out:
-            fetch_frozen(model)
-        return loaded
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, bundle_frozen: bool = True, **kwargs: Any
-    ) -> Any:
-        """As `PreTrainedModel.save_pretrained`, with the code next to it for processes without this package.
-
-        Args:
-            save_directory: The folder.
-            args, kwargs: As for `PreTrainedModel.save_pretrained`.
-            bundle_frozen (`bool`): False leaves out the weights of the frozen diffusion model and vision encoder where
-                the configuration records which repository they came from. Loading fetches them from there and
-                compares their hash with the recorded one.
-
-        Raises:
-            ValueError: `bundle_frozen=False`, and the frozen parts are not those of a recorded repository.
-        """
-        if bundle_frozen:
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        hashes, names = leave_out_frozen(self)
-        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
-        kept = {name: tensor for name, tensor in state_dict.items() if name not in names}
-        self.config.left_out = hashes
-        try:
-            return super().save_pretrained(save_directory, *args, state_dict=kept, **kwargs)
-        finally:
-            self.config.left_out = None
-
-
-class SDLlavaModel(SDLlavaPreTrainedModel):
-    """Encoders, fusion, projector and the language model's body; towers that the configuration lacks are None."""
+class SDLlavaModel(SDLlavaImageModel):
+    """The image model, and the language model's body."""
 
     def __init__(self, config: SDLlavaConfig):
         super().__init__(config)
-        vision: Any = config.vision_config
-        diffusion: Any = config.diffusion_config
-        self.vision_tower = None if vision is None else AutoModel.from_config(vision)
-        self.diffusion_tower = None if diffusion is None else SDLlavaDiffusionModel(diffusion)
-        self.fusion = build_fusion(config)
-        self.implicit_captioner = ImplicitCaptioner(config) if config.implicit_caption_tokens else None
-        self.multi_modal_projector = SDLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self._keys_to_ignore_on_load_missing = [rf"\b{FROZEN_PARTS[part]}\." for part in config.left_out or ()]
-        self.freeze()
         self.post_init()
-
-    def freeze(self) -> None:
-        """Stop gradients to the vision encoder, which no stage trains."""
-        if self.vision_tower is not None:
-            self.vision_tower.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embeddings."""
@@ -125,108 +48,6 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the language model's token embeddings."""
         self.language_model.set_input_embeddings(value)
-
-    @torch.no_grad()
-    def encode_images(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        diffusion_pixel_values: torch.Tensor | None = None,
-    ) -> SDLlavaImageEncodings:
-        """What does not depend on the question: latents, vision features, unconditional features.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(n, 3, height, width)`): As the vision encoder's processor
-                makes them.
-            diffusion_pixel_values (`torch.FloatTensor` of shape `(n, 3, image_size, image_size)`): In [-1, 1].
-
-        Raises:
-            ValueError: The model has an encoder whose images are missing.
-        """
-        encodings: dict[str, Any] = {}
-        if self.vision_tower is not None:
-            encodings["vision_features"], encodings["image_embeds"] = self._vision_features(pixel_values)
-        tower = self.diffusion_tower
-        if tower is not None:
-            if diffusion_pixel_values is None:
-                raise ValueError("This model has a diffusion tower. Give diffusion_pixel_values.")
-            encodings["latents"] = tower.encode_latents(diffusion_pixel_values)
-            if any(s != 1 for s in tower.config.guidance_scales) or tower.config.conditioning == "none":
-                encodings["unconditional_features"] = tower(latents=encodings["latents"]).unconditional_features
-        return SDLlavaImageEncodings(**encodings)
-
-    def _vision_features(self, pixel_values: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if pixel_values is None:
-            raise ValueError("This model has a vision encoder. Give pixel_values, or image_encodings.")
-        tower: Any = self.vision_tower
-        options = {"interpolate_pos_encoding": True} if self.config.vision_interpolates else {}
-        outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, **options)
-        layers = self.config.vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else layers
-        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
-        selected = [outputs.hidden_states[layer][:, first:] for layer in layers]
-        features = selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1)
-        return features, outputs.pooler_output if self.implicit_captioner is not None else None
-
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        diffusion_pixel_values: torch.Tensor | None = None,
-        diffusion_input_ids: torch.Tensor | None = None,
-        diffusion_input_ids_2: torch.Tensor | None = None,
-        diffusion_noise_seed: torch.Tensor | None = None,
-        image_encodings: SDLlavaImageEncodings | None = None,
-        diffusion_guidance_scales: Sequence[float] | float | None = None,
-        return_dict: bool = True,
-    ) -> BaseModelOutputWithPooling:
-        """Image features as the language model reads them.
-
-        Args:
-            pixel_values, diffusion_pixel_values: See `encode_images`; not needed with `image_encodings`.
-            diffusion_input_ids, diffusion_input_ids_2 (`torch.LongTensor` of shape `(n, 77)`): The questions on which
-                the diffusion model is conditioned, one per image. Default: the empty prompt.
-            diffusion_noise_seed (`torch.LongTensor` of shape `(n,)`): One noise map per image, for training.
-            image_encodings: From `encode_images` on the same images; the call then costs one conditional pass.
-            diffusion_guidance_scales: As many as configured, instead of the configured ones.
-            return_dict: Ignored; for compatibility with transformers.
-
-        Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` is the fused map `(n, tokens, channels)`, `pooler_output`
-            a list with a `(num_image_tokens, hidden_size)` tensor for each image.
-
-        Raises:
-            ValueError: The images of an encoder are missing, or guidance scales are given without a diffusion tower.
-        """
-        known = SDLlavaImageEncodings(**(image_encodings or {}))
-        vision, image_embeds = known.vision_features, known.image_embeds
-        if self.vision_tower is not None and vision is None:
-            vision, image_embeds = self._vision_features(pixel_values)
-        tower, captioner = self.diffusion_tower, self.implicit_captioner
-        if tower is None:
-            if diffusion_guidance_scales is not None:
-                raise ValueError(
-                    f"diffusion_guidance_scales={diffusion_guidance_scales} needs a diffusion tower, which this model "
-                    "does not have. Leave it out."
-                )
-            features = vision
-        else:
-            if diffusion_pixel_values is None and known.latents is None and known.conditional_features is None:
-                raise ValueError("This model has a diffusion tower. Give diffusion_pixel_values, or image_encodings.")
-            diffusion = tower(
-                pixel_values=diffusion_pixel_values,
-                input_ids=diffusion_input_ids,
-                input_ids_2=diffusion_input_ids_2,
-                latents=known.latents,
-                unconditional_features=known.unconditional_features if diffusion_noise_seed is None else None,
-                conditional_features=known.conditional_features,
-                implicit_caption=captioner(image_embeds) if captioner is not None else None,
-                noise_seed=diffusion_noise_seed,
-                guidance_scales=diffusion_guidance_scales,
-            ).last_hidden_state
-            like = self.multi_modal_projector.linear_1.weight if vision is None else vision
-            diffusion = diffusion.to(like.device, like.dtype)
-            features = diffusion if self.fusion is None else self.fusion(vision, diffusion)
-        projected = self.multi_modal_projector(features)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(projected))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -259,6 +80,7 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         diffusion_pixel_values: torch.Tensor | None = None,
         diffusion_input_ids: torch.Tensor | None = None,
         diffusion_input_ids_2: torch.Tensor | None = None,
+        diffusion_input_ids_3: torch.Tensor | None = None,
         diffusion_noise_seed: torch.Tensor | None = None,
         image_encodings: SDLlavaImageEncodings | None = None,
         diffusion_guidance_scales: Sequence[float] | float | None = None,
@@ -292,7 +114,7 @@ class SDLlavaModel(SDLlavaPreTrainedModel):
         if has_images:
             image_outputs = self.get_image_features(
                 pixel_values, diffusion_pixel_values, diffusion_input_ids, diffusion_input_ids_2,
-                diffusion_noise_seed, image_encodings, diffusion_guidance_scales,
+                diffusion_input_ids_3, diffusion_noise_seed, image_encodings, diffusion_guidance_scales,
             )  # fmt: skip
         image_features = None
         if image_outputs is not None:
@@ -422,6 +244,7 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         diffusion_pixel_values: torch.Tensor | None = None,
         diffusion_input_ids: torch.Tensor | None = None,
         diffusion_input_ids_2: torch.Tensor | None = None,
+        diffusion_input_ids_3: torch.Tensor | None = None,
         diffusion_noise_seed: torch.Tensor | None = None,
         image_encodings: SDLlavaImageEncodings | None = None,
         diffusion_guidance_scales: Sequence[float] | float | None = None,
@@ -446,6 +269,7 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
             diffusion_pixel_values=diffusion_pixel_values,
             diffusion_input_ids=diffusion_input_ids,
             diffusion_input_ids_2=diffusion_input_ids_2,
+            diffusion_input_ids_3=diffusion_input_ids_3,
             diffusion_noise_seed=diffusion_noise_seed,
             image_encodings=image_encodings,
             diffusion_guidance_scales=diffusion_guidance_scales,
@@ -471,8 +295,20 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Any = None,
+        generation_config: Any = None,
+        prefix_cache: PrefixCache | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As `GenerationMixin.generate`, with the inputs of `get_image_features`, which run once, before decoding.
+
+        Args:
+            inputs, generation_config, kwargs: As for `GenerationMixin.generate`.
+            prefix_cache: With `fusion="concat_tokens"` and a single prompt, a follow-up question reuses the keys and
+                values of the prompt up to the last vision token of its first image. Ignored for batches, beams and
+                other fusions, and with `past_key_values`, `cache_implementation` or `use_cache=False`.
 
         Raises:
             ValueError: As `get_image_features`, or both images and `mm_encoder_outputs` are given.
@@ -482,5 +318,42 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         if any(x is not None for x in given):
             if kwargs.get("mm_encoder_outputs") is not None:
                 raise ValueError(_IMAGES_TWICE)
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**image_inputs)}
+            input_ids = kwargs.get("input_ids", inputs)
+            if prefix_cache is not None and self._can_continue(input_ids, generation_config, kwargs):
+                kwargs |= self._continue_prefix(prefix_cache, input_ids, image_inputs)
+            else:
+                kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**image_inputs)}
         return super().generate(inputs, generation_config, **kwargs)
+
+    def _can_continue(self, input_ids: torch.Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> bool:
+        if not self.config.question_independent_tokens or input_ids is None or len(input_ids) != 1:
+            return False
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("past_key_values") is not None or not (mask is None or bool(mask.all())):
+            return False
+        settings = {**vars(generation_config or self.generation_config), **kwargs}
+        sequences = max(settings.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        return sequences == 1 and not settings.get("cache_implementation") and settings.get("use_cache") is not False
+
+    def _continue_prefix(
+        self, prefix_cache: PrefixCache, input_ids: torch.Tensor, image_inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of `generate` with which it computes only what comes after the prefix."""
+        pixels = [image_inputs.pop(name, None) for name in ("pixel_values", "diffusion_pixel_values")]
+        encodings = SDLlavaImageEncodings(**(image_inputs.pop("image_encodings", None) or {}))
+        if encodings.vision_features is None:
+            encodings = self.encode_images(*pixels)
+        vision = self.model.get_vision_tokens(encodings)
+        diffusion = self.model.get_diffusion_tokens(encodings, **image_inputs)
+        first = int((input_ids[0] == self.config.image_token_id).int().argmax())
+        prefix_ids = input_ids[:, : first + vision.shape[1]]
+
+        def compute() -> Cache:
+            outputs = {"image": BaseModelOutputWithPooling(pooler_output=[vision[0]])}
+            return self.model(prefix_ids, mm_encoder_outputs=outputs, use_cache=True).past_key_values
+
+        rest = [diffusion[0], *torch.cat([vision, diffusion], dim=1)[1:]]
+        return {
+            "past_key_values": prefix_cache.continued(prefix_ids, vision[:1], compute),
+            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=rest)},
+        }

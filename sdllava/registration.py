@@ -21,7 +21,8 @@ def register() -> None:
     from .configuration import SDLlavaConfig, SDLlavaDiffusionConfig
     from .diffusion import SDLlavaDiffusionModel
     from .hub.push import push_model, push_processor
-    from .modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaModel, SDLlavaPreTrainedModel
+    from .image_model import SDLlavaPreTrainedModel
+    from .modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaModel
     from .processors import SDLlavaProcessor
 
     for config in (SDLlavaConfig, SDLlavaDiffusionConfig):

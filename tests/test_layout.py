@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sdllava"
 FLAT = {path.stem for path in travelling_files()}
 ORDER = (
-    ("version", "outputs", "atomic_files", "fingerprints", "run_records", "remote_code"),
+    ("version", "outputs", "prefix_cache", "atomic_files", "fingerprints", "run_records", "remote_code"),
     ("image_loading", "chat_templates", "questions", "prompts", "repositories"),
     ("taps", "families", "grids"),
     ("configuration", "noise", "guidance", "small_maps", "unet_pass", "attention_maps"),
     ("backbone", "latent_backbone", "stable_diffusion", "pixart", "backbones", "vision"),
-    ("checkpoints", "diffusion", "fusion"),
+    ("checkpoints", "diffusion", "fusion", "image_model"),
     ("parts", "processors", "assembly"),
     ("modeling_sdllava", "pipeline"),
 )
