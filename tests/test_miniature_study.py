@@ -17,6 +17,8 @@ from research.miniature.study.page import cell, page
 from research.miniature.study.readout import answer_units, auc, fit_readout, one_hot, ordered_pairs, shares
 from research.miniature.study.run import PARTS, finished_part, run_study
 from research.miniature.study.taps import quadrant_vectors
+from sdllava.evaluation import bootstrap
+from sdllava.evaluation.benchmarks import mini
 from sdllava.guidance import guide
 from sdllava.scenes.world import CELLS
 
@@ -202,6 +204,9 @@ def test_every_stage_has_its_recipe():
 def test_the_whole_study_goes_through_training_and_evaluation(parts, monkeypatch):
     for part in PARTS:
         monkeypatch.setitem(PARTS, part, replace(PARTS[part], more_noise=0))
+    for name, count in {"QUESTIONS": 108, "COMPOSITIONS": 54, "PAIRS_PER_PATTERN": 3, "CAPTIONS": 20}.items():
+        monkeypatch.setattr(mini, name, count)
+    monkeypatch.setattr(bootstrap, "REPLICATES", 200)
     compared = {"CLIP", questions.PLAIN, questions.BEST}
     monkeypatch.setattr(questions, "VARIANTS", [v for v in questions.VARIANTS if v.name in compared])
     monkeypatch.setattr(questions, "TRENDS", {t: pair for t, pair in questions.TRENDS.items() if compared >= {*pair}})

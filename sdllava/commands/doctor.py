@@ -38,7 +38,7 @@ def doctor() -> None:
     for device, size in memory.items():
         typer.echo(f"  {device}: {size / GIB:.1f} GiB")
     typer.secho("Memory that a model needs", bold=True, nl=False)
-    typer.echo(f" (batch of one, {TOKENS} tokens; without the activations of the diffusion model)")
+    typer.echo(f" (batch of one, {TOKENS} tokens)")
     for name, needs in memory_needs().items():
         typer.echo(f"  {name}")
         for task, size in needs.items():
@@ -115,16 +115,16 @@ def _needs(config: "SDLlavaConfig") -> dict[str, int]:
     with torch.device("meta"):
         model = SDLlavaForConditionalGeneration(config).to(torch.bfloat16)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    model.requires_grad_(False)
-    frozen = estimate_memory(model, 1, TOKENS, True).total
     text = sum(p.numel() * p.element_size() for p in model.model.language_model.parameters())
     model.set_stage("finetune")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    trained = estimate_memory(model, 1, TOKENS, True)
+    frozen = weights + trained.activations
     return {
         "answers in bfloat16": weights,
         "LoRA, without the adapter": frozen,
         "QLoRA, without the adapter": frozen - text * 3 // 4,
-        "whole language model trained": estimate_memory(model, 1, TOKENS, True).total,
+        "whole language model trained": trained.total,
     }
