@@ -111,15 +111,21 @@ class DiffusionBackbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def encode_prompts(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor | None = None) -> Prompts:
+    def encode_prompts(
+        self,
+        input_ids: torch.Tensor,
+        input_ids_2: torch.Tensor | None = None,
+        input_ids_3: torch.Tensor | None = None,
+    ) -> Prompts:
         """Encode prompts.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(n, tokens)`): Padded as the first tokenizer pads.
-            input_ids_2 (`torch.LongTensor` of shape `(n, tokens)`, *optional*): Padded as the second tokenizer pads.
+            input_ids_2, input_ids_3 (`torch.LongTensor` of shape `(n, tokens)`, *optional*): Padded as the second and
+                third tokenizer pad.
 
         Raises:
-            ValueError: The family has two tokenizers and `input_ids_2` is missing.
+            ValueError: The family has more tokenizers than were given ids.
         """
 
     @abstractmethod
@@ -153,6 +159,53 @@ class DiffusionBackbone(nn.Module, ABC):
             `list[torch.Tensor]`: Each tap's output for the k times n prompts, `(k * n, channels, h, w)` or
             `(k * n, h * w, channels)`, as the module returns it.
         """
+
+    def predict(self, latents: torch.Tensor, timestep: int, prompts: Prompts) -> torch.Tensor:
+        """Run the whole denoiser; `prediction_target` is what it was trained to return.
+
+        Args:
+            latents (`torch.Tensor` of shape `(n, channels, h, w)`): Noisy latents x_t.
+            timestep (`int`): 0..999.
+            prompts: n of them, from `encode_prompts`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(n, channels, h, w)`, without a learned variance.
+        """
+        output = self.denoise(self.denoiser, latents, timestep, prompts)
+        return output.sample[:, : latents.shape[1]].float()
+
+    def prediction_target(self, latents: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        """What `predict` was trained to return: by default noise, velocity or latents, as the scheduler says.
+
+        Args:
+            latents (`torch.Tensor` of shape `(n, channels, h, w)`): z0.
+            noise (`torch.Tensor` of that shape): What was added to them.
+            timestep (`int`): 0..999.
+
+        Raises:
+            ValueError: The scheduler's prediction type is unknown.
+        """
+        kind = (self.config.scheduler_config or {}).get("prediction_type", "epsilon")
+        signal, spread = self.noise_rates(timestep)
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            return signal * noise - spread * latents
+        if kind == "sample":
+            return latents
+        raise ValueError(f"Unknown prediction type {kind!r}. Use epsilon, v_prediction or sample.")
+
+    def image_distribution(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents; the deviation is 0 for encoders that do not sample.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(n, 3, height, width)`): In [-1, 1].
+
+        Returns:
+            Two `torch.FloatTensor` of shape `(n, channels, h, w)`; the mean equals `encode_image`.
+        """
+        latents = self.encode_image(pixel_values)
+        return latents, torch.zeros_like(latents)
 
     @abstractmethod
     def compile_pass(self, taps: Sequence[Tap], **options: Any) -> CompiledPass:

@@ -119,16 +119,24 @@ class LatentBackbone(DiffusionBackbone):
         Returns:
             `torch.FloatTensor` of shape `(n, channels, height / 8, width / 8)`: The latents z0.
         """
+        return self.image_distribution(pixel_values)[0]
+
+    def image_distribution(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `DiffusionBackbone.image_distribution`: of the VAE's posterior, 0 for a tiny autoencoder."""
         with without_autocast(pixel_values.device):
             pixels = pixel_values.to(dtype_of(self.vae))
             if pixels.device.type == "cpu" and pixels.dtype == torch.float32:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)  # measured to be faster there
             encoded = self.vae.encode(pixels)
-        latents = encoded.latents if self._has_tiny_vae else encoded.latent_dist.mode()
+        scale = self.vae.config.scaling_factor
+        if self._has_tiny_vae:
+            mean = (encoded.latents * scale).float()
+            return mean, torch.zeros_like(mean)
+        mean = encoded.latent_dist.mode()
         shift = self.vae.config.get("shift_factor")
-        if shift is not None and not self._has_tiny_vae:
-            latents = latents - shift
-        return (latents * self.vae.config.scaling_factor).float()
+        if shift is not None:
+            mean = mean - shift
+        return (mean * scale).float(), (encoded.latent_dist.std * scale).float()
 
     def read(self, latents: torch.Tensor, timestep: int, prompts: Prompts, taps: Sequence[Tap]) -> list[torch.Tensor]:
         """As `DiffusionBackbone.read`.

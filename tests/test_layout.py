@@ -18,9 +18,10 @@ ORDER = (
     ("image_loading", "chat_templates", "questions", "prompts", "repositories"),
     ("taps", "families", "grids"),
     ("configuration", "noise", "guidance", "small_maps", "unet_pass", "attention_maps"),
-    ("backbone", "latent_backbone", "stable_diffusion", "pixart", "backbones", "vision"),
+    ("backbone", "latent_backbone", "text_encoders", "flow", "vision"),
+    ("stable_diffusion", "pixart", "sd3", "flux", "backbones"),
     ("checkpoints", "diffusion", "fusion", "image_model"),
-    ("parts", "processors", "assembly"),
+    ("parts", "processors", "assembly", "towers"),
     ("modeling_sdllava", "pipeline"),
 )
 """The flat modules, from the lowest to the highest layer. Imports go downwards or stay within a layer."""

@@ -108,10 +108,12 @@ PlotOption = Annotated[
 ]
 MatchModelsOption = Annotated[
     list[str],
-    typer.Option("--model", help="Diffusers repository or folder, CLIP-style model, or open_clip:ARCH/PRETRAINED."),
+    typer.Option(
+        "--model", help="Diffusers repository or folder, 'mini', CLIP-style model, or open_clip:ARCH/PRETRAINED."
+    ),
 ]
 MatchBenchmarkOption = Annotated[
-    str | None, typer.Option(help="Names, comma-separated: mmvp_vlm, winoground, mini_pairs.")
+    str | None, typer.Option(help="Names, comma-separated: mmvp_vlm, winoground, sugarcrepe, mini_pairs.")
 ]
 ImageOption = Annotated[list[Path] | None, typer.Option(help="Instead of a benchmark: images ...")]
 TextOption = Annotated[list[str] | None, typer.Option(help="... and texts. Every text is scored with every image.")]
@@ -120,9 +122,16 @@ MatchRevisionOption = Annotated[str | None, typer.Option(help="Hub revision of t
 MatchLimitOption = Annotated[int | None, typer.Option(help="Approximate number of items, spread evenly.")]
 StepsOption = Annotated[int, typer.Option(help="Number of timesteps, by the released rule. The papers use 5 and 10.")]
 TimestepsOption = Annotated[str | None, typer.Option(help="Timesteps instead of --steps, comma-separated: 89,489.")]
-LayersOption = Annotated[str, typer.Option(help="last, all, or Cross-Q taps, comma-separated.")]
-UnconditionalOption = Annotated[bool, typer.Option(help="Include the pass with the empty prompt in the mean.")]
-TokensOption = Annotated[str, typer.Option(help="Keys to sum over: all, no_padding or text.")]
+ScoreOption = Annotated[str, typer.Option(help="attention, attention-relative (to the empty prompt), or denoising.")]
+ReadingOption = Annotated[
+    str,
+    typer.Option(help="How attention is pooled: as the released code does, or as S3 or S4 describes (code, s3, s4)."),
+]
+LayersOption = Annotated[
+    str | None, typer.Option(help="last, all, or Cross-Q taps, comma-separated. Default: those of --reading.")
+]
+UnconditionalOption = Annotated[bool, typer.Option(help="Average attention with the pass with the empty prompt.")]
+TokensOption = Annotated[str, typer.Option(help="Keys to pool: all, no_padding or text.")]
 BiasOption = Annotated[bool, typer.Option(help="Add the released code's difference of noise errors.")]
 TrialsOption = Annotated[int, typer.Option(min=1, help="Noise draws.")]
 PrefixOption = Annotated[str | None, typer.Option(help="Put before every text. Default: the benchmark's own.")]
@@ -359,7 +368,9 @@ def match(
     model_revision: ModelRevisionOption = None,
     steps: StepsOption = 5,
     timesteps: TimestepsOption = None,
-    layers: LayersOption = "last",
+    score: ScoreOption = "attention",
+    reading: ReadingOption = "code",
+    layers: LayersOption = None,
     unconditional: UnconditionalOption = True,
     tokens: TokensOption = "all",
     bias: BiasOption = False,
@@ -370,17 +381,22 @@ def match(
     dtype: MatchDtypeOption = DType.float32,
     device: DeviceOption = None,
 ) -> None:
-    """Score images against texts with a diffusion model's cross-attention, or with a CLIP-style model."""
+    """Score images against texts by a diffusion model's attention or denoising error, or by a CLIP-style model."""
     if bool(benchmark) == bool(image or text) or bool(image) != bool(text):
         raise ValueError("Give a --benchmark, or at least one --image and one --text.")
     given = parse_integers(timesteps, "--timesteps")
     if device is not None:
         check_device(device)
-    from ..evaluation.matching import MatchingOptions, published_timesteps
+    from ..evaluation.matching import READINGS, MatchingOptions, published_timesteps
 
+    if reading not in READINGS:
+        raise ValueError(f"Unknown reading {reading!r}. Choose one of {', '.join(READINGS)}.")
+    chosen = layers or READINGS[reading]["layers"]
     options = MatchingOptions(
         timesteps=tuple(sorted(given or published_timesteps(steps))),
-        layers=layers if layers in ("last", "all") else tuple(split_names(layers)),
+        score=score,
+        pooling=READINGS[reading]["pooling"],
+        layers=chosen if chosen in ("last", "all") else tuple(split_names(chosen)),
         unconditional=unconditional,
         tokens=tokens,
         bias=bias,

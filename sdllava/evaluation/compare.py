@@ -57,7 +57,7 @@ class Comparison:
     def _is_part(self, name: str) -> bool:
         if self.benchmark == "blink":
             return name not in ("macro", "micro")
-        if self.benchmark in ("mmvp_vlm", "mini_pairs"):
+        if self.benchmark in ("mmvp_vlm", "mini_pairs", "sugarcrepe"):
             return name != "average"
         return "/" in name
 

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..backbones import read_whole
-from ..diffusion import SDLlavaDiffusionModel
+from .. import mini_path, register
+from ..configuration import SDLlavaConfig
 from ..image_loading import ImageLike
-from ..repositories import find_file
+from ..repositories import as_dtype, read_json, split_revision
+from ..towers import is_diffusion_repository, load_tower
 from ..version import installed_versions
 from .benchmarks import get_matching_benchmark
 from .benchmarks.base import locate, open_image
@@ -48,10 +49,11 @@ def load_matcher(
     """Load a model for image-text matching.
 
     Args:
-        name: A published diffusion repository or folder, a CLIP-style model of transformers, or `open_clip:...`.
+        name: A published diffusion repository or folder, a model of this package whose tower is not truncated, "mini",
+            a CLIP-style model of transformers, or `open_clip:...`.
         options: Of diffusion models.
         revision: Branch, tag or commit on the Hub.
-        batch_size: Rows per pass of the UNet.
+        batch_size: Rows per pass of the denoiser.
         dtype: Of diffusion models: "float32", "bfloat16" or "float16".
         device: None uses this process's accelerator, or the CPU.
 
@@ -60,19 +62,21 @@ def load_matcher(
     """
     if name.startswith("open_clip:"):
         return OpenClipMatcher(name, device)
-    where, _, pinned = (name, "", "") if Path(name).exists() else name.partition("@")
-    if find_file(where, "model_index.json", {"revision": revision or pinned or None}) is None:
+    source = str(mini_path()) if name == "mini" else f"{name}@{revision}" if revision else name
+    config = read_json(source, "config.json") or {}
+    if config.get("model_type") != SDLlavaConfig.model_type and not is_diffusion_repository(source):
+        where = split_revision(source)
         try:
-            return ClipMatcher(where, revision or pinned or None, device)
+            return ClipMatcher(where["pretrained_model_name_or_path"], where.get("revision"), device)
         except (OSError, ValueError) as error:
             raise OSError(
-                f"{name!r} is neither a diffusers repository (no model_index.json) nor a CLIP-style model of "
-                f"transformers ({str(error).splitlines()[0]}). Choose another --model."
+                f"{name!r} is neither a diffusers repository (no model_index.json), nor a model of this package, nor a "
+                f"CLIP-style model of transformers ({str(error).splitlines()[0]}). Choose another --model."
             ) from error
-    source = f"{where}@{revision or pinned}" if revision or pinned else where
-    published = read_whole(source)
-    tower = SDLlavaDiffusionModel.from_published(published, dtype)
-    return DiffusionMatcher(tower.to(device or default_device()), published.tokenizers, options, batch_size)
+    register()
+    tower, processor = load_tower(source, as_dtype(dtype))
+    tokenizers = [part for key, part in vars(processor).items() if key.startswith("diffusion_tokenizer")]
+    return DiffusionMatcher(tower.to(device or default_device()), tokenizers, options, batch_size)
 
 
 def match(
@@ -113,19 +117,20 @@ def match(
     if data and (Path(data) / name).is_dir():
         data = str(Path(data) / name)
     folder, source = Path(), {"id": name, "revision": None}
-    if benchmark.hub_id:
+    if benchmark.hub_id or data:
         folder, source = locate(data, benchmark.hub_id, revision, benchmark.files)
     items = benchmark.read(folder)
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit} is too small. Use at least 1.")
     if limit is not None:
         items = items[:: max(1, -(-len(items) // limit))]
+    layers = getattr(matcher, "layers", None)  # CLIP-style models have none
     settings = {
         "benchmark": name,
         "model": model,
         "data": {**source, "samples": len(items)},
         "prefix": benchmark.prefix if prefix is None else prefix,
-        "matching": {**asdict(options), "layers_read": getattr(matcher, "layers", None)} if matcher.timesteps else None,
+        "matching": None if layers is None else {**asdict(options), "layers_read": layers},
     }
     records = _score_items(matcher, items, Path(output), settings, progress)
     if records is None:

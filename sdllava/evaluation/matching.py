@@ -1,30 +1,31 @@
-"""Image-text matching with a diffusion model's cross-attention, computed as in the released Discffusion code.
+"""Image-text matching with a diffusion model (S3 section 4.1, S4 section 4): options, and the scores of all pairs.
 
-S(I, T) = mean over timesteps, layers, {empty prompt, T}, heads and pixels of log sum_k exp(q_p . k_k / sqrt(d))
-
-over all 77 keys of the pre-softmax logits (arXiv 2305.10722; S3 section 4.1, S4 section 4). The papers describe it
-differently (all layers, summed maps). The defaults here follow the released code and the papers' timesteps. Queries and
-keys are read with hooks on unmodified diffusers modules.
+`matching_scores.py` has the formulas. By default the score is that of the released Discffusion code at the papers'
+timesteps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from PIL.Image import Resampling
 from transformers import PreTrainedTokenizerBase
 
+from ..backbone import Prompts
 from ..diffusion import SDLlavaDiffusionModel
-from ..families import is_tiny_vae
 from ..image_loading import ImageLike, load_rgb
-from ..taps import Tap, list_taps, resolve_taps
+from ..prompts import clean_prompts, prompt_length
+from .matching_scores import DenoisingScore, NoiseDistance, PooledLogits, Score, SummedMaps, attention_taps
 
+SCORES = ("attention", "attention-relative", "denoising")
+READINGS = {
+    "code": {"layers": "last", "pooling": "logits"},
+    "s3": {"layers": "all", "pooling": "maps"},
+    "s4": {"layers": "all", "pooling": "logits"},
+}
+"""How the attention is pooled: as the released code does, as S3 describes it, as S4 describes it."""
 TOKEN_MASKS = ("all", "no_padding", "text")
-Pair = tuple[int, int]
-"""Indices of a text and an image. Text -1 is the empty prompt."""
 
 
 def published_timesteps(count: int) -> list[int]:
@@ -46,18 +47,23 @@ class MatchingOptions:
 
     Attributes:
         timesteps: On the 1000-step schedule, ascending. Each has its own noise map.
+        score: "attention"; "attention-relative" (minus that of the empty prompt on the same image); or "denoising" (how
+            much smaller the text makes the mean squared error of the prediction, compared with the empty prompt).
+        pooling: Of the attention: "logits" or "maps"; see `READINGS`.
         layers: "last" (in each stage, the last block that attends to text), "all", or names of Cross-Q taps.
-        unconditional: Whether the mean includes the empty prompt's half of the batch.
-        tokens: Keys to sum over: "all" 77, "no_padding" (begin, words, end) or "text" (words).
-        bias: Adds ||eps - eps_empty|| - ||eps - eps_T||, which the released code does by default.
+        unconditional: Whether "attention" is averaged with the empty prompt's half of the batch.
+        tokens: Keys to pool: "all" 77, "no_padding" (begin, words, end) or "text" (words).
+        bias: Adds ||eps - eps_empty|| - ||eps - eps_T|| to "attention", which the released code does by default.
         trials: Number of noise draws.
         seed: Seed of the first draw. The following draws use `seed + 1`, `seed + 2`, ...
 
     Raises:
-        ValueError: A value is outside its range.
+        ValueError: A value is outside its range, or options exclude each other.
     """
 
     timesteps: tuple[int, ...] = tuple(published_timesteps(5))
+    score: str = "attention"
+    pooling: str = "logits"
     layers: str | tuple[str, ...] = "last"
     unconditional: bool = True
     tokens: str = "all"
@@ -66,10 +72,24 @@ class MatchingOptions:
     seed: int = 0
 
     def __post_init__(self):
-        if self.tokens not in TOKEN_MASKS:
-            raise ValueError(f"Unknown token mask {self.tokens!r}. Choose one of {', '.join(TOKEN_MASKS)}.")
-        if self.tokens == "text" and self.unconditional:
+        for name, value, known in (
+            ("score", self.score, SCORES),
+            ("pooling", self.pooling, ("logits", "maps")),
+            ("token mask", self.tokens, TOKEN_MASKS),
+        ):
+            if value not in known:
+                raise ValueError(f"Unknown {name} {value!r}. Choose one of {', '.join(known)}.")
+        if self.tokens == "text" and self.score == "attention-relative":
+            raise ValueError(
+                "The token mask 'text' leaves no tokens of the empty prompt, which attention-relative needs. Use "
+                "--tokens no_padding."
+            )
+        if self.tokens == "text" and self.score == "attention" and self.unconditional:
             raise ValueError("The token mask 'text' leaves no tokens of the empty prompt. Add --no-unconditional.")
+        if self.bias and (self.score != "attention" or self.pooling == "maps"):
+            raise ValueError(
+                "The bias is part of the released code's score. Leave out --bias, or use --score attention."
+            )
         if bad := [t for t in self.timesteps if not 0 <= t <= 999]:
             raise ValueError(f"Timestep {bad[0]} is outside the training schedule. Use a value in 0..999.")
         if self.trials < 1 or not self.timesteps:
@@ -78,62 +98,13 @@ class MatchingOptions:
                 "each."
             )
 
+    @property
+    def needs_empty_prompt(self) -> bool:
+        """Whether the score of a pair depends on the image's score with the empty prompt."""
+        return self.score != "attention" or self.unconditional or self.bias
+
 
 DEFAULT_MATCHING = MatchingOptions()
-
-
-def attention_layers(unet: UNet2DConditionModel, layers: str | Sequence[str]) -> list[str]:
-    """Module paths of the selected cross-attentions, in the order of the forward pass.
-
-    Args:
-        unet: The whole UNet.
-        layers: See `MatchingOptions`.
-
-    Raises:
-        ValueError: The choice is unknown, or a tap does not exist or is not a Cross-Q tap.
-    """
-    paths = [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
-    stages = {stage: [p for p in paths if p.startswith(stage)] for stage in ("down_blocks", "mid_block", "up_blocks")}
-    every = [path for stage in stages.values() for path in stage]
-    if layers == "all":
-        return every
-    if layers == "last":
-        return [path for stage in stages.values() for path in _last_block(stage)]
-    if isinstance(layers, str):
-        raise ValueError(f"Unknown layers {layers!r}. Choose last, all, or names of Cross-Q taps.")
-    taps = resolve_taps(list(layers), list_taps(dict(unet.config)))
-    if wrong := [tap.name for tap in taps if not tap.name.endswith("Cross-Q")]:
-        raise ValueError(f"The tap {wrong[0]!r} is not a query of a cross-attention. Use Cross-Q taps for matching.")
-    return [tap.module_path.removesuffix(".to_q") for tap in taps]
-
-
-def _last_block(stage: list[str]) -> list[str]:
-    """The last transformer block of each attention in the last block of a stage."""
-    blocks = [path.split(".attentions.")[0] for path in stage]
-    by_attention = {path.split(".transformer_blocks.")[0]: path for path in stage if path.startswith(blocks[-1] + ".")}
-    return list(by_attention.values()) if stage else []
-
-
-def pooled_logits(
-    query: torch.Tensor, key: torch.Tensor, attention: Attention, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Mean over heads and pixels of log sum over keys of exp(q . k * scale), in float32.
-
-    Args:
-        query: `(n, pixels, heads * d)`, the output of `to_q`.
-        key: `(n, tokens, heads * d)`, the output of `to_k`.
-        attention: Their attention module.
-        mask: `(n, tokens)`, True for the keys to sum over.
-
-    Returns:
-        `torch.FloatTensor` of shape `(n,)`.
-    """
-    query = query.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-    key = key.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-    logits = query @ key.transpose(-1, -2) * attention.scale
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
-    return logits.logsumexp(dim=-1).mean(dim=(1, 2))
 
 
 class DiffusionMatcher:
@@ -141,12 +112,13 @@ class DiffusionMatcher:
 
     Args:
         tower: From `SDLlavaDiffusionModel.from_component_pretrained(..., truncate=False)`.
-        tokenizers: The tower's tokenizer, or SDXL's two.
+        tokenizers: The tower's tokenizers, in the order of `encode_prompts`.
         options: Options of the score.
-        batch_size: Rows per pass of the UNet. Scores do not depend on it.
+        batch_size: Rows per pass of the denoiser. Scores do not depend on it.
 
     Raises:
-        ValueError: The tower is truncated, has no UNet or a tiny autoencoder, or a layer does not exist.
+        ValueError: The tower is truncated, a layer does not exist, or the score needs cross-attention that the family
+            does not have.
     """
 
     def __init__(
@@ -157,138 +129,111 @@ class DiffusionMatcher:
         batch_size: int = 8,
     ):
         if tower.config.truncate:
-            raise ValueError("The tower is truncated, but matching needs the whole UNet. Load it with truncate=False.")
-        if tower.config.unet_config is None:
             raise ValueError(
-                f"Matching needs a UNet, but the family of this tower is {tower.config.family.name!r}. Use Stable "
-                "Diffusion 1.x, 2.x or SDXL."
-            )
-        if is_tiny_vae(tower.config.vae_config or {}):
-            raise ValueError(
-                "The tower has a tiny autoencoder, which cannot sample latents. Load it with its VAE for matching."
+                "The tower is truncated, but matching needs the whole denoiser. Load it with truncate=False."
             )
         self.tower, self.tokenizers, self.options, self.batch_size = tower, list(tokenizers), options, batch_size
-        self.layers = attention_layers(tower.unet, options.layers)
-        paths = [f"{layer}.{projection}" for layer in self.layers for projection in ("to_q", "to_k")]
-        self.taps = [Tap(path, path, 0, 0, 0) for path in paths + (["conv_out"] if options.bias else [])]
+        self.layers: list[str] = []
+        self._score: Score = DenoisingScore(tower)
+        if options.score != "denoising":
+            taps = attention_taps(tower, options.layers)
+            self.layers = [tap.name for tap in taps]
+            self._score = (SummedMaps if options.pooling == "maps" else PooledLogits)(tower, taps)
 
     @property
     def timesteps(self) -> tuple[int, ...]:
-        """Timesteps of the scores."""
-        return self.options.timesteps
+        """Timesteps of the scores; empty if the score has none of its own, because maps are summed over them."""
+        return self.options.timesteps if self._score.per_timestep else ()
 
     @torch.inference_mode()
     def score(self, images: Sequence[ImageLike], texts: Sequence[str]) -> np.ndarray:
         """Scores of every text with every image, in float64.
 
         Returns:
-            `np.ndarray` of shape `(trials, timesteps, texts, images)`.
+            `np.ndarray` of shape `(trials, timesteps or 1, texts, images)`.
 
         Raises:
             ValueError: An image cannot be read, or a text has no tokens under the mask "text".
         """
-        posterior = self._posterior(images)
+        mean, deviation = self._encode(images)
         prompts, mask = self._prompts(texts)
-        rows = [(text, image) for text in range(-1, len(texts)) for image in range(len(images))]
-        if not (self.options.unconditional or self.options.bias):
-            rows = [row for row in rows if row[0] >= 0]
-        result = np.empty((self.options.trials, len(self.timesteps), len(texts), len(images)))
+        trials = []
         for trial in range(self.options.trials):
             generator = torch.Generator().manual_seed(self.options.seed + trial)
-            latents = self._sample(posterior, generator)
-            for position, timestep in enumerate(self.timesteps):
-                noise = torch.randn(latents.shape[1:], generator=generator).to(latents.device)
-                values = self._rows(latents, noise, timestep, prompts, mask, rows)
-                result[trial, position] = self._combine(values, len(texts), len(images))
-        return result
+            draws = [torch.randn(mean.shape[1:], generator=generator) for _ in range(1 + len(self.options.timesteps))]
+            posterior, *noises = (draw.to(mean.device) for draw in draws)
+            # one map for all images, so that no image depends on the others; the denoising error uses the mean
+            latents = mean if self.options.score == "denoising" else mean + deviation * posterior
+            trials.append(self._trial(latents, noises, prompts, mask))
+        return np.stack(trials)
 
-    def _combine(self, values: Mapping[Pair, tuple[float, float]], texts: int, images: int) -> np.ndarray:
-        """Scores from the attention score and the distance of each pair."""
-        scores = np.empty((texts, images))
-        for text in range(texts):
-            for image in range(images):
-                attention, distance = values[text, image]
-                if self.options.unconditional:
-                    attention = (attention + values[-1, image][0]) / 2
-                scores[text, image] = attention
-                if self.options.bias:
-                    scores[text, image] += values[-1, image][1] - distance
+    def _trial(
+        self, latents: torch.Tensor, noises: list[torch.Tensor], prompts: Prompts, mask: torch.Tensor | None
+    ) -> np.ndarray:
+        """Scores `(timesteps or 1, texts, images)` with one noise draw."""
+        values = self._values(self._score, latents, noises, prompts, mask)
+        own, empty = values[:, :-1], values[:, -1:]
+        if self.options.score != "attention":
+            return own - empty
+        scores = (own + empty) / 2 if self.options.unconditional else own
+        if self.options.bias:
+            distances = self._values(NoiseDistance(self.tower), latents, noises, prompts, mask)
+            scores = scores + distances[:, :-1] - distances[:, -1:]
         return scores
 
-    def _posterior(self, images: Sequence[ImageLike]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latents, each `(n, 4, h, w)` in float32, encoded one by one."""
-        size, vae = self.tower.config.image_size, self.tower.vae
-        means, deviations = [], []
+    def _values(
+        self,
+        score: Score,
+        latents: torch.Tensor,
+        noises: list[torch.Tensor],
+        prompts: Prompts,
+        mask: torch.Tensor | None,
+    ) -> np.ndarray:
+        """Values `(timesteps or 1, texts + 1, images)`; of the last text, the empty prompt, NaN if it is not needed."""
+        count = len(prompts["encoder_hidden_states"])
+        texts = range(count if self.options.needs_empty_prompt else count - 1)
+        pairs = [(text, image) for text in texts for image in range(len(latents))]
+        found = []
+        for start in range(0, len(pairs), self.batch_size):
+            chosen, which = (list(indices) for indices in zip(*pairs[start : start + self.batch_size], strict=True))
+            conditioning = {name: value[chosen] for name, value in prompts.items()}
+            kept = None if mask is None else mask[chosen]
+            rows = score.values(latents[which], noises, self.options.timesteps, conditioning, kept)
+            found.append(rows.double().cpu().numpy())
+        values = np.full((len(found[0]), count, len(latents)), np.nan)
+        values[:, : len(texts)] = np.concatenate(found, axis=1).reshape(len(found[0]), len(texts), len(latents))
+        return values
+
+    def _encode(self, images: Sequence[ImageLike]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents, each `(n, channels, h, w)`, encoded one by one."""
+        size, weight = self.tower.config.image_size, self.tower.backbone.image_weight
+        encoded = []
         for image in images:
             squashed = load_rgb(image).resize((size, size), Resampling.LANCZOS)
             pixels = torch.from_numpy(np.asarray(squashed, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-            means.append(posterior.mean.float())
-            deviations.append(posterior.std.float())
+            encoded.append(self.tower.backbone.image_distribution(pixels.to(weight.device)))
+        means, deviations = zip(*encoded, strict=True)
         return torch.cat(means), torch.cat(deviations)
 
-    def _sample(self, posterior: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-        """Latents drawn with one noise map for all images, so that no image depends on the others."""
-        mean, deviation = posterior
-        noise = torch.randn(mean.shape[1:], generator=generator).to(mean.device)
-        return (mean + deviation * noise) * self.tower.vae.config.scaling_factor
-
-    def _prompts(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Conditioning of the texts and, last, of the empty prompt, and the mask of the keys to sum over."""
+    def _prompts(self, texts: Sequence[str]) -> tuple[Prompts, torch.Tensor | None]:
+        """Conditioning of the texts and, last, of the empty prompt, and the mask of the keys to pool."""
         tokenized = [
-            tokenizer([*texts, ""], padding="max_length", truncation=True, max_length=77)
+            tokenizer(
+                clean_prompts(tokenizer, [*texts, ""]),
+                padding="max_length",
+                truncation=True,
+                max_length=prompt_length(tokenizer),
+            )
             for tokenizer in self.tokenizers
         ]
-        device = self.tower.text_encoder.device
+        device = self.tower.backbone.prompt_weight.device
         prompts = self.tower.encode_prompts(*(torch.tensor(t["input_ids"], device=device) for t in tokenized))
-        if self.options.tokens == "all":
+        if self.options.tokens == "all" or self.options.score == "denoising":
             return prompts, None
         mask = torch.tensor(tokenized[0]["attention_mask"], dtype=torch.bool, device=device)
         if self.options.tokens == "text":
-            length = mask.sum(dim=1)
-            mask[:, 0] = False
-            mask[torch.arange(len(mask)), length - 1] = False
+            special = torch.tensor(self.tokenizers[0].all_special_ids, device=device)
+            mask &= ~torch.isin(torch.tensor(tokenized[0]["input_ids"], device=device), special)
             if empty := [text for text, row in zip(texts, mask, strict=False) if not row.any()]:
                 raise ValueError(f"The text {empty[0]!r} has no tokens to match. Leave it out, or use --tokens all.")
         return prompts, mask
-
-    def _rows(
-        self,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        timestep: int,
-        prompts: Mapping[str, torch.Tensor],
-        mask: torch.Tensor | None,
-        rows: Sequence[Pair],
-    ) -> dict[Pair, tuple[float, float]]:
-        """Attention score, and distance of the predicted noise, of each pair."""
-        values: dict[Pair, tuple[float, float]] = {}
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            texts = [text for text, _ in batch]
-            chosen = latents[[image for _, image in batch]]
-            noisy = self.tower.add_noise(chosen, timestep, noise)
-            conditioning = {name: value[texts] for name, value in prompts.items()}
-            read = self.tower.backbone.read(noisy, timestep, conditioning, self.taps)
-            kept = None if mask is None else mask[texts]
-            layers = [
-                pooled_logits(read[2 * k], read[2 * k + 1], self.tower.unet.get_submodule(path), kept)
-                for k, path in enumerate(self.layers)
-            ]
-            attention = torch.stack(layers).mean(dim=0).tolist()
-            distance = [0.0] * len(batch)
-            if self.options.bias:
-                predicted = self._predicted_noise(read[-1].float(), noisy, timestep)
-                distance = (noise - predicted).flatten(1).norm(dim=1).tolist()
-            values.update(zip(batch, zip(attention, distance, strict=True), strict=True))
-        return values
-
-    def _predicted_noise(self, output: torch.Tensor, noisy: torch.Tensor, timestep: int) -> torch.Tensor:
-        """The predicted noise: the UNet's output, or computed from the velocity in v-prediction."""
-        if (self.tower.config.scheduler_config or {}).get("prediction_type", "epsilon") != "v_prediction":
-            return output
-        zero = torch.zeros_like(noisy)
-        signal, spread = (
-            self.tower.add_noise(*pair) for pair in ((zero + 1, timestep, zero), (zero, timestep, zero + 1))
-        )
-        return signal * output + spread * noisy

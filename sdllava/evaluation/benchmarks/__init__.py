@@ -23,6 +23,7 @@ BENCHMARKS = {
 MATCHING_BENCHMARKS = {
     "mmvp_vlm": ("mmvp_vlm", "MMVPVLM"),
     "winoground": ("winoground", "Winoground"),
+    "sugarcrepe": ("sugarcrepe", "SugarCrepe"),
     "mini_pairs": ("mini", "MiniPairs"),
 }
 

@@ -1,6 +1,7 @@
-"""The interface of a matching benchmark: items of two images and two texts, and the verdicts on their 2x2 scores.
+"""The interface of a matching benchmark: items of images and texts, and the verdicts on their scores.
 
-Every score matrix s here has s[t][i] = score of text t with image i; text k belongs to image k.
+Every score matrix s here has s[t][i] = score of text t with image i; text k belongs to image k. Most items have two of
+each.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ Matrix = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class MatchingItem:
-    """Two images and two texts, where text k describes image k. `info` may contain a visual `pattern`."""
+    """Images and texts, where text k describes image k. `info` may contain a visual `pattern`."""
 
     id: str
-    images: tuple[ImageSource, ImageSource]
-    texts: tuple[str, str]
+    images: tuple[ImageSource, ...]
+    texts: tuple[str, ...]
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -40,7 +41,7 @@ def winoground_verdicts(s: Matrix) -> dict[str, bool]:
 
 
 class MatchingBenchmark:
-    """Reads items and computes percentages from their 2x2 scores. The unit of averages and bootstraps is an item.
+    """Reads items and computes percentages from their scores. The unit of averages and bootstraps is an item.
 
     By default an item counts if both texts pick their image, there is a score for each `info["pattern"]`, and "average"
     is the unweighted mean of the patterns.
@@ -70,7 +71,7 @@ class MatchingBenchmark:
         return {"average": sum(scores.values()) / len(scores), **scores}
 
     def score(self, items: Sequence[MatchingItem], matrices: Sequence[Matrix]) -> dict[str, float]:
-        """Percentages from one 2x2 matrix per item.
+        """Percentages from one matrix per item.
 
         Raises:
             ValueError: `items` is empty.

@@ -1,0 +1,261 @@
+"""What a denoiser says about image and text: pooled cross-attention in two readings of the papers, and its error.
+
+The released Discffusion code pools logits in each layer: mean over layers, heads and pixels of
+log sum_k exp(q_p . k_k / sqrt(d)) (arXiv 2305.10722; S4 section 4 with all layers). S3 section 4.1 pools maps that are
+summed over layers and timesteps. Diffusion Classifier (arXiv 2303.16203) uses the error of the prediction. Queries and
+keys are read with hooks on unmodified diffusers modules.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch.nn import functional as F
+
+from ..backbone import Prompts
+from ..diffusion import SDLlavaDiffusionModel
+from ..grids import as_map
+from ..taps import Tap, resolve_taps
+
+QUERY = "Cross-Q"
+
+
+def attention_taps(tower: SDLlavaDiffusionModel, layers: str | Sequence[str]) -> list[Tap]:
+    """The queries of the selected cross-attentions, in the order of the forward pass.
+
+    Args:
+        tower: A tower that is not truncated.
+        layers: "last" (in each stage, the last transformer block of each attention of the last block), "all", or names
+            of Cross-Q taps.
+
+    Raises:
+        ValueError: The family has no cross-attention, the choice is unknown, or a tap does not exist or is not a
+            Cross-Q tap.
+    """
+    known = tower.config.all_taps()
+    every = [tap for tap in known if tap.name.endswith(QUERY) and _is_text_attention(_attention(tower, tap))]
+    if not every:
+        raise ValueError(
+            f"The family {tower.config.family.name!r} has no layers of cross-attention between image and text. Match "
+            "with --score denoising."
+        )
+    if layers == "all":
+        return every
+    if layers == "last":
+        stages = {tap.name[0]: [other for other in every if other.name[0] == tap.name[0]] for tap in every}
+        return [tap for stage in stages.values() for tap in _last_block(stage)]
+    if isinstance(layers, str):
+        raise ValueError(f"Unknown layers {layers!r}. Choose last, all, or names of Cross-Q taps.")
+    taps = resolve_taps(list(layers), known)
+    if wrong := [tap.name for tap in taps if tap not in every]:
+        raise ValueError(f"The tap {wrong[0]!r} is not a query of a cross-attention. Use Cross-Q taps for matching.")
+    return sorted(taps, key=known.index)
+
+
+def _attention(tower: SDLlavaDiffusionModel, query: Tap) -> Attention:
+    return tower.backbone.denoiser.get_submodule(query.module_path.removesuffix(".to_q"))
+
+
+def _is_text_attention(attention: Attention) -> bool:
+    """Whether the keys are the text's only: not self-attention, and not joint attention over image and text."""
+    is_joint = getattr(attention, "added_kv_proj_dim", None) is not None
+    return isinstance(attention, Attention) and attention.is_cross_attention and not is_joint
+
+
+def _last_block(stage: Sequence[Tap]) -> list[Tap]:
+    """The last transformer block of each attention in the last block of a stage."""
+    block, attention = (
+        lambda tap: tap.module_path.split(".attentions.")[0],
+        lambda tap: tap.module_path.split("transformer_blocks.")[0],
+    )
+    return list({attention(tap): tap for tap in stage if block(tap) == block(stage[-1])}.values())
+
+
+class Score(ABC):
+    """Values of pairs of image and text, from noisy latents and the text's conditioning. Higher is a better match.
+
+    Args:
+        tower: A tower that is not truncated.
+    """
+
+    per_timestep = True
+
+    def __init__(self, tower: SDLlavaDiffusionModel):
+        self.tower = tower
+
+    @abstractmethod
+    def values(
+        self,
+        latents: torch.Tensor,
+        noises: Sequence[torch.Tensor],
+        timesteps: Sequence[int],
+        prompts: Prompts,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Values of n pairs.
+
+        Args:
+            latents: z0, `(n, channels, h, w)`.
+            noises: For each timestep a map `(channels, h, w)` that all pairs share.
+            timesteps: Noise levels.
+            prompts: Conditioning of n texts.
+            mask: `(n, tokens)`, True for the keys to pool. None pools all.
+
+        Returns:
+            `torch.FloatTensor` of shape `(timesteps, n)`, or `(1, n)` where `per_timestep` is False.
+        """
+
+
+class AttentionScore(Score):
+    """Reads queries and keys of cross-attentions.
+
+    Args:
+        tower: A tower that is not truncated.
+        taps: From `attention_taps`.
+    """
+
+    def __init__(self, tower: SDLlavaDiffusionModel, taps: Sequence[Tap]):
+        super().__init__(tower)
+        self.attentions = [_attention(tower, tap) for tap in taps]
+        paths = [tap.module_path.removesuffix("to_q") + name for tap in taps for name in ("to_q", "to_k")]
+        self._taps = [Tap(path, path, 0, 0, 0) for path in paths]
+
+    def _logits(
+        self, latents: torch.Tensor, noise: torch.Tensor, timestep: int, prompts: Prompts
+    ) -> list[torch.Tensor]:
+        """Pre-softmax logits of each layer, `(n, heads, pixels, tokens)` in float32."""
+        noisy = self.tower.add_noise(latents, timestep, noise)
+        read = self.tower.backbone.read(noisy, timestep, prompts, self._taps)
+        return [
+            attention_logits(read[2 * layer], read[2 * layer + 1], attention)
+            for layer, attention in enumerate(self.attentions)
+        ]
+
+
+class PooledLogits(AttentionScore):
+    """The released code's score: log-sum-exp over keys in each layer, then the mean over heads, pixels and layers."""
+
+    def values(
+        self,
+        latents: torch.Tensor,
+        noises: Sequence[torch.Tensor],
+        timesteps: Sequence[int],
+        prompts: Prompts,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Score.values`."""
+        kept = _and(mask, prompts.get("encoder_attention_mask"))
+        found = []
+        for timestep, noise in zip(timesteps, noises, strict=True):
+            layers = [
+                _where(logits, kept).logsumexp(dim=-1).mean(dim=(1, 2))
+                for logits in self._logits(latents, noise, timestep, prompts)
+            ]
+            found.append(torch.stack(layers).mean(dim=0))
+        return torch.stack(found)
+
+
+class SummedMaps(AttentionScore):
+    """S3's wording: log-sum-exp over pixels and tokens of the maps, summed over layers and timesteps.
+
+    A map is the attention probability, averaged over heads and resized to a quarter of the latents (16x16 for a 512
+    pixel image, as in S3's Figure 4).
+    """
+
+    per_timestep = False
+
+    def values(
+        self,
+        latents: torch.Tensor,
+        noises: Sequence[torch.Tensor],
+        timesteps: Sequence[int],
+        prompts: Prompts,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Score.values`."""
+        text = prompts.get("encoder_attention_mask")
+        size = max(1, latents.shape[-1] // 4)
+        total: torch.Tensor | float = 0.0
+        for timestep, noise in zip(timesteps, noises, strict=True):
+            for logits in self._logits(latents, noise, timestep, prompts):
+                maps = as_map(_where(logits, text).softmax(dim=-1).mean(dim=1))  # (n, tokens, h, w)
+                total = total + F.interpolate(maps, (size, size), mode="bilinear", align_corners=False)
+        pooled = torch.as_tensor(total).flatten(2).logsumexp(dim=-1)  # (n, tokens)
+        kept = _and(mask, text)
+        return (pooled if kept is None else pooled.masked_fill(~kept, -torch.inf)).logsumexp(dim=-1)[None]
+
+
+class DenoisingScore(Score):
+    """Diffusion Classifier: the negative mean squared error of the prediction (arXiv 2303.16203, equation 6)."""
+
+    def values(
+        self,
+        latents: torch.Tensor,
+        noises: Sequence[torch.Tensor],
+        timesteps: Sequence[int],
+        prompts: Prompts,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Score.values`."""
+        errors = [self._error(latents, *pair, prompts) for pair in zip(noises, timesteps, strict=True)]
+        return -torch.stack([error.square().mean(dim=1) for error in errors])
+
+    def _error(self, latents: torch.Tensor, noise: torch.Tensor, timestep: int, prompts: Prompts) -> torch.Tensor:
+        """Prediction minus target, `(n, channels * h * w)`."""
+        backbone = self.tower.backbone
+        predicted = backbone.predict(self.tower.add_noise(latents, timestep, noise), timestep, prompts)
+        return (predicted - backbone.prediction_target(latents, noise.expand_as(latents), timestep)).flatten(1)
+
+
+class NoiseDistance(DenoisingScore):
+    """The released code's bias: the negative norm of the predicted noise minus the noise."""
+
+    def values(
+        self,
+        latents: torch.Tensor,
+        noises: Sequence[torch.Tensor],
+        timesteps: Sequence[int],
+        prompts: Prompts,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Score.values`."""
+        errors = [self._error(latents, *pair, prompts).norm(dim=1) for pair in zip(noises, timesteps, strict=True)]
+        rates = [self._noise_per_target(timestep) for timestep in timesteps]
+        return -torch.stack([rate * error for rate, error in zip(rates, errors, strict=True)])
+
+    def _noise_per_target(self, timestep: int) -> float:
+        """Error of the noise for an error of 1 in the prediction, which is linear in latents and noise, given x_t."""
+        signal, spread = self.tower.backbone.noise_rates(timestep)
+        one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+        target = self.tower.backbone.prediction_target
+        of_latents, of_noise = (float(target(*pair, timestep)) for pair in ((one, zero), (zero, one)))
+        return abs(signal / (of_noise * signal - of_latents * spread))
+
+
+def attention_logits(query: torch.Tensor, key: torch.Tensor, attention: Attention) -> torch.Tensor:
+    """Products of queries and keys times the scale, in float32.
+
+    Args:
+        query: `(n, pixels, heads * d)`, the output of `to_q`.
+        key: `(n, tokens, heads * d)`, the output of `to_k`.
+        attention: Their attention module.
+
+    Returns:
+        `torch.FloatTensor` of shape `(n, heads, pixels, tokens)`.
+    """
+    query, key = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
+    query = query if attention.norm_q is None else attention.norm_q(query)
+    key = key if attention.norm_k is None else attention.norm_k(key)
+    return query.float() @ key.float().transpose(-1, -2) * attention.scale
+
+
+def _where(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Logits with -inf where the mask `(n, tokens)` is false."""
+    return logits if mask is None else logits.masked_fill(~mask.bool()[:, None, None, :], -math.inf)
+
+
+def _and(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    given = [mask.bool() for mask in (first, second) if mask is not None]
+    return torch.stack(given).all(dim=0) if given else None
