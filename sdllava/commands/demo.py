@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from .options import DeviceOption, DType, HostOption, ModelOption, PortOption, check_device, model_path
+from .options import (
+    DeviceOption,
+    DType,
+    HostOption,
+    ModelOption,
+    PortOption,
+    check_device,
+    let_idle_threads_sleep,
+    model_path,
+)
 from .reporting import require_packages
 
 
@@ -19,6 +28,7 @@ def demo(
 ) -> None:
     """Open a page that answers questions and draws attention maps and the effect of the question."""
     require_packages("The page", "demo", "gradio", "matplotlib")
+    let_idle_threads_sleep()
     path = model_path(model)
     if device is not None:
         check_device(device)

@@ -32,6 +32,14 @@ class AutoDType(StrEnum):
     float16 = "float16"
 
 
+def let_idle_threads_sleep() -> None:
+    """Let OpenMP's threads sleep while they wait for each other. Call before torch is imported.
+
+    By default they spin, which slows down a server that shares its cores with its own other threads and with clients.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def model_path(model: str) -> str:
     """The folder or repository id that `--model` names.
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ..serving.limits import BATCH_SECONDS, MAX_BATCH, Limits
-from .options import AutoDType, HostOption, PortOption, check_device, model_path, split_names
+from .options import AutoDType, HostOption, PortOption, check_device, let_idle_threads_sleep, model_path, split_names
 from .reporting import warn_if_untrained
 
 DEFAULT = Limits()
@@ -45,6 +45,7 @@ def serve(
     request_seconds: Annotated[float, _limit("Time of a request.", min=0.1, max=86400)] = DEFAULT.request_seconds,
 ) -> None:
     """Serve an OpenAI-compatible endpoint: chat completions with images, streamed or not."""
+    let_idle_threads_sleep()
     path = model_path(model)
     if device != "auto":
         check_device(device)
