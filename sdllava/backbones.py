@@ -8,14 +8,18 @@ from torch import nn
 from .backbone import DiffusionBackbone, PublishedDiffusion
 from .configuration import SDLlavaDiffusionConfig
 from .families import find_family, transformer_family
+from .flux import FluxBackbone
 from .pixart import PixArtBackbone
 from .repositories import read_json
+from .sd3 import StableDiffusion3Backbone
 from .stable_diffusion import StableDiffusionBackbone, StableDiffusionXLBackbone
 
 BACKBONES: dict[str, type[DiffusionBackbone]] = {
     "stable_diffusion": StableDiffusionBackbone,
     "stable_diffusion_xl": StableDiffusionXLBackbone,
     "pixart": PixArtBackbone,
+    "stable_diffusion_3": StableDiffusion3Backbone,
+    "flux": FluxBackbone,
 }
 """Backbones by the name of their family in `families.py`."""
 
@@ -37,11 +41,12 @@ def read_published(diffusion: str, **fields: Any) -> PublishedDiffusion:
         ValueError: Its family is not supported, its parts do not fit together, or a field does not fit them.
     """
     parts, tokenizers = _published_family(diffusion).read_part_configs(diffusion)
-    return PublishedDiffusion(diffusion, SDLlavaDiffusionConfig(**parts, **fields), tokenizers)
+    config = SDLlavaDiffusionConfig(**parts, **fields)
+    return PublishedDiffusion(diffusion, config, tokenizers[: len(config.null_prompt_ids)])
 
 
 def read_whole(diffusion: str, image_size: int | None = None, max_image_size: int | None = None) -> PublishedDiffusion:
-    """As `read_published`, for a tower that is not cut and is read at its last cross-attention.
+    """As `read_published`, for a tower that is not cut and is read at its last attention to the prompt.
 
     Args:
         diffusion: As for `read_published`.
@@ -53,8 +58,9 @@ def read_whole(diffusion: str, image_size: int | None = None, max_image_size: in
     native = family.native_image_size(parts)
     size = image_size or min(native, max_image_size or native)
     taps = [tap.name for tap in family.list_taps(parts, size // family.latent_scale(parts))]
-    last = [tap for tap in taps if tap.endswith("Cross-Q")][-1:] or taps[-1:]
-    config = SDLlavaDiffusionConfig(**parts, truncate=False, taps=last, image_size=size)
+    last = [tap for tap in taps if tap.endswith(("Cross-Q", "Joint-Q"))][-1:] or taps[-1:]
+    fields = {"use_t5": False} if family.name == "stable_diffusion_3" and len(tokenizers) < 3 else {}
+    config = SDLlavaDiffusionConfig(**parts, **fields, truncate=False, taps=last, image_size=size)
     return PublishedDiffusion(diffusion, config, tokenizers)
 
 

@@ -41,6 +41,7 @@ PART_FIELDS = (
     "vae_config",
     "text_encoder_config",
     "text_encoder_2_config",
+    "text_encoder_3_config",
     "scheduler_config",
 )
 EMPTY_CLIP_PROMPT = [49406, 49407] + [0] * 75
@@ -76,11 +77,11 @@ class SDLlavaDiffusionConfig(VersionedConfig):
     SDXL-LLaVA-c ``[0, 1]`` with ``ensemble="concat"``.
 
     Args:
-        unet_config, transformer_config, vae_config, text_encoder_config, text_encoder_2_config, scheduler_config
-            (`dict`, *optional*): The published configurations of the parts, as in the repository's folders. All default
-            to Stable Diffusion 2.1-base; `text_encoder_2_config` makes it SDXL, and the `_class_name` in
-            `transformer_config` names the family of a diffusion transformer. `vae_config` may be that of an
-            `AutoencoderTiny`.
+        unet_config, transformer_config, vae_config, text_encoder_config, text_encoder_2_config, text_encoder_3_config,
+            scheduler_config (`dict`, *optional*): The published configurations of the parts, as in the repository's
+            folders. All default to Stable Diffusion 2.1-base; `text_encoder_2_config` makes it SDXL, and the
+            `_class_name` in `transformer_config` names the family of a diffusion transformer. `vae_config` may be that
+            of an `AutoencoderTiny`.
         taps (`list[str]`): Where the denoiser is read, see [`~sdllava.taps.list_taps`]. Default: the papers' tap,
             `U-L1-R1-B0-Cross-Q`, for SDXL `U-L0-R0-B7-Out`.
         timesteps (`list[int]`): Noise levels, 0..999 on the training schedule; larger means more noise.
@@ -98,7 +99,11 @@ class SDLlavaDiffusionConfig(VersionedConfig):
             which keeps the prompt empty whatever is given.
         implicit_caption_tokens (`int`): Number of prompt tokens that the implicit captioner computes from the vision
             encoder's global image feature (S4, 6.1); 0 turns it off.
-        null_input_ids, null_input_ids_2 (`list[int]`, *optional*): The empty prompt as each tokenizer pads it.
+        null_input_ids, null_input_ids_2, null_input_ids_3 (`list[int]`, *optional*): The empty prompt as each
+            tokenizer pads it.
+        use_t5 (`bool`): False leaves out Stable Diffusion 3's T5 encoder, 4.8 billion parameters; its part of the
+            prompt is then zero, as in the published pipeline without it.
+        distilled_guidance (`float`): The guidance scale that FLUX.1-dev reads as an input, in both halves.
         truncate (`bool`): Cut away whatever comes after the last tap, and the VAE's decoder.
         vae_in_fp32 (`bool`): Keep the VAE in float32 when the model is loaded in half precision.
 
@@ -114,6 +119,7 @@ class SDLlavaDiffusionConfig(VersionedConfig):
     vae_config: dict | None = None
     text_encoder_config: dict | None = None
     text_encoder_2_config: dict | None = None
+    text_encoder_3_config: dict | None = None
     scheduler_config: dict | None = None
     taps: list[str] | None = None
     timesteps: list[int] = field(default_factory=lambda: [50])
@@ -128,6 +134,9 @@ class SDLlavaDiffusionConfig(VersionedConfig):
     implicit_caption_tokens: int = 0
     null_input_ids: list[int] = field(default_factory=lambda: list(EMPTY_CLIP_PROMPT))
     null_input_ids_2: list[int] | None = None
+    null_input_ids_3: list[int] | None = None
+    use_t5: bool = True
+    distilled_guidance: float = 3.5
     truncate: bool = True
     vae_in_fp32: bool = True
 
@@ -140,6 +149,8 @@ class SDLlavaDiffusionConfig(VersionedConfig):
         self.guidance_scales = [float(s) for s in self.guidance_scales]
         if len(self.family.tokenizers) > 1 and self.null_input_ids_2 is None:
             self.null_input_ids_2 = list(EMPTY_CLIP_PROMPT)
+        if not self.use_t5:
+            self.text_encoder_3_config = self.null_input_ids_3 = None
         self._check()
         super().__post_init__(**kwargs)
 
@@ -158,6 +169,13 @@ class SDLlavaDiffusionConfig(VersionedConfig):
                 f"image_size={self.image_size} is not a whole number of patches of {patch} pixels. Use a multiple of "
                 f"{patch}."
             )
+        largest = self.family.max_image_size(self.part_configs)
+        if largest is not None and self.image_size > largest:
+            raise ValueError(
+                f"image_size={self.image_size} is larger than the {largest} pixels that this model has positions for. "
+                "Use a smaller image_size."
+            )
+        self._check_t5()
         taps = self.resolved_taps()
         if not all(math.isfinite(scale) for scale in self.guidance_scales):
             raise ValueError(f"guidance_scales={self.guidance_scales} must be finite numbers.")
@@ -189,6 +207,22 @@ class SDLlavaDiffusionConfig(VersionedConfig):
                 f"ensemble_top_k={self.ensemble_top_k} needs ensemble='select' and has at most {self.num_maps} maps to "
                 f"keep. Use 1 to {self.num_maps}, or leave it out."
             )
+
+    def _check_t5(self) -> None:
+        family = self.family.name
+        if not self.use_t5 and family != "stable_diffusion_3":
+            raise ValueError(f"use_t5=False only fits Stable Diffusion 3, not the family {family!r}. Leave it out.")
+        if self.use_t5 and family == "stable_diffusion_3" and self.text_encoder_3_config is None:
+            raise ValueError(
+                "text_encoder_3_config=None: this Stable Diffusion 3 has no T5 encoder. Set use_t5=False to use it "
+                "without, or give a repository that has text_encoder_3 and tokenizer_3."
+            )
+
+    @property
+    def null_prompt_ids(self) -> list[list[int]]:
+        """The empty prompt as each of the model's tokenizers pads it, in their order."""
+        ids = (self.null_input_ids, self.null_input_ids_2, self.null_input_ids_3)
+        return [row for row in ids if row is not None]
 
     @property
     def part_configs(self) -> PartConfigs:

@@ -53,7 +53,15 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"]
+    _no_split_modules = [
+        "BasicTransformerBlock",
+        "JointTransformerBlock",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "ResnetBlock2D",
+        "CLIPEncoderLayer",
+        "T5Block",
+    ]
     _keys_to_ignore_on_load_unexpected = [r"^(lm_head|model)\."]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -210,9 +218,12 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return self.backbone.encode_image(pixel_values if device.type == "meta" else pixel_values.to(device))
 
     @torch.no_grad()
-    def encode_prompts(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor | None = None) -> Prompts:
-        """Conditioning of n prompts, from token ids `(n, 77)`; see `DiffusionBackbone.encode_prompts`."""
-        return self.backbone.encode_prompts(input_ids, input_ids_2)
+    def encode_prompts(self, *input_ids: torch.Tensor | None) -> Prompts:
+        """Conditioning of n prompts, from token ids `(n, tokens)` of each tokenizer.
+
+        See `DiffusionBackbone.encode_prompts`.
+        """
+        return self.backbone.encode_prompts(*input_ids)
 
     @torch.compiler.disable
     def null_prompt(self, device: torch.device | str | None = None) -> Prompts:
@@ -226,8 +237,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         key = (weight.data_ptr(), version, weight.dtype, weight.device)
         if self._null_prompt is None or self._null_prompt[0] != key:
             device = torch.device(device or weight.device)
-            ids = [self.config.null_input_ids, self.config.null_input_ids_2]
-            tensors = [torch.tensor([row], device=device) for row in ids if row is not None]
+            tensors = [torch.tensor([row], device=device) for row in self.config.null_prompt_ids]
             with torch.inference_mode(False), without_autocast(device):
                 self._null_prompt = (key, self.encode_prompts(*tensors))
         return self._null_prompt[1]
@@ -276,12 +286,12 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return self._compiled_pass(noisy, timestep, prompts)
 
     def attention_layers(self) -> list[str]:
-        """The transformer blocks whose cross-attention runs, up to the last tap, in order; e.g. `U-L1-R1-B0`."""
+        """The blocks whose attention to the prompt runs, up to the last tap, in order; e.g. `U-L1-R1-B0`."""
         return list(attention_layers(self.config.all_taps(), self.taps))
 
     @contextmanager
     def capture_attention(self, layers: Sequence[str] | None = None, per_head: bool = False) -> Iterator[AttentionMaps]:
-        """Keep the cross-attention probabilities of calls inside a context; outputs are the same as without.
+        """Keep the probabilities of attention to the prompt of calls inside a context; outputs stay the same.
 
         Each call with a prompt replaces the maps of the call before. A compiled pass is not used meanwhile.
 
@@ -313,6 +323,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         input_ids_2: torch.Tensor | None = None,
+        input_ids_3: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         unconditional_features: torch.Tensor | None = None,
         conditional_features: torch.Tensor | None = None,
@@ -328,7 +339,8 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(n, 3, image_size, image_size)`): In [-1, 1]; not needed where
                 `latents` or all features that the scales need are given.
-            input_ids, input_ids_2 (`torch.LongTensor` of shape `(n, 77)`): The prompts.
+            input_ids, input_ids_2, input_ids_3 (`torch.LongTensor` of shape `(n, tokens)`): The prompts, of as many
+                tokenizers as the model has.
             latents (`torch.FloatTensor` of shape `(n, channels, h, w)`): z0 of the images.
             unconditional_features, conditional_features: Kept from an earlier call on the same images with the
                 configuration's noise, and the same prompts.
@@ -353,12 +365,12 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
                 noise_seeds=noise_seed,
                 unconditional_features=unconditional_features,
             )
-            prompts = self._prompts(latents, input_ids, input_ids_2, implicit_caption)
+            prompts = self._prompts(latents, [input_ids, input_ids_2, input_ids_3], implicit_caption)
             unconditional_features, conditional_features = self._halves(
                 latents, prompts, scales, unconditional_features, noise_seed
             )
             for capture in self._captures:
-                capture.end(input_ids, conditional_features is not None)
+                capture.end(self._attended(input_ids, input_ids_2, input_ids_3), conditional_features is not None)
         by_scale = [guide(unconditional_features, conditional_features, s) for s in scales]
         return SDLlavaDiffusionOutput(self.ensemble(by_scale), unconditional_features, conditional_features)
 
@@ -421,13 +433,12 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
     def _prompts(
         self,
         latents: torch.Tensor,
-        input_ids: torch.Tensor | None,
-        input_ids_2: torch.Tensor | None,
+        input_ids: Sequence[torch.Tensor | None],
         implicit_caption: torch.Tensor | None,
     ) -> Prompts | None:
-        if self.config.conditioning == "none" or (input_ids is None and implicit_caption is None):
+        if self.config.conditioning == "none" or (input_ids[0] is None and implicit_caption is None):
             return None
-        prompts = self._null_prompts(latents) if input_ids is None else self.encode_prompts(input_ids, input_ids_2)
+        prompts = self._null_prompts(latents) if input_ids[0] is None else self.encode_prompts(*input_ids)
         if implicit_caption is not None:
             text = prompts["encoder_hidden_states"]
             prompts["encoder_hidden_states"] = torch.cat([text, implicit_caption.to(text.dtype)], dim=1)
@@ -435,6 +446,11 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
                 kept = mask.new_ones(len(mask), implicit_caption.shape[1])
                 prompts["encoder_attention_mask"] = torch.cat([mask, kept], dim=1)
         return prompts
+
+    def _attended(self, *input_ids: torch.Tensor | None) -> list[torch.Tensor]:
+        """The ids whose tokens the denoiser attends to."""
+        chosen = [input_ids[tokenizer] for tokenizer in self.config.family.prompt_tokenizers]
+        return [ids for ids in chosen if ids is not None]
 
     def _needs_grad(self, halves: Sequence[Prompts]) -> bool:
         if any(x.requires_grad for half in halves for x in half.values()):

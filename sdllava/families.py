@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .taps import Tap, list_taps, pixart_taps
+from .taps import Tap, flux_taps, list_taps, pixart_taps, sd3_taps
 
 PartConfigs = Mapping[str, dict[str, Any] | None]
 """The published configurations of a diffusion model's parts, by the field of `SDLlavaDiffusionConfig`."""
@@ -23,7 +23,9 @@ class DiffusionFamily(ABC):
     default_parts: ClassVar[dict[str, dict[str, Any]]] = {}
     """Configurations of parts that are left out."""
     tokenizers: ClassVar[tuple[str, ...]]
-    """Folders of the published tokenizers, in the order of `diffusion_input_ids` and `diffusion_input_ids_2`."""
+    """Folders of the published tokenizers, in the order of `diffusion_input_ids`, `diffusion_input_ids_2`, `_3`."""
+    prompt_tokenizers: ClassVar[tuple[int, ...]] = (0,)
+    """Which of them make the tokens that the denoiser attends to, in their order."""
 
     @abstractmethod
     def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
@@ -52,6 +54,10 @@ class DiffusionFamily(ABC):
     def patch_size(self, parts: PartConfigs) -> int:
         """Pixels along one side of the smallest square that the denoiser keeps apart; images are multiples of it."""
         return 1
+
+    def max_image_size(self, parts: PartConfigs) -> int | None:
+        """The largest height and width of images that the denoiser has positions for, or None if there is no limit."""
+        return None
 
 
 class LatentDiffusion(DiffusionFamily):
@@ -164,9 +170,73 @@ class PixArt(LatentDiffusion):
         return self.latent_scale(parts) * _part(parts, "transformer_config")["patch_size"]
 
 
+class StableDiffusion3(LatentDiffusion):
+    """Stable Diffusion 3 and 3.5: joint attention over image and text of two CLIPs and, optionally, T5; flow noise."""
+
+    name = "stable_diffusion_3"
+    default_tap = "T-B9-Norm"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    prompt_tokenizers: ClassVar[tuple[int, ...]] = (0, 2)
+
+    def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
+        """Every place where the transformer can be read, in the order of its forward pass."""
+        return sd3_taps(_part(parts, "transformer_config"), latent_size)
+
+    def latent_channels(self, parts: PartConfigs) -> int:
+        """Channels of the latents."""
+        return _part(parts, "transformer_config")["in_channels"]
+
+    def prompt_width(self, parts: PartConfigs) -> int:
+        """Channels of a prompt's tokens as the transformer reads them, before its own projection."""
+        return _part(parts, "transformer_config")["joint_attention_dim"]
+
+    def native_image_size(self, parts: PartConfigs) -> int:
+        """Height and width of the images that the model was trained on, in pixels."""
+        return _part(parts, "transformer_config")["sample_size"] * self.latent_scale(parts)
+
+    def patch_size(self, parts: PartConfigs) -> int:
+        """Pixels along one side of a token; images are multiples of it."""
+        return self.latent_scale(parts) * _part(parts, "transformer_config")["patch_size"]
+
+    def max_image_size(self, parts: PartConfigs) -> int | None:
+        """Height and width of an image that uses every stored position embedding."""
+        return _part(parts, "transformer_config")["pos_embed_max_size"] * self.patch_size(parts)
+
+
+class Flux(LatentDiffusion):
+    """FLUX.1: joint attention over image and T5's text, CLIP's pooled text, flow noise, latents packed 2 by 2."""
+
+    name = "flux"
+    default_tap = "T-B28-Norm"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    prompt_tokenizers: ClassVar[tuple[int, ...]] = (1,)
+
+    def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
+        """Every place where the transformer can be read, in the order of its forward pass."""
+        return flux_taps(_part(parts, "transformer_config"), latent_size)
+
+    def latent_channels(self, parts: PartConfigs) -> int:
+        """Channels of the latents, before they are packed."""
+        return _part(parts, "transformer_config")["in_channels"] // 4
+
+    def prompt_width(self, parts: PartConfigs) -> int:
+        """Channels of a prompt's tokens as the transformer reads them, before its own projection."""
+        return _part(parts, "transformer_config")["joint_attention_dim"]
+
+    def native_image_size(self, parts: PartConfigs) -> int:
+        """Height and width that the published pipeline makes by default, in pixels."""
+        return 128 * self.latent_scale(parts)
+
+    def patch_size(self, parts: PartConfigs) -> int:
+        """Pixels along one side of a token; images are multiples of it."""
+        return 2 * self.latent_scale(parts)
+
+
 TRANSFORMERS: dict[str, type[DiffusionFamily]] = {
     "PixArtTransformer2DModel": PixArt,
     "Transformer2DModel": PixArt,
+    "SD3Transformer2DModel": StableDiffusion3,
+    "FluxTransformer2DModel": Flux,
 }
 """Families by the class of their published transformer; older PixArt repositories name the general class."""
 

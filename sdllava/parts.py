@@ -33,6 +33,7 @@ _READ_FROM_PARTS = {
     "image_token_index",
     "null_input_ids",
     "null_input_ids_2",
+    "null_input_ids_3",
     "components",
     "is_trained",
     "left_out",

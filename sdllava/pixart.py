@@ -7,13 +7,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, PixArtTransformer2DModel
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from huggingface_hub.errors import HFValidationError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from .backbone import Prompts, dtype_of
 from .configuration import SDLlavaDiffusionConfig
 from .latent_backbone import LatentBackbone, as_dict, published
 from .noise import ddpm_rates
 from .repositories import missing, read_json, split_revision
+from .text_encoders import check_channels, check_vocabularies, check_width, empty_prompt, read_t5
 
 ALPHA_LENGTH, SIGMA_LENGTH = 120, 300
 """Tokens of a prompt in the published pipelines of PixArt-alpha and PixArt-Sigma."""
@@ -36,23 +37,20 @@ class PixArtBackbone(LatentBackbone):
             transformer = PixArtTransformer2DModel.load_config(subfolder="transformer", **where)
             vae = AutoencoderKL.load_config(subfolder="vae", **where)
             scheduler = DDPMScheduler.load_config(subfolder="scheduler", **where)
-            encoder = T5Config.from_pretrained(subfolder="text_encoder", **where)
             pipeline = read_json(source, "model_index.json") or {}
-            tokenizer = AutoTokenizer.from_pretrained(
-                subfolder="tokenizer",
-                model_max_length=SIGMA_LENGTH if "Sigma" in pipeline.get("_class_name", "") else ALPHA_LENGTH,
-                lower_case_prompts=True,
-                **where,
-            )
+            length = SIGMA_LENGTH if "Sigma" in pipeline.get("_class_name", "") else ALPHA_LENGTH
+            encoder, tokenizer = read_t5(where, "", length, lower_case=True)
         except (OSError, HFValidationError) as error:
             raise missing(source, "PixArt model", error) from error
-        _check_parts(transformer, vae, encoder, tokenizer)
+        check_channels(transformer["in_channels"], vae)
+        check_width("transformer", transformer["caption_channels"], encoder.d_model)
+        check_vocabularies([tokenizer], [encoder])
         parts = {
             "transformer_config": {**published(transformer), "_class_name": transformer["_class_name"]},
             "vae_config": published(vae),
             "scheduler_config": published(scheduler),
             "text_encoder_config": encoder.to_diff_dict(),
-            "null_input_ids": tokenizer("", padding="max_length")["input_ids"],
+            "null_input_ids": empty_prompt(tokenizer),
         }
         return parts, [tokenizer]
 
@@ -86,7 +84,12 @@ class PixArtBackbone(LatentBackbone):
         )
         module.pos_embed = values.to(module.pos_embed.dtype)[None]
 
-    def encode_prompts(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor | None = None) -> Prompts:
+    def encode_prompts(
+        self,
+        input_ids: torch.Tensor,
+        input_ids_2: torch.Tensor | None = None,
+        input_ids_3: torch.Tensor | None = None,
+    ) -> Prompts:
         """T5's last hidden states, and which tokens are not padding."""
         is_text = input_ids != self.text_encoder.config.pad_token_id
         mask = is_text.flip(1).cummax(1).values.flip(1).long()  # "<pad>" written in a prompt is text
@@ -123,24 +126,4 @@ class PixArtBackbone(LatentBackbone):
             timestep,
             size,
             encoder_attention_mask=prompts["encoder_attention_mask"],
-        )
-
-
-def _check_parts(
-    transformer: dict[str, Any], vae: dict[str, Any], encoder: T5Config, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    if transformer["in_channels"] != vae["latent_channels"]:
-        raise ValueError(
-            f"The transformer takes {transformer['in_channels']} channels but the VAE gives {vae['latent_channels']}. "
-            "Use the parts of one repository."
-        )
-    if transformer["caption_channels"] != encoder.d_model:
-        raise ValueError(
-            f"The transformer is conditioned on prompts of width {transformer['caption_channels']}, but the text "
-            f"encoder gives {encoder.d_model}. Use the parts of one repository."
-        )
-    if len(tokenizer) > encoder.vocab_size:
-        raise ValueError(
-            f"The diffusion tokenizer has {len(tokenizer)} tokens, its text encoder only {encoder.vocab_size}. "
-            "Use the parts of one repository."
         )

@@ -20,7 +20,10 @@ from .repositories import find_file
 
 logger = logging.get_logger(__name__)
 
-_PARTS = ("image_processor", "tokenizer", "diffusion_image_processor", "diffusion_tokenizer", "diffusion_tokenizer_2")
+TOKENIZERS = ("diffusion_tokenizer", "diffusion_tokenizer_2", "diffusion_tokenizer_3")
+INPUT_IDS = tuple(name.replace("tokenizer", "input_ids") for name in TOKENIZERS)
+"""Tokenizers that a processor can have for the diffusion model's prompt, and the inputs that they make."""
+_PARTS = ("image_processor", "tokenizer", "diffusion_image_processor", *TOKENIZERS)
 
 
 class _PartNames:
@@ -34,13 +37,13 @@ class SDLlavaProcessor(ProcessorMixin):
     """Makes the inputs of `SDLlavaForConditionalGeneration`.
 
     One row per image: `pixel_values` for the vision encoder, `diffusion_pixel_values` in [-1, 1] and
-    `diffusion_input_ids` (and `_2` for SDXL) for the diffusion tower.
+    `diffusion_input_ids` (and `_2` for SDXL and FLUX, also `_3` for Stable Diffusion 3) for the diffusion tower.
 
     Args:
         image_processor: The vision encoder's; None for a model with only a diffusion tower.
         tokenizer: The language model's.
         diffusion_image_processor: Resizes to the VAE's size and scales to [-1, 1]; None for plain LLaVA.
-        diffusion_tokenizer, diffusion_tokenizer_2: The diffusion model's; SDXL has two.
+        diffusion_tokenizer, diffusion_tokenizer_2, diffusion_tokenizer_3: The diffusion model's, as many as it has.
         num_image_tokens (`int`): Placeholders per image, `SDLlavaConfig.num_image_tokens`.
         pad_to_square (`bool`): Centre the vision encoder's images on a square of its mean colour before its own
             processor, so that both encoders' grids align. An upgraded LLaVA keeps its own setting. The diffusion
@@ -62,13 +65,15 @@ class SDLlavaProcessor(ProcessorMixin):
         diffusion_image_processor: Any = None,
         diffusion_tokenizer: Any = None,
         diffusion_tokenizer_2: Any = None,
+        diffusion_tokenizer_3: Any = None,
         num_image_tokens: int = 576,
         pad_to_square: bool = True,
         image_token: str = "<image>",
         chat_template: str | None = None,
         **kwargs: Any,
     ):
-        given = (image_processor, tokenizer, diffusion_image_processor, diffusion_tokenizer, diffusion_tokenizer_2)
+        tokenizers = (diffusion_tokenizer, diffusion_tokenizer_2, diffusion_tokenizer_3)
+        given = (image_processor, tokenizer, diffusion_image_processor, *tokenizers)
         parts = {name: part for name, part in zip(_PARTS, given, strict=True) if part is not None}
         for name, part in parts.items():
             setattr(self, name, part)
@@ -87,13 +92,11 @@ class SDLlavaProcessor(ProcessorMixin):
             parts: From [`~sdllava.parts.read_parts`] or [`~sdllava.parts.read_llava_parts`].
         """
         tower = parts.config.diffusion_config
-        first, second = [*parts.diffusion_tokenizers, None, None][:2]
         return cls(
             parts.image_processor,
             parts.tokenizer,
             None if tower is None else diffusion_image_processor(tower),
-            first,
-            second,
+            **dict(zip(TOKENIZERS, parts.diffusion_tokenizers, strict=False)),
             num_image_tokens=parts.config.num_image_tokens,
             pad_to_square=parts.pad_to_square,
             chat_template=parts.chat_template,
@@ -137,8 +140,7 @@ class SDLlavaProcessor(ProcessorMixin):
         if config.get("diffusion_image_processor"):
             diffusion_image_processor = CLIPImageProcessorPil(**config["diffusion_image_processor"])
         language_tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder, **kwargs)
-        diffusion_tokenizers = [tokenizer("diffusion_tokenizer"), tokenizer("diffusion_tokenizer_2")]
-        return [image_processor, language_tokenizer, diffusion_image_processor, *diffusion_tokenizers]
+        return [image_processor, language_tokenizer, diffusion_image_processor, *map(tokenizer, TOKENIZERS)]
 
     def to_dict(self) -> dict[str, Any]:
         """As `ProcessorMixin.to_dict`, with the code that loads it."""
@@ -163,8 +165,8 @@ class SDLlavaProcessor(ProcessorMixin):
         if hasattr(self, "image_processor"):
             names.append("pixel_values")
         if hasattr(self, "diffusion_image_processor"):
-            names += ["diffusion_pixel_values", "diffusion_input_ids"]
-        return [*names, "diffusion_input_ids_2"] if hasattr(self, "diffusion_tokenizer_2") else names
+            names.append("diffusion_pixel_values")
+        return names + [ids for name, ids in zip(TOKENIZERS, INPUT_IDS, strict=True) if hasattr(self, name)]
 
     def __call__(
         self,
@@ -281,14 +283,13 @@ class SDLlavaProcessor(ProcessorMixin):
         """
         cleaned = [clean_question(question, self.image_token) for question in questions]
         inputs = {}
-        for name in ("diffusion_tokenizer", "diffusion_tokenizer_2"):
+        for name, key in zip(TOKENIZERS, INPUT_IDS, strict=True):
             if (tokenizer := getattr(self, name, None)) is None:
                 continue
             prompts, length = clean_prompts(tokenizer, cleaned), prompt_length(tokenizer)
             if any(len(ids) > length for ids in tokenizer(prompts, verbose=False)["input_ids"]):
                 logger.warning_once(f"A question has more than the diffusion model's {length} tokens and is truncated.")
             options = {"padding": "max_length", "truncation": True, "max_length": length}
-            key = name.replace("tokenizer", "input_ids")
             inputs[key] = tokenizer(prompts, return_tensors=return_tensors, **options)["input_ids"]
         return inputs
 

@@ -11,7 +11,6 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     PreTrainedTokenizerBase,
 )
 
@@ -21,6 +20,7 @@ from .latent_backbone import LatentBackbone, as_dict, published
 from .noise import ddpm_rates
 from .repositories import missing, split_revision
 from .small_maps import multiply_small_maps
+from .text_encoders import check_vocabularies, check_width, empty_prompt, read_clip
 
 _BEFORE_CROSS_ATTENTION = (
     "down_blocks.0.resnets.0",
@@ -49,12 +49,11 @@ class StableDiffusionBackbone(LatentBackbone):
             scheduler = DDPMScheduler.load_config(subfolder="scheduler", **where)
             is_xl = unet.get("addition_embed_type") == "text_time"
             suffixes = ["", "_2"] if is_xl else [""]
-            encoders = [CLIPTextConfig.from_pretrained(subfolder=f"text_encoder{end}", **where) for end in suffixes]
-            tokenizers = [CLIPTokenizer.from_pretrained(subfolder=f"tokenizer{end}", **where) for end in suffixes]
+            encoders, tokenizers = zip(*(read_clip(where, number) for number in suffixes), strict=True)
         except (OSError, HFValidationError) as error:
             raise missing(source, "diffusion model", error) from error
         _check_parts(unet, vae, encoders, tokenizers)
-        empty = [t("", padding="max_length", max_length=77, truncation=True)["input_ids"] for t in tokenizers]
+        empty = [empty_prompt(tokenizer) for tokenizer in tokenizers]
         parts = {
             "unet_config": published(unet),
             "vae_config": published(vae),
@@ -64,7 +63,7 @@ class StableDiffusionBackbone(LatentBackbone):
             "null_input_ids": empty[0],
             "null_input_ids_2": empty[1] if is_xl else None,
         }
-        return parts, tokenizers
+        return parts, list(tokenizers)
 
     def _load_denoiser(self, dtype: torch.dtype, options: dict[str, Any]) -> None:
         unet = UNet2DConditionModel.from_pretrained(subfolder="unet", torch_dtype=dtype, **options)
@@ -78,7 +77,12 @@ class StableDiffusionBackbone(LatentBackbone):
         """The UNet."""
         return self.unet
 
-    def encode_prompts(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor | None = None) -> Prompts:
+    def encode_prompts(
+        self,
+        input_ids: torch.Tensor,
+        input_ids_2: torch.Tensor | None = None,
+        input_ids_3: torch.Tensor | None = None,
+    ) -> Prompts:
         """The text encoder's last hidden states, `(n, 77, width)`."""
         return {"encoder_hidden_states": self.text_encoder(input_ids).last_hidden_state}
 
@@ -129,7 +133,12 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
         second = CLIPTextModelWithProjection.from_pretrained(subfolder="text_encoder_2", dtype=dtype, **options)
         self.text_encoder_2 = second
 
-    def encode_prompts(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor | None = None) -> Prompts:
+    def encode_prompts(
+        self,
+        input_ids: torch.Tensor,
+        input_ids_2: torch.Tensor | None = None,
+        input_ids_3: torch.Tensor | None = None,
+    ) -> Prompts:
         """The second-last hidden states of both text encoders on channels, and the second's pooled embedding.
 
         Raises:
@@ -176,15 +185,5 @@ def _check_parts(
             f"The UNet takes {unet['in_channels']} channels but the VAE gives {vae['latent_channels']}. An inpainting, "
             "depth or upscaling model cannot be an encoder. Use the text-to-image model."
         )
-    width = sum(encoder.hidden_size for encoder in text_encoders)
-    if unet["cross_attention_dim"] != width:
-        raise ValueError(
-            f"The UNet is conditioned on prompts of width {unet['cross_attention_dim']}, but the text encoders give "
-            f"{width}. Use the parts of one repository."
-        )
-    for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
-        if len(tokenizer) > encoder.vocab_size:
-            raise ValueError(
-                f"The diffusion tokenizer has {len(tokenizer)} tokens, its text encoder only {encoder.vocab_size}. "
-                "Use the parts of one repository."
-            )
+    check_width("UNet", unet["cross_attention_dim"], sum(encoder.hidden_size for encoder in text_encoders))
+    check_vocabularies(tokenizers, text_encoders)

@@ -12,7 +12,10 @@ A name is `Stage-Level-Repeat-Block-Feature`, zero-based: `U-L1-R1-B0-Cross-Q` i
 - `Up-Out`: the upsampler at the end of a level (no repeat and block in the name): `U-L1-Up-Out`
 
 A diffusion transformer has one stage `T`, with its blocks in the order of the forward pass: `T-B14-Cross-Q`. There
-`Norm` is the block's input, normalised and modulated (AdaLN), as its first attention reads it.
+`Norm` is the block's input, normalised and modulated (AdaLN), as its first attention reads it. Where image and text
+attend to each other jointly (Stable Diffusion 3, FLUX), `Joint-Q` and `Joint-Out` are the query projection and the
+output of that attention, `Self-Q` and `Self-Out` those of Stable Diffusion 3.5 medium's second one, which is over the
+image only. All of them are of the image's tokens.
 
 The long names of generic-diffusion-feature (`up-level1-repeat1-vit-block0-cross-q`) are understood as well.
 """
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _BLOCK_FEATURES = {"Cross-Q": ".attn2.to_q", "Cross-Out": ".attn2", "Out": ""}
+_JOINT_FEATURES = {"Joint-Q": ".attn.to_q", "Joint-Out": ".attn"}
 _STAGES = {"down": "D", "mid": "M", "up": "U"}
 _LONG_NAME = re.compile(r"(down|mid|up)(?:-level(\d+))?(?:-repeat(\d+))?(?:-vit)?(?:-block(\d+))?-(?:(vit|res)-)?(.+)")
 
@@ -41,6 +45,8 @@ class Tap:
     """Whether the module's first input is read, and not its output."""
     output_index: int = 0
     """Which output of a module that returns a tuple is the image."""
+    after_text: bool = False
+    """Whether the image's tokens are the last ones, after those of the text."""
 
 
 def list_taps(unet_config: dict[str, Any], latent_size: int | None = None) -> list[Tap]:
@@ -97,6 +103,51 @@ def pixart_taps(transformer_config: Mapping[str, Any], latent_size: int) -> list
         taps.append(Tap(f"{name}-Norm", f"{path}.attn1", size, size, channels, is_input=True))
         for feature, suffix in _BLOCK_FEATURES.items():
             taps.append(Tap(f"{name}-{feature}", f"{path}{suffix}", size, size, channels))
+    return taps
+
+
+def sd3_taps(transformer_config: Mapping[str, Any], latent_size: int) -> list[Tap]:
+    """Every tap of a Stable Diffusion 3 transformer, in the order in which the forward pass reaches it.
+
+    Args:
+        transformer_config: A `SD3Transformer2DModel` configuration.
+        latent_size: Height and width of the latents.
+    """
+    size = latent_size // transformer_config["patch_size"]
+    channels = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
+    dual = transformer_config.get("dual_attention_layers") or ()
+    taps = []
+    for block in range(transformer_config["num_layers"]):
+        second = {"Self-Q": ".attn2.to_q", "Self-Out": ".attn2"} if block in dual else {}
+        for feature, suffix in {"Norm": ".norm1", **_JOINT_FEATURES, **second, "Out": ""}.items():
+            path = f"transformer_blocks.{block}{suffix}"
+            # a block returns text and image, its attention image and text
+            index = 1 if feature == "Out" else 0
+            taps.append(Tap(f"T-B{block}-{feature}", path, size, size, channels, output_index=index))
+    return taps
+
+
+def flux_taps(transformer_config: Mapping[str, Any], latent_size: int) -> list[Tap]:
+    """Every tap of a FLUX.1 transformer, in the order in which the forward pass reaches it.
+
+    Blocks are counted through: FLUX.1-dev's `T-B0` to `T-B18` have a stream for the image and one for the text,
+    `T-B19` to `T-B56` have one sequence of both.
+
+    Args:
+        transformer_config: A `FluxTransformer2DModel` configuration.
+        latent_size: Height and width of the latents, before they are packed in squares of 2 by 2.
+    """
+    size = latent_size // 2
+    channels = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
+    doubles = transformer_config["num_layers"]
+    taps = []
+    for block in range(doubles + transformer_config["num_single_layers"]):
+        is_single = block >= doubles
+        path = f"single_transformer_blocks.{block - doubles}" if is_single else f"transformer_blocks.{block}"
+        for feature, suffix in {"Norm": ".norm" if is_single else ".norm1", **_JOINT_FEATURES}.items():
+            module = f"{path}{suffix}"
+            taps.append(Tap(f"T-B{block}-{feature}", module, size, size, channels, after_text=is_single))
+        taps.append(Tap(f"T-B{block}-Out", path, size, size, channels, output_index=1))
     return taps
 
 

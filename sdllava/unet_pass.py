@@ -15,6 +15,9 @@ from .taps import Tap
 
 logger = logging.get_logger(__name__)
 
+_FOR_MAPS = ("to_k", "add_k_proj", "norm_q", "norm_k", "norm_added_k")
+"""Modules of an attention, in addition to its query projection, that its map is computed with."""
+
 Denoise = Callable[[nn.Module, torch.Tensor, int | torch.Tensor, dict[str, torch.Tensor]], Any]
 """Runs a denoiser: (module, noisy latents, timestep, prompts) to the module's output."""
 
@@ -49,7 +52,8 @@ def hook_taps(
     def keep(tap: Tap, found: Any) -> None:
         if _is_other_thread(reader):
             return
-        read[tap.name] = found[tap.output_index] if isinstance(found, tuple) else getattr(found, "sample", found)
+        found = found[tap.output_index] if isinstance(found, tuple) else getattr(found, "sample", found)
+        read[tap.name] = found[:, -tap.height * tap.width :] if tap.after_text else found
         if len(read) == len(by_name):
             raise AllTapsRead
 
@@ -139,14 +143,16 @@ class CutAway(nn.Module):
 def modules_up_to_taps(running: nn.Module, taps: Sequence[Tap], forward: Callable[[], Any]) -> frozenset[str]:
     """Paths of the modules that run before the last tap, and of the modules that hold them.
 
-    `attn2.to_k` of a tapped `Cross-Q` is included, so that its attention map can still be computed.
+    The key projections of a tapped `Cross-Q` or `Joint-Q` are included, and the normalisation of queries and keys, so
+    that its attention map can still be computed.
 
     Args:
         running: The module on which `forward` runs; on the meta device this needs no memory.
         taps: The taps to keep.
         forward: Runs `running` once.
     """
-    used = {tap.module_path[: -len("to_q")] + "to_k" for tap in taps if tap.name.endswith("Cross-Q")}
+    queries = [tap.module_path.removesuffix("to_q") for tap in taps if tap.name.endswith(("Cross-Q", "Joint-Q"))]
+    used = {attention + name for attention in queries for name in _FOR_MAPS}
     names = {module: name for name, module in running.named_modules()}
     handles = [m.register_forward_pre_hook(lambda module, args: used.add(names[module])) for m in running.modules()]
     with removed_at_exit(handles):

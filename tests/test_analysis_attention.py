@@ -112,7 +112,8 @@ def test_only_the_conditional_half_is_kept_at_every_guidance_scale(fields):
     model = tower(**fields)
     with model.capture_attention() as maps:
         call(model)
-    assert torch.equal(maps.input_ids, tiny.prompt_ids(2))
+    (prompts,) = maps.prompt_ids
+    assert torch.equal(prompts, tiny.prompt_ids(2))
     expected = tower(guidance_scales=[1.0])
     expected.load_state_dict(model.state_dict())
     with expected.capture_attention() as only:
@@ -194,7 +195,7 @@ def test_a_layer_after_the_last_tap_raises_an_error_that_names_the_nearest(name)
     context = truncated_tower("U-L1-R1-B0-Cross-Q").capture_attention([name])
     with pytest.raises(
         ValueError,
-        match=rf"No cross-attention '{name}' runs up to this tower's last tap\. The nearest that do are .*-B0",
+        match=rf"No attention '{name}' to the prompt runs up to this tower's last tap\. The nearest that do are .*-B0",
     ):
         context.__enter__()
 

@@ -116,7 +116,7 @@ def test_every_open_field_of_the_configurations_is_an_argument(tmp_path):
     parts |= {
         f"{part}_config" for part in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")
     }
-    parts |= {"null_input_ids", "null_input_ids_2", "tie_word_embeddings"}
+    parts |= {"null_input_ids", "null_input_ids_2", "null_input_ids_3", "tie_word_embeddings"}
     for config, arguments in ((SDLlavaDiffusionConfig, DIFFUSION_FIELDS), (SDLlavaConfig, MODEL_FIELDS)):
         fields = {item.name for item in dataclasses.fields(config)} & set(config.__annotations__)
         assert set(arguments) == fields - parts

@@ -5,9 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from PIL import Image
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 T5 = {
     "vocab_size": 128,
@@ -28,6 +42,39 @@ PIXART = {
     "cross_attention_dim": 32,
     "caption_channels": 32,
     "use_additional_conditions": False,
+}
+SD3 = {
+    "patch_size": 2,
+    "sample_size": 8,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "joint_attention_dim": 64,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 64,
+    "pos_embed_max_size": 6,
+    "dual_attention_layers": (0, 1),
+    "qk_norm": "rms_norm",
+}
+FLUX = {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 16,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+    "guidance_embeds": True,
+}
+FLOW_VAE = {
+    **tiny.VAE,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
 }
 LINEAR_SCHEDULE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
 
@@ -54,4 +101,33 @@ def save_pixart(folder: Path, kind: str = "alpha", **fields: Any) -> Path:
     DPMSolverMultistepScheduler(**LINEAR_SCHEDULE).save_pretrained(folder / "scheduler")
     name = {"alpha": "PixArtAlphaPipeline", "sigma": "PixArtSigmaPipeline"}[kind]
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    return folder
+
+
+def save_sd3(folder: Path, use_t5: bool = True, **fields: Any) -> Path:
+    """A Stable Diffusion 3.5 repository in the published layout."""
+    SD3Transformer2DModel(**{**SD3, **fields}).save_pretrained(folder / "transformer")
+    AutoencoderKL.from_config(FLOW_VAE).save_pretrained(folder / "vae")
+    clip = CLIPTextConfig.from_dict(dict(tiny.TEXT_ENCODER))
+    for number, pad_token in (("", "<|endoftext|>"), ("_2", "!")):
+        CLIPTextModelWithProjection(clip).save_pretrained(folder / f"text_encoder{number}")
+        tiny.diffusion_tokenizer(pad_token).save_pretrained(folder / f"tokenizer{number}")
+    if use_t5:
+        T5EncoderModel(T5Config(**{**T5, "d_model": 64})).save_pretrained(folder / "text_encoder_3")
+        t5_tokenizer().save_pretrained(folder / "tokenizer_3")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    return folder
+
+
+def save_flux(folder: Path, **fields: Any) -> Path:
+    """A FLUX.1-dev repository in the published layout; `guidance_embeds=False` makes it FLUX.1-schnell."""
+    FluxTransformer2DModel(**{**FLUX, **fields}).save_pretrained(folder / "transformer")
+    AutoencoderKL.from_config(FLOW_VAE).save_pretrained(folder / "vae")
+    CLIPTextModel(CLIPTextConfig.from_dict(dict(tiny.TEXT_ENCODER))).save_pretrained(folder / "text_encoder")
+    tiny.diffusion_tokenizer("<|endoftext|>").save_pretrained(folder / "tokenizer")
+    T5EncoderModel(T5Config(**T5)).save_pretrained(folder / "text_encoder_2")
+    t5_tokenizer().save_pretrained(folder / "tokenizer_2")
+    FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     return folder

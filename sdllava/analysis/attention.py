@@ -14,7 +14,7 @@ from ..diffusion import SDLlavaDiffusionModel
 from ..image_loading import ImageLike, load_rgb
 from ..modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaImageEncodings
 from ..pipeline import check_question
-from ..processors import SDLlavaProcessor
+from ..processors import INPUT_IDS, TOKENIZERS, SDLlavaProcessor
 from .loading import short_name
 from .reading import reconfigure
 
@@ -24,7 +24,8 @@ class Word:
     """A word of a prompt.
 
     Args:
-        text (`str`): As in the prompt. Special tokens are `<begin>`, `<end>`, `<padding>` and `<implicit caption>`.
+        text (`str`): As in the prompt. Special tokens are `<begin>`, `<end>`, `<padding>` and `<no text>`: an implicit
+            caption, or the zeros that stand for T5's part of the prompt where Stable Diffusion 3 is used without T5.
         tokens (`tuple[int, ...]`): Positions of its tokens in the prompt.
         special (`bool`): Whether it stands for special tokens.
     """
@@ -60,9 +61,11 @@ class QuestionAttention:
     """The attention of an image's positions to the words of a question.
 
     Args:
-        words (`list[Word]`): In the order of the prompt, with special tokens.
+        words (`list[Word]`): In the order of the prompt, with special tokens. Where the denoiser attends to the tokens
+            of two text encoders, those of the first, then those of the second.
         maps (`np.ndarray` of shape `(len(words), side, side)`, float32): Each word's share of the attention, summed
-            over its tokens. The shares of all words sum to one.
+            over its tokens. In cross-attention the shares of all words sum to one; in joint attention to that part of
+            the attention that is not over the image itself.
         image (`PIL.Image.Image`): Upright RGB, not padded.
         description (`str`): Layers and timesteps, for titles.
     """
@@ -108,7 +111,7 @@ def words_in_prompt(
     Args:
         tokenizer: CLIP's, which marks the end of a word with `</w>`, or T5's, which marks its beginning with `▁`.
         input_ids: Token ids of one prompt, with begin, end and padding.
-        num_tokens: Length of the prompt in the UNet. It is longer where implicit caption tokens follow the text.
+        num_tokens: Length of the prompt in the denoiser. It is longer where tokens without text follow.
     """
     ids = [int(i) for i in input_ids]
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
@@ -123,9 +126,28 @@ def words_in_prompt(
             words.append(Word(text, tuple(pieces), False))
             pieces = []
     total = max(len(ids), num_tokens or 0)
-    spans = {"<end>": (end, end + 1), "<padding>": (end + 1, len(ids)), "<implicit caption>": (len(ids), total)}
+    spans = {"<end>": (end, end + 1), "<padding>": (end + 1, len(ids)), "<no text>": (len(ids), total)}
     special = {text: tuple(range(start, min(stop, total))) for text, (start, stop) in spans.items()}
     return words + [Word(text, tokens, True) for text, tokens in special.items() if tokens]
+
+
+def prompt_tokenizers(tower: SDLlavaDiffusionModel, processor: SDLlavaProcessor) -> list[PreTrainedTokenizerBase]:
+    """The tokenizers whose tokens the denoiser attends to, in their order."""
+    found = [getattr(processor, name, None) for name in TOKENIZERS]
+    return [found[index] for index in tower.config.family.prompt_tokenizers if found[index] is not None]
+
+
+def _words_of_prompt(
+    tokenizers: Sequence[PreTrainedTokenizerBase], prompt: Sequence[torch.Tensor], num_tokens: int
+) -> list[Word]:
+    words: list[Word] = []
+    start = 0
+    for number, (tokenizer, ids) in enumerate(zip(tokenizers, prompt, strict=True), start=1):
+        length = num_tokens - start if number == len(prompt) else len(ids)
+        found = words_in_prompt(tokenizer, ids.tolist(), length)
+        words += [replace(word, tokens=tuple(start + token for token in word.tokens)) for word in found]
+        start += len(ids)
+    return words
 
 
 def join_words(maps: torch.Tensor, words: Sequence[Word]) -> np.ndarray:
@@ -152,7 +174,7 @@ def map_onto_image(grid: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
 
 def attention_by_word(
     maps: AttentionMaps,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
     images: Sequence[Image.Image],
     resolution: int | None = None,
     layers: Sequence[str] | None = None,
@@ -162,7 +184,7 @@ def attention_by_word(
 
     Args:
         maps: From `tower.capture_attention()`, of a call with `input_ids`.
-        tokenizer: The diffusion model's (first) tokenizer.
+        tokenizers: From [`prompt_tokenizers`].
         images: Upright RGB, not padded.
         resolution: See [`~sdllava.attention_maps.AttentionMaps.average`].
         layers: Only these. Default: all.
@@ -179,12 +201,12 @@ def attention_by_word(
     ]
     times = ", ".join(str(timestep) for timestep in timesteps or maps.timesteps)
     description = f"{', '.join(used)} ({mean.shape[-1]}×{mean.shape[-1]}), t = {times}"
-    prompts = torch.empty(0) if maps.input_ids is None else maps.input_ids
+    prompts = list(zip(*maps.prompt_ids, strict=True))
     if len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} captured prompts do not fit {len(images)} images. Give one image per prompt.")
     found = []
     for ids, image, tokens in zip(prompts, images, mean, strict=True):
-        words = words_in_prompt(tokenizer, ids, len(tokens))
+        words = _words_of_prompt(tokenizers, ids, len(tokens))
         found.append(QuestionAttention(words, join_words(tokens, words), image, description))
     return found
 
@@ -214,7 +236,7 @@ def capture_question(
     reader = reconfigure(tower, timesteps=timesteps, guidance_scales=[1.0])
     reader.config.conditioning = "question"
     inputs = processor(images=image, question=question, return_tensors="pt").to(reader.text_encoder.device)
-    ids = [inputs[name] for name in ("diffusion_input_ids", "diffusion_input_ids_2") if name in inputs]
+    ids = [inputs[name] for name in INPUT_IDS if name in inputs]
     with torch.no_grad(), reader.capture_attention(layers) as maps:
         reader(inputs["diffusion_pixel_values"], *ids)
     return maps
@@ -246,7 +268,7 @@ def question_attention(
     image = load_rgb(image)
     maps = capture_question(tower, processor, image, question, layers, timesteps)
     resolution = default_resolution(maps, tower) if resolution is None else resolution
-    return attention_by_word(maps, processor.diffusion_tokenizer, [image], resolution)[0]
+    return attention_by_word(maps, prompt_tokenizers(tower, processor), [image], resolution)[0]
 
 
 def default_resolution(maps: AttentionMaps, tower: SDLlavaDiffusionModel) -> int:
@@ -301,6 +323,7 @@ def model_attention(
     with torch.no_grad(), tower.capture_attention() as maps:
         scales = [1.0] * len(tower.config.guidance_scales)
         model.get_image_features(**inputs, diffusion_guidance_scales=scales)
-    found = attention_by_word(maps, processor.diffusion_tokenizer, [image], default_resolution(maps, tower))[0]
+    tokenizers = prompt_tokenizers(tower, processor)
+    found = attention_by_word(maps, tokenizers, [image], default_resolution(maps, tower))[0]
     name = short_name(model.name_or_path)
     return replace(found, description=f"{name}, {found.description}") if name else found

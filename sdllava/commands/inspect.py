@@ -54,7 +54,7 @@ def attention(
     if names == []:
         raise ValueError(f"--layers takes layers separated by commas or 'all', not {layers!r}.")
     steps = parse_integers(timesteps, "--timesteps")
-    from ..analysis.attention import attention_by_word, capture_question, default_resolution
+    from ..analysis.attention import attention_by_word, capture_question, default_resolution, prompt_tokenizers
     from ..image_loading import load_rgb
 
     picture = load_rgb(image)
@@ -65,8 +65,8 @@ def attention(
     else:
         resolution = default_resolution(maps, loaded.tower)
         choices = [(f"t = {t}", {"timesteps": [t], "resolution": resolution}) for t in maps.timesteps]
-    tokenizer = loaded.processor.diffusion_tokenizer
-    rows = [(label, attention_by_word(maps, tokenizer, [picture], **chosen)[0]) for label, chosen in choices]
+    tokenizers = prompt_tokenizers(loaded.tower, loaded.processor)
+    rows = [(label, attention_by_word(maps, tokenizers, [picture], **chosen)[0]) for label, chosen in choices]
     place = (
         f"t = {', '.join(map(str, maps.timesteps))}" if layers is not None else rows[0][1].description.split(", t =")[0]
     )

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-PROMPT_LENGTH = 77
-"""Tokens of a prompt of CLIP's text encoder."""
+from ..processors import INPUT_IDS
 
 
 class LiveResults(TorchDispatchMode):
@@ -100,10 +99,8 @@ def _loss(model: Any, batch_size: int, length: int) -> torch.Tensor:
     if config.diffusion_config is not None:
         side = config.diffusion_config.image_size
         images["diffusion_pixel_values"] = torch.zeros(batch_size, 3, side, side, device=device)
-        for name in ("diffusion_input_ids", "diffusion_input_ids_2"):
-            images[name] = torch.zeros(batch_size, PROMPT_LENGTH, dtype=torch.long, device=device)
-        if getattr(config.diffusion_config, "text_config_2", None) is None:
-            del images["diffusion_input_ids_2"]
+        for name, row in zip(INPUT_IDS, config.diffusion_config.null_prompt_ids, strict=False):
+            images[name] = torch.zeros(batch_size, len(row), dtype=torch.long, device=device)
     features = torch.stack(list(model.model.get_image_features(**images).pooler_output))
     embeddings = model.get_input_embeddings()(ids)
     embeddings = torch.cat([features.to(embeddings.dtype), embeddings[:, features.shape[1] :]], dim=1)

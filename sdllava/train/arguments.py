@@ -13,7 +13,14 @@ from ..miniature import mini_path
 
 Class = TypeVar("Class", bound=type)
 
-_SET_BY_THE_PARTS = ("null_input_ids", "null_input_ids_2", "image_token_index", "is_trained", "tie_word_embeddings")
+_SET_BY_THE_PARTS = (
+    "null_input_ids",
+    "null_input_ids_2",
+    "null_input_ids_3",
+    "image_token_index",
+    "is_trained",
+    "tie_word_embeddings",
+)
 """Fields of a configuration that the published parts determine, like every field that holds a configuration."""
 
 

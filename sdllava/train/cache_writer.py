@@ -220,6 +220,7 @@ def _encode(model: Any, inputs: Mapping[str, torch.Tensor], names: list[str]) ->
             latents=found["latents"],
             input_ids=inputs["diffusion_input_ids"],
             input_ids_2=inputs.get("diffusion_input_ids_2"),
+            input_ids_3=inputs.get("diffusion_input_ids_3"),
             unconditional_features=found["unconditional_features"],
         ).conditional_features
     return {name: found[name] for name in names}
