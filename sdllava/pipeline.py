@@ -12,6 +12,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from .image_loading import load_rgb
 from .outputs import SDLlavaImageEncodings
+from .prefix_cache import PrefixCache
 
 NUM_KEPT_IMAGES = 8
 """Images whose features are cached, so that a follow-up question costs one conditional pass."""
@@ -95,6 +96,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._kept = CachedEncodings(self.model)
+        self._prefixes = PrefixCache()
 
     def _sanitize_parameters(
         self, top_k: int | None = None, guidance_scales: Sequence[float] | float | None = None, **generate_kwargs: Any
@@ -154,6 +156,8 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         inputs = self._model_inputs(images, questions).to(self.device)
         prompt_length = inputs["input_ids"].shape[1]
         options = {"max_new_tokens": 128, "do_sample": False, **generate_kwargs}
+        if hasattr(self.model, "encode_images"):
+            options["prefix_cache"] = self._prefixes
         output = self.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
         beams = getattr(output, "beam_indices", None)
         logprobs = self.model.compute_transition_scores(output.sequences, output.logits, beams, normalize_logits=True)

@@ -447,6 +447,12 @@ def _open_questions() -> list[Recipe]:
     ]
 
 
+def _follow_up() -> list[Recipe]:
+    tokens = {**SD21, **CLIP, "fusion": "concat_tokens", "grid_size": 8, "guidance_scales": [4]}
+    text = "576 tokens of CLIP, then 64 of SD 2.1: a follow-up question only computes the 64 and its text"
+    return _two_stages("concat-tokens", text, tokens, TABLE_2)
+
+
 SECTIONS: dict[str, list[Recipe]] = {
     "The baselines": _baselines(),
     "SD 2.1 only, unconditional: S3, Figure 3, and the grid of layers and timesteps": _figure_3(),
@@ -462,6 +468,7 @@ SECTIONS: dict[str, list[Recipe]] = {
     "SD 1.5 by the same protocol: no numbers": _cross_model(),
     "SDXL-LLaVA: S4, Table 7 († with pseudo-captions at test time: LLaVA-B, MMVP)": _sdxl_llava(),
     "Open questions: no numbers": _open_questions(),
+    "Follow-up questions that reuse the language model's prefix: no numbers": _follow_up(),
 }
 """The recipes by the section of the documentation."""
 

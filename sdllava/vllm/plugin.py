@@ -1,14 +1,12 @@
 """What vLLM calls in each of its processes before it reads a model."""
 
 ARCHITECTURE = "SDLlavaForConditionalGeneration"
-MODE = "sdllava"
-"""The mode of tokenizer and renderer of this package's models, which the user need not name."""
 
 
 def register() -> None:
     """Register the configuration, the model, and the renderer that hands the prompt's questions to the processor.
 
-    vLLM calls this several times. Nothing that needs torch's devices is imported here.
+    vLLM calls this several times. The model is imported only when it is used.
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
@@ -16,7 +14,7 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
 
     from ..registration import register as register_with_transformers
-    from .settings import SDLlavaSettings
+    from .settings import MODE, SDLlavaSettings
 
     register_with_transformers()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():

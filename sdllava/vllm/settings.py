@@ -7,6 +7,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 MODE = "sdllava"
+"""The mode of tokenizer and renderer of this package's models, which the user need not name."""
 
 
 class SDLlavaSettings(VerifyAndUpdateConfig):
