@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdllava.analysis.similarity import MinibatchCKA, pair_similarity, unbiased_hsic
+from sdllava.analysis.similarity import FullBatchCKA, MinibatchCKA, pair_similarity, unbiased_hsic
 from sdllava.analysis.vision_encoder import VisionEncoder
 
 
@@ -54,6 +54,23 @@ def test_minibatch_cka_averages_the_estimates_of_batches():
     within_x, within_y = (np.mean([direct_hsic(pair[i], pair[i]) for pair in grams]) for i in (0, 1))
     found = cka([{"x": torch.tensor(a), "y": torch.tensor(b)} for a, b in ((x[:5], y[:5]), (x[5:], y[5:]))])
     assert found[0, 1] == pytest.approx(between / np.sqrt(within_x * within_y), rel=1e-9)
+
+
+def test_full_batch_cka_equals_kornblith_s_formula():
+    """On features, not on Gram matrices: |Y'X|^2 / (|X'X| |Y'Y|) of centred columns; batches do not matter."""
+    generator = np.random.default_rng(2)
+    x, y = generator.normal(size=(9, 5)) + 3, generator.normal(size=(9, 4, 3)) - 2
+    y[:, 0] += x[:, :3]
+    flat = y.reshape(9, 12)
+    a, b = x - x.mean(axis=0), flat - flat.mean(axis=0)
+    expected = np.linalg.norm(b.T @ a) ** 2 / (np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b))
+    meter = FullBatchCKA(["x", "y"])
+    for rows in (slice(0, 4), slice(4, 9)):
+        meter.update({"x": torch.tensor(x[rows]), "y": torch.tensor(y[rows])})
+    np.testing.assert_allclose(meter.matrix(), [[1, expected], [expected, 1]], rtol=1e-5)
+    assert expected > direct_cka(x, flat)  # biased upwards with few examples
+    with pytest.raises(ValueError, match="CKA of 0 batches is undefined"):
+        FullBatchCKA(["x"]).matrix()
 
 
 def test_cka_of_equal_rotated_scaled_and_independent_features():

@@ -273,8 +273,8 @@ def test_renamed_column(tmp_path):
 @pytest.mark.parametrize(
     ("name", "files", "sentence"),
     [
-        ("captions", {"dataset_coco.json": '{"pictures": []}'}, "the column 'images'"),
-        ("captions", {"dataset_coco.json": '{"images": [{"split": "test", "raw": []}]}'}, "the column 'sentences'"),
+        ("captions", {"dataset_coco.json": '{"pictures": []}'}, "has no images with sentences and split"),
+        ("captions", {"dataset_coco.json": '{"images": [{"split": "test", "raw": []}]}'}, "no images with sentences"),
         (
             "captions",
             {"a.jpg": "", "c.jsonl": '{"image": "a.jpg", "captions": ["x"]}\n{"captions": ["x"]}'},

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fixtures_evaluation import make_image, write_captions, write_winoground
+from fixtures_evaluation import make_image, write_captions, write_mmvp, write_winoground
 from typer.testing import CliRunner
 
 from sdllava.commands.main import app
@@ -135,14 +135,25 @@ def test_impossible_options_fail_before_anything_is_written(published, composed,
 
 
 def test_leakage_command(composed, tmp_path):
+    """The sweep's table has the leakage on captions next to the scores of the other benchmarks."""
     write_captions(tmp_path / "captions", 3)
-    common = ("evaluate", "--model", composed, "--benchmark", "captions", "--data", tmp_path / "captions")
-    output = run(*common, "--leakage", "--scales", "0,4", "--output", tmp_path / "out")
+    write_mmvp(tmp_path / "mmvp", 2)
+    common = ("evaluate", "--model", composed, "--benchmark", "mmvp,captions", "--data", tmp_path)
+    output = run(*common, "--leakage", "--sweep", "guidance=0,4", "--output", tmp_path / "out")
     folder = tmp_path / "out" / "leakage"
     assert {"leakage.json", "leakage.md", "leakage.png"} <= {path.name for path in folder.iterdir()}
     assert (folder / "leakage.md").read_text() in output + "\n"
     result = json.loads((folder / "leakage.json").read_text())
     assert [row["scale"] for row in result["rows"]] == [0, 4]
+    (mmvp,) = (tmp_path / "out").glob("*/mmvp")
+    for row in result["rows"]:
+        single = stored(mmvp / f"guidance-{row['scale']:g}")
+        expected = {"score": single["scores"]["pair_accuracy"], "interval": single["intervals_95"]["pair_accuracy"]}
+        assert row["other_tasks"] == {"mmvp pair_accuracy": expected}
+    assert "| mmvp pair_accuracy [95%] |" in output
+    picture = tmp_path / "grid.png"
+    assert f"Picture: {picture}" in run("evaluate", mmvp, "--compare", "--heatmap", picture).replace("\n", "")
+    assert stored(mmvp / "guidance-4")["tower"] == {"taps": ["U-L1-R1-B0-Cross-Q"], "timesteps": [50]}
     assert result["rows"][0]["likelihood_gain"]["mean"] == pytest.approx(0, abs=1e-5)  # s = 0 ignores the prompt
 
 

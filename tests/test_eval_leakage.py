@@ -100,24 +100,28 @@ def test_a_parrot_leaks_and_the_sweep_finds_the_smallest_scale(ours, tmp_path, m
     assert by_scale[2.0]["likelihood_gain"]["mean"] == pytest.approx(0.5)
     assert by_scale[4.0]["excess"]["paired"]
     table = (tmp_path / "out" / "leakage.md").read_text()
-    assert "- parrot, by captions: the smallest s that leaks is 2" in table
+    assert "- parrot, leakage threshold by captions: s = 2" in table
 
 
 def test_the_papers_rows_are_in_the_table_of_coco_captions():
     interval = {"difference": 9.0, "interval": [8.0, 10.0]}
     row = {"model": "M", "scale": 4.0, "excess": interval, "likelihood_gain": {"mean": 0.5, "interval": [0.4, 0.6]}}
     row |= {name: {"CIDEr": value} for name, value in (("task", 50.0), ("no_text_task", 40.0), ("control", 1.0))}
+    row |= {"task_interval": [45.0, 55.0], "other_tasks": {"mmvp": {"score": 33.3, "interval": [25.0, 40.0]}}}
     result = {"benchmark": "captions", "metric": "CIDEr", "samples": 5000, "seed": 0}
     result["rows"] = [{**row, "mismatched": {"CIDEr": 10.0}}]
     result["smallest_leaking_scale"] = {"M": {"captions": 4.0, "likelihood": None}}
     table = leakage_markdown(result)
     assert (
-        "| M | 4 | 50.00 | 40.00 | 10.00 | 1.00 | +9.00 [+8.00, +10.00] | +0.500 [+0.400, +0.600] |\n"
-        "| SDXL; GT captions, no CFG (S4 Table 6) | | | | 7.32 | | | |\n"
+        "| M | 4 | 33.30 [25.00, 40.00] | 50.00 [45.00, 55.00] | 40.00 | 10.00 | 1.00 | +9.00 [+8.00, +10.00] | "
+        "+0.500 [+0.400, +0.600] |\n"
+        "| SDXL; GT captions, no CFG (S4 Table 6) | | | | | 7.32 | | | |\n"
     ) in table
-    assert "| SD 2.1; GT captions, s=4 (S3 4.3) | | | | 12.97 | | | |" in table
+    assert "| SD 2.1; GT captions, s=4 (S3 4.3) | | | | | 12.97 | | | |" in table
     assert table.endswith(
-        "- M, by captions: the smallest s that leaks is 4\n- M, by likelihood: no leakage at any s of this sweep\n"
+        "- M, leakage threshold by captions: s = 4\n"
+        "- M, leakage threshold by likelihood: above every s of this sweep\n\n"
+        "The threshold is the smallest s at which the 95% interval of the excess or of the gain is above 0.\n"
     )
     assert "12.97" not in leakage_markdown({**result, "benchmark": "mini_captions"})
 

@@ -15,7 +15,8 @@ from PIL import Image
 from sdllava.evaluation.benchmarks.matching_base import MatchingItem
 from sdllava.evaluation.compare import compare
 from sdllava.evaluation.match import load_matcher, match, tabulate
-from sdllava.evaluation.matching import DiffusionMatcher, MatchingOptions, attention_layers, published_timesteps
+from sdllava.evaluation.matching import READINGS, DiffusionMatcher, MatchingOptions, published_timesteps
+from sdllava.evaluation.matching_scores import attention_taps
 from sdllava.evaluation.plots import plot_parts
 
 IMAGES = [make_image(1, (40, 30)), make_image(2, (24, 50))]
@@ -54,8 +55,11 @@ def stock(folder):
     }
 
 
-def direct_score(parts, image, text, timestep, noise, posterior_noise, layers, unconditional, bias):
-    """The formula written out on stock diffusers: batch [empty, text], hooks on q and k, softmax never taken."""
+def stock_pass(parts, image, text, timestep, noise, posterior_noise, layers):
+    """Logits of each layer, `(2, heads, pixels, 77)`, and errors `(2,)` of the noise and of the velocity.
+
+    One pass of the stock UNet over [empty, text].
+    """
     unet, vae = parts["unet"], parts["vae"]
     size = 8 * unet.config.sample_size
     pixels = torch.tensor(np.asarray(image.resize((size, size), 1))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -71,81 +75,143 @@ def direct_score(parts, image, text, timestep, noise, posterior_noise, layers, u
             ["", text], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
         output = unet(torch.cat([noisy, noisy]), timestep, parts["encoder"](ids).last_hidden_state).sample
-    layer_scores = []
+    for handle in handles:
+        handle.remove()
+    logits = []
     for path in layers:
         heads = unet.get_submodule(path).heads
         q, k = (read[path, name].double().numpy() for name in ("to_q", "to_k"))
         q, k = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k))
-        logits = np.einsum("bphd,bkhd->bhpk", q, k) / np.sqrt(q.shape[-1])
-        pooled = np.log(np.exp(logits).sum(-1))
-        layer_scores.append(pooled.mean() if unconditional else pooled[1].mean())
-    for handle in handles:
-        handle.remove()
-    distances = (noise - output).flatten(1).norm(dim=1)
-    return np.mean(layer_scores) + (float(distances[0] - distances[1]) if bias else 0)
+        logits.append(np.einsum("bphd,bkhd->bhpk", q, k) / np.sqrt(q.shape[-1]))
+    velocity = parts["scheduler"].get_velocity(latents, noise[None], torch.tensor([timestep]))
+    return logits, (noise - output).flatten(1).double().numpy(), (velocity - output).flatten(1).double().numpy()
+
+
+def released_code(passes, unconditional=True, bias=False):
+    """The released code's score of one timestep."""
+    ((logits, errors, _),) = passes
+    pooled = [np.log(np.exp(layer).sum(-1)) for layer in logits]
+    norms = np.linalg.norm(errors, axis=1)
+    attention = np.mean([(layer if unconditional else layer[1]).mean() for layer in pooled])
+    return attention + (norms[0] - norms[1] if bias else 0)
+
+
+def relative(passes):
+    ((logits, _, _),) = passes
+    pooled = [np.log(np.exp(layer).sum(-1)).mean(axis=(1, 2)) for layer in logits]
+    return np.mean([layer[1] - layer[0] for layer in pooled])
+
+
+def summed_maps(passes, unconditional=True):
+    """S3's score: maps of both timesteps and all layers, at a quarter of the 8x8 latents."""
+    total = np.zeros((2, 77, 2, 2))
+    for logits, _, _ in passes:
+        for layer in logits:
+            maps = (np.exp(layer) / np.exp(layer).sum(-1, keepdims=True)).mean(axis=1)  # (2, pixels, 77)
+            side = int(np.sqrt(maps.shape[1]))
+            maps = maps.transpose(0, 2, 1).reshape(2, 77, side, side)
+            block = side // 2
+            total += maps.reshape(2, 77, 2, block, 2, block).mean(axis=(3, 5)) if block else maps
+    pooled = np.log(np.exp(total).sum(axis=(1, 2, 3)))
+    return pooled.mean() if unconditional else pooled[1]
+
+
+def denoising(passes, velocity=False):
+    ((_, noise, of_velocity),) = passes
+    squares = ((of_velocity if velocity else noise) ** 2).mean(axis=1)
+    return squares[0] - squares[1]
+
+
+LAST = [
+    "down_blocks.2.attentions.0.transformer_blocks.0.attn2",
+    "down_blocks.2.attentions.1.transformer_blocks.0.attn2",
+    "mid_block.attentions.0.transformer_blocks.0.attn2",
+    "up_blocks.3.attentions.0.transformer_blocks.0.attn2",
+    "up_blocks.3.attentions.1.transformer_blocks.0.attn2",
+    "up_blocks.3.attentions.2.transformer_blocks.0.attn2",
+]
+"""The released code's six layers of Stable Diffusion 1.x and 2.x."""
+
+
+def every_layer(folder):
+    return [name for name, _ in stock(folder)["unet"].named_modules() if name.endswith("attn2")]
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "options", "layers", "formula"),
     [
-        ("sd2", {}),
-        ("sd1", {}),
-        ("sd2", {"unconditional": False}),
-        ("sd2", {"layers": "all"}),
-        ("sd2", {"layers": ("U-L1-R1-B0-Cross-Q",)}),
-        ("sd2", {"bias": True}),
+        ("sd2", {}, LAST, released_code),
+        ("sd1", {}, LAST, released_code),
+        ("sd2", {"unconditional": False}, LAST, functools.partial(released_code, unconditional=False)),
+        ("sd2", {"bias": True}, LAST, functools.partial(released_code, bias=True)),
+        ("sd2", {"layers": ("U-L1-R1-B0-Cross-Q",)}, ["up_blocks.1.attentions.1.transformer_blocks.0.attn2"], None),
+        ("sd2", {"score": "attention-relative"}, LAST, relative),
+        ("sd2", READINGS["s4"], "all", released_code),
+        ("sd2", READINGS["s3"], "all", summed_maps),
+        ("sd2", {**READINGS["s3"], "unconditional": False}, "all", functools.partial(summed_maps, unconditional=False)),
+        ("sd2", {"score": "denoising"}, [], denoising),
     ],
 )
-def test_equal_to_a_direct_computation(published, kind, options):
-    ours = matcher(published, kind, **options)
+def test_equal_to_a_hand_written_formula(published, kind, options, layers, formula):
+    ours, parts = matcher(published, kind, **options), stock(published[kind])
     scores = ours.score(IMAGES, TEXTS)
-    assert scores.shape == (2, 2, 2, 2)
+    is_summed, is_denoising = options.get("pooling") == "maps", options.get("score") == "denoising"
+    assert scores.shape == (2, 1 if is_summed else 2, 2, 2)
+    assert ours.timesteps == (() if is_summed else (89, 489))
     generator = torch.Generator().manual_seed(1)  # of the second trial
     size = ours.tower.config.image_size // 8
-    posterior_noise = torch.randn((4, size, size), generator=generator)
+    posterior_noise = torch.randn((4, size, size), generator=generator) * (not is_denoising)
     noises = [torch.randn((4, size, size), generator=generator) for _ in (89, 489)]
+    layers = every_layer(published[kind]) if layers == "all" else layers
     for position, text, image in ((0, 0, 1), (1, 1, 0), (1, 1, 1)):
-        expected = direct_score(
-            stock(published[kind]),
-            IMAGES[image],
-            TEXTS[text],
-            (89, 489)[position],
-            noises[position],
-            posterior_noise,
-            ours.layers,
-            options.get("unconditional", True),
-            options.get("bias", False),
-        )
-        assert scores[1, position, text, image] == pytest.approx(expected, abs=2e-5)
+        passes = [
+            stock_pass(parts, IMAGES[image], TEXTS[text], (89, 489)[k], noises[k], posterior_noise, layers)
+            for k in ((0, 1) if is_summed else (position,))
+        ]
+        expected = (formula or released_code)(passes)
+        found = scores[1, 0 if is_summed else position, text, image]
+        assert found == pytest.approx(expected, abs=1e-6 if is_denoising else 2e-5)
+
+
+@pytest.mark.parametrize("options", [{"score": "denoising"}, {"bias": True}])
+def test_v_prediction(published, monkeypatch, options):
+    """The denoising error is the velocity's; the bias is a distance of noise, sqrt(abar) times the velocity's."""
+    ours, parts = matcher(published, timesteps=(489,), trials=1, **options), stock(published["sd2"])
+    config = ours.tower.config
+    monkeypatch.setattr(config, "scheduler_config", {**config.scheduler_config, "prediction_type": "v_prediction"})
+    found = ours.score(IMAGES[:1], TEXTS[:1])[0, 0, 0, 0]
+    plain = matcher(published, timesteps=(489,), trials=1)
+    generator = torch.Generator().manual_seed(0)
+    posterior, noise = (torch.randn((4, 8, 8), generator=generator) for _ in range(2))
+    is_bias = "bias" in options
+    passes = [stock_pass(parts, IMAGES[0], TEXTS[0], 489, noise, posterior * is_bias, LAST)]
+    if is_bias:
+        norms = np.linalg.norm(passes[0][2], axis=1) * ours.tower.backbone.noise_rates(489)[0]
+        attention = plain.score(IMAGES[:1], TEXTS[:1])[0, 0, 0, 0]
+        assert found == pytest.approx(attention + norms[0] - norms[1], abs=2e-5)
+    else:
+        assert found == pytest.approx(denoising(passes, velocity=True), abs=1e-6)
 
 
 def test_layers(published):
-    unet = matcher(published).tower.unet
-    assert attention_layers(unet, "last") == [
-        "down_blocks.2.attentions.0.transformer_blocks.0.attn2",
-        "down_blocks.2.attentions.1.transformer_blocks.0.attn2",
-        "mid_block.attentions.0.transformer_blocks.0.attn2",
-        "up_blocks.3.attentions.0.transformer_blocks.0.attn2",
-        "up_blocks.3.attentions.1.transformer_blocks.0.attn2",
-        "up_blocks.3.attentions.2.transformer_blocks.0.attn2",
-    ]
-    assert len(attention_layers(unet, "all")) == 16
+    whole = matcher(published).tower
+    assert [tap.module_path.removesuffix(".to_q") for tap in attention_taps(whole, "last")] == LAST
+    assert len(attention_taps(whole, "all")) == 16
     with pytest.raises(ValueError, match="The nearest are"):
-        attention_layers(unet, ("U-L9-R9-B9-Cross-Q",))
+        attention_taps(whole, ("U-L9-R9-B9-Cross-Q",))
     with pytest.raises(ValueError, match=r"'U-L1-R1-B0-Out' is not a query of a cross-attention\. Use Cross-Q taps"):
-        attention_layers(unet, ("U-L1-R1-B0-Out",))
+        attention_taps(whole, ("U-L1-R1-B0-Out",))
     with pytest.raises(ValueError, match="Unknown layers 'first'"):
-        attention_layers(unet, "first")
+        attention_taps(whole, "first")
 
 
 def test_sdxl_reads_the_last_transformer_block_of_each_attention(published):
     xl = matcher(published, "sdxl", timesteps=(489,), trials=1)
-    assert all(path.count("transformer_blocks") == 1 for path in xl.layers)
-    assert [p for p in xl.layers if p.startswith("mid")] == ["mid_block.attentions.0.transformer_blocks.2.attn2"]
+    assert [name for name in xl.layers if name.startswith("M")] == ["M-L0-R0-B2-Cross-Q"]
     assert np.isfinite(xl.score(IMAGES, TEXTS)).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"tokens": "text", "unconditional": False}, {"bias": True}])
+@pytest.mark.parametrize("options", [{"bias": True}, {"tokens": "text", "unconditional": False}, READINGS["s3"]])
 def test_independent_of_batch_size_and_of_the_other_images_and_texts(published, options):
     options = {"timesteps": (489,), "trials": 1, **options}
     together = matcher(published, batch_size=32, **options)
@@ -175,6 +241,10 @@ def test_masks_and_trials_change_the_score(published):
     [
         ({"tokens": "bos"}, "Unknown token mask 'bos'. Choose one of all, no_padding, text"),
         ({"tokens": "text"}, "leaves no tokens of the empty prompt. Add --no-unconditional"),
+        ({"tokens": "text", "score": "attention-relative"}, "which attention-relative needs. Use --tokens no_padding"),
+        ({"score": "clip"}, "Unknown score 'clip'. Choose one of attention, attention-relative, denoising"),
+        ({"pooling": "max"}, "Unknown pooling 'max'. Choose one of logits, maps"),
+        ({"score": "denoising", "bias": True}, "Leave out --bias, or use --score attention"),
         ({"timesteps": (1000,)}, r"Timestep 1000 is outside the training schedule. Use a value in 0\.\.999"),
         ({"trials": 0}, "Matching with 0 trials and 5 timesteps is empty. Use at least one of each"),
     ],
@@ -184,15 +254,9 @@ def test_bad_options(options, sentence):
         MatchingOptions(**options)
 
 
-@pytest.mark.parametrize(
-    ("truncate", "tiny", "message"),
-    [(True, False, "truncated, .*truncate=False"), (False, True, "tiny autoencoder, .*Load it with its VAE")],
-)
-def test_towers_that_cannot_match(truncate, tiny, message):
-    vae = {"encoder_block_out_channels": [8]} if tiny else {}
-    tower = SimpleNamespace(config=SimpleNamespace(truncate=truncate, unet_config={}, vae_config=vae))
-    with pytest.raises(ValueError, match=message):
-        DiffusionMatcher(tower, [])
+def test_a_truncated_tower_cannot_match():
+    with pytest.raises(ValueError, match=r"truncated, .*truncate=False"):
+        DiffusionMatcher(SimpleNamespace(config=SimpleNamespace(truncate=True)), [])
 
 
 def test_transparent_images_are_laid_on_white(published):
@@ -202,19 +266,8 @@ def test_transparent_images_are_laid_on_white(published):
     white[:, :8] = (200, 30, 30)
     ours = matcher(published)
     with torch.inference_mode():
-        (mean, _), (expected, _) = (ours._posterior([Image.fromarray(p)]) for p in (pixels, white))
+        (mean, _), (expected, _) = (ours._encode([Image.fromarray(p)]) for p in (pixels, white))
     torch.testing.assert_close(mean, expected, rtol=0, atol=0)
-
-
-def test_v_prediction_distance_is_that_of_the_noise(published, monkeypatch):
-    """With v = sqrt(abar) eps - sqrt(1 - abar) x0 the recovered noise is eps again."""
-    ours = matcher(published, bias=True)
-    config = ours.tower.config
-    monkeypatch.setattr(config, "scheduler_config", {**config.scheduler_config, "prediction_type": "v_prediction"})
-    clean, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    noisy = ours.tower.add_noise(clean, 489, noise)
-    velocity = ours.tower.add_noise(noise, 489, -clean)
-    torch.testing.assert_close(ours._predicted_noise(velocity, noisy, 489), noise)
 
 
 # ------------------------------------------------------------------------------------------------------- the run

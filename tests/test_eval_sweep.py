@@ -53,8 +53,8 @@ def test_a_swept_run_equals_single_runs(monkeypatch, tmp_path):
         (("--sweep", "timesteps=10,50"), "'timesteps=10,50' is not a sweep. Write guidance="),
         (("--sweep", "guidance=2,2"), "'guidance=2,2' is not a sweep"),
         (("--sweep", "guidance=high"), "--sweep guidance= takes numbers separated by commas"),
-        (("--sweep", "guidance=0,2", "--guidance", "1"), "Leave out --guidance, --leakage"),
-        (("--sweep", "guidance=0,2", "--leakage"), "Leave out --guidance, --leakage"),
+        (("--sweep", "guidance=0,2", "--guidance", "1"), "Leave out --guidance, --passes"),
+        (("--sweep", "guidance=0,2", "--leakage"), "--leakage needs one captioning benchmark: name captions or mini_"),
     ],
 )
 def test_wrong_sweeps_raise_before_a_model_is_loaded(options, reason):

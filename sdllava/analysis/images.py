@@ -8,6 +8,7 @@ from typing import Literal
 
 from PIL import Image
 
+from ..data.captioned_images import TextedImage, published_images
 from ..data.images import open_image
 from ..data.ordering import natural_key
 from ..data.prompts import PromptOptions, training_prompts
@@ -36,31 +37,34 @@ class PromptedImage:
 
 
 class ImageFiles(Sequence[PromptedImage]):
-    """Image files with one question, opened on access.
+    """Image files with their prompts, opened on access.
 
     Args:
         files: Names and paths, in order.
-        question: The question about every image. None for the empty prompt.
+        prompts: The prompt of every image, or one of each. None for the empty prompt.
     """
 
-    def __init__(self, files: Sequence[tuple[str, Path]], question: str | None):
-        self.files, self.question = list(files), question
+    def __init__(self, files: Sequence[tuple[str, Path]], prompts: str | Sequence[str | None] | None):
+        self.files = list(files)
+        self.prompts = list(prompts) if isinstance(prompts, list | tuple) else [prompts] * len(self.files)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> PromptedImage:  # type: ignore[override]  # slices are not supported
         name, path = self.files[index]
-        return PromptedImage(name, load_rgb(path), self.question)
+        return PromptedImage(name, load_rgb(path), self.prompts[index])
 
     @property
     def has_questions(self) -> bool:
-        """Whether the images have a question."""
-        return self.question is not None
+        """Whether an image has a prompt."""
+        return any(prompt is not None for prompt in self.prompts)
 
     def fingerprint(self) -> str:
-        """Hash of the names, the file sizes and the question, computed without decoding."""
-        return _fingerprint([[name, path.stat().st_size] for name, path in self.files], self.question)
+        """Hash of the names, the file sizes and the prompts, computed without decoding."""
+        distinct = set(self.prompts)  # one prompt has the hash that earlier versions gave it
+        prompts = distinct.pop() if len(distinct) == 1 else self.prompts
+        return _fingerprint([[name, path.stat().st_size] for name, path in self.files], prompts)
 
 
 class DatasetImages(Sequence[PromptedImage]):
@@ -113,8 +117,9 @@ def open_images(
     """Open the images of an analysis.
 
     Args:
-        sources: Image files and folders of image files, or one dataset, anything that
-            [`~sdllava.data.sources.DataSource`] reads. A folder gives the images in it and in its subfolders, in the
+        sources: Image files and folders of image files, or one dataset: COCO's captions or a folder of MMVP or
+            MMVP-VLM, as `sdllava evaluate` reads them, or anything that [`~sdllava.data.sources.DataSource`] reads. A
+            folder gives the images in it and in its subfolders, in the
             natural order of their paths: `2.jpg` comes before `10.jpg`. A folder that has data files, and images only
             in subfolders, is a dataset.
         question: The question about every image of files and folders. None for the empty prompt.
@@ -124,6 +129,8 @@ def open_images(
     Raises:
         FileNotFoundError: A file does not exist, or a folder has neither images nor a dataset.
     """
+    if len(sources) == 1 and (texted := published_images(sources[0], image_folder)) is not None:
+        return _with_own_texts(texted, question, prompt)
     files: list[tuple[str, Path]] = []
     for source in sources:
         path = Path(source)
@@ -146,6 +153,16 @@ def open_images(
                 "a dataset as the only source."
             )
     return ImageFiles(files, question)
+
+
+def _with_own_texts(texted: Sequence[TextedImage], question: str | None, prompt: DatasetPrompt) -> ImageFiles:
+    """The images of a published set with one question, or with their own questions or captions."""
+    files = [(image.name, image.path) for image in texted]
+    if question is not None:
+        return ImageFiles(files, question)
+    if prompt == "none":
+        return ImageFiles(files, None)
+    return ImageFiles(files, [image.question if prompt == "question" else image.caption for image in texted])
 
 
 def _images_in_folder(folder: Path) -> list[tuple[str, Path]]:

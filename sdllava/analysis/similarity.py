@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -160,10 +161,49 @@ class MinibatchCKA:
         """
         if not self.batches:
             raise ValueError("CKA of 0 batches is undefined. Call `update` first.")
-        own = self.sums.diagonal()
-        with np.errstate(invalid="ignore", divide="ignore"):
-            scale = np.sqrt(np.where(own > 0, own, np.nan))
-            return self.sums / np.outer(scale, scale)
+        return _normalised(self.sums)
+
+
+class FullBatchCKA:
+    """Linear CKA of every pair of named representations over all examples at once (Kornblith et al., 2019).
+
+    CKA(X, Y) = |Y'X|^2 / (|X'X| |Y'Y|) with columns that are centred over all examples. It is biased upwards where
+    there are fewer examples than features. All features are held in memory, in float32.
+
+    Args:
+        names: Names of the representations, in the order of the matrix.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.vectors: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+    def update(self, features: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Add a batch; see `MinibatchCKA.update`."""
+        for name, values in features.items() if isinstance(features, Mapping) else features:
+            self.vectors[name].append(values.flatten(1).float().cpu())
+
+    def matrix(self) -> np.ndarray:
+        """The CKA of every pair.
+
+        Returns:
+            `np.ndarray` of shape `(names, names)`, float64, in [0, 1]. It is nan where a representation does not vary.
+
+        Raises:
+            ValueError: `update` was not called.
+        """
+        if not any(self.vectors.values()):
+            raise ValueError("CKA of 0 batches is undefined. Call `update` first.")
+        grams = [_gram(torch.cat(batches)).flatten() for batches in self.vectors.values()]
+        stacked = torch.stack(grams)
+        return _normalised((stacked @ stacked.T).numpy())
+
+
+def _normalised(sums: np.ndarray) -> np.ndarray:
+    """Each sum divided by the root of both own sums."""
+    own = sums.diagonal()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.sqrt(np.where(own > 0, own, np.nan))
+        return sums / np.outer(scale, scale)
 
 
 def _gram(values: torch.Tensor) -> torch.Tensor:
@@ -178,7 +218,7 @@ class CKAResult:
 
     Args:
         keys (`list[tuple]`): Tap, timestep and guidance scale of each row and column.
-        matrix (`np.ndarray` of shape `(keys, keys)`, float64): See [`MinibatchCKA.matrix`].
+        matrix (`np.ndarray` of shape `(keys, keys)`, float64): See [`MinibatchCKA.matrix`], [`FullBatchCKA.matrix`].
         num_images (`int`): Number of images.
     """
 
@@ -197,21 +237,25 @@ class CKAResult:
         return [self.keys[i][2] for i in rows], self.matrix[self.keys.index((tap, timestep, 0.0)), rows]
 
 
-def cka(source: ComputedFeatures | Sweep, batch_size: int = 16) -> CKAResult:
+def cka(
+    source: ComputedFeatures | Sweep, batch_size: int = 16, method: Literal["minibatch", "full"] = "minibatch"
+) -> CKAResult:
     """Linear CKA between every two of the selected features, over all images.
 
     Args:
         source: Features of at least 4 images.
         batch_size: Images per batch. Batches have nearly equal sizes of at least 4.
+        method: "minibatch" averages unbiased estimates of batches, "full" compares all images at once.
 
     Raises:
         ValueError: There are fewer than 4 images.
     """
     count = len(source)
     if count < 4:
-        raise ValueError(f"The unbiased estimate needs at least 4 images, not {count}. Give more images.")
+        raise ValueError(f"CKA needs at least 4 images, not {count}. Give more images.")
     keys = source.selection.keys
-    meter = MinibatchCKA([_name(key) for key in keys])
+    names = [_name(key) for key in keys]
+    meter = FullBatchCKA(names) if method == "full" else MinibatchCKA(names)
     num_batches = min(math.ceil(count / batch_size), count // 4)
     for rows in np.array_split(np.arange(count), num_batches):
         features = source.batch(rows.tolist())

@@ -89,9 +89,14 @@ PassesOption = Annotated[
 ]
 LeakageOption = Annotated[
     bool,
-    typer.Option(help="Captions: sweep guidance scales; task score and leakage.", rich_help_panel=PANEL_OTHER),
+    typer.Option(
+        help="Leakage on captions by guidance scale, next to the scores of all named benchmarks.",
+        rich_help_panel=PANEL_OTHER,
+    ),
 ]
-ScalesOption = Annotated[str, typer.Option(help="Guidance scales of --leakage.", rich_help_panel=PANEL_OTHER)]
+ScalesOption = Annotated[
+    str, typer.Option(help="Guidance scales of --leakage without --sweep.", rich_help_panel=PANEL_OTHER)
+]
 AllDonorCaptionsOption = Annotated[
     bool,
     typer.Option(help="Leakage: score against all captions of the donor image.", rich_help_panel=PANEL_OTHER),
@@ -105,6 +110,12 @@ CompareOption = Annotated[
 PlotOption = Annotated[
     Path | None,
     typer.Option(help="With --compare: draw tasks or patterns (.png, .svg, .pdf).", rich_help_panel=PANEL_OTHER),
+]
+HeatmapOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --compare: draw scores by tap and timestep (.png, .svg, .pdf).", rich_help_panel=PANEL_OTHER
+    ),
 ]
 MatchModelsOption = Annotated[
     list[str],
@@ -167,10 +178,11 @@ def evaluate(
     all_donor_captions: AllDonorCaptionsOption = False,
     compare: CompareOption = False,
     plot: PlotOption = None,
+    heatmap: HeatmapOption = None,
 ) -> None:
     """Evaluate models on the papers' benchmarks, compare results, write captions, or measure leakage."""
     if compare:
-        _compare(runs or [], plot)
+        _compare(runs or [], plot, heatmap)
         return
     if runs:
         raise ValueError(f"To compare the results folder {str(runs[0])!r}, add --compare.")
@@ -181,16 +193,15 @@ def evaluate(
             "Name at least one --model and one --benchmark, or a .jsonl file with --data, or results folders with "
             "--compare."
         )
-    if plot:
-        raise ValueError("--plot goes with --compare.")
+    if plot or heatmap:
+        raise ValueError("--plot and --heatmap go with --compare.")
     guidance_scales = parse_numbers(guidance, "--guidance")
     swept_scales = _parse_sweep(sweep)
-    if swept_scales and (guidance or leakage or write_pseudo_captions or passes != 1):
+    if swept_scales and (guidance or write_pseudo_captions or passes != 1):
         raise ValueError(
-            "--sweep sets the scales of scored runs. Leave out --guidance, --leakage, --passes and "
-            "--write-pseudo-captions."
+            "--sweep sets the scales of scored runs. Leave out --guidance, --passes and --write-pseudo-captions."
         )
-    leakage_scales = parse_numbers(scales, "--scales") or []
+    leakage_scales = swept_scales or parse_numbers(scales, "--scales") or []
     names = split_names(benchmark)
     if device is not None:
         check_device(device)
@@ -214,7 +225,7 @@ def evaluate(
     load = {"revision": model_revision, "dtype": dtype.value, "device": device}
     with _leaving_process_group():
         if leakage:
-            _leakage(model, names[0], output, options, leakage_scales, all_donor_captions, load)
+            _leakage(model, names, output, options, leakage_scales, all_donor_captions, load)
         elif write_pseudo_captions:
             _pseudo_captions(model[0], names[0], write_pseudo_captions, options, load)
         else:
@@ -257,9 +268,10 @@ def _check_names(
 
     for name in names:
         get_benchmark(name, options.protocol)
-    single = len(names) == 1 and (len(models) == 1 or leakage)
-    if (pseudo_captions or leakage) and not single:
-        raise ValueError("Pseudo-captions and leakage take one --benchmark; pseudo-captions also take one --model.")
+    if pseudo_captions and (len(names) > 1 or len(models) > 1):
+        raise ValueError("Pseudo-captions take one --benchmark and one --model.")
+    if leakage and len([name for name in names if "captions" in name]) != 1:
+        raise ValueError("--leakage needs one captioning benchmark: name captions or mini_captions in --benchmark.")
     if leakage and (options.guidance or options.blind or options.diffusion_prompt != "question" or passes != 1):
         raise ValueError(
             "--leakage sets prompts and scales itself. Leave out --guidance, --diffusion-prompt, --blind and --passes."
@@ -308,10 +320,11 @@ def _print_comparison(paths: Sequence[Path]) -> "list[Comparison]":
     return comparisons
 
 
-def _compare(runs: Sequence[Path], plot: Path | None) -> None:
+def _compare(runs: Sequence[Path], plot: Path | None, heatmap: Path | None) -> None:
     if not runs:
         raise ValueError("Name the results folders to compare: sdllava evaluate --compare A B.")
-    check_outputs([plot] if plot else [], "--plot", (".png", ".svg", ".pdf"))
+    for option, picture in (("--plot", plot), ("--heatmap", heatmap)):
+        check_outputs([picture] if picture else [], option, (".png", ".svg", ".pdf"))
     comparisons = _print_comparison(runs)
     if plot:
         from ..evaluation.plots import plot_parts
@@ -320,6 +333,13 @@ def _compare(runs: Sequence[Path], plot: Path | None) -> None:
         for comparison in drawable:
             path = plot if len(drawable) == 1 else plot.with_stem(f"{plot.stem}-{comparison.benchmark}")
             plot_parts(comparison, path)
+            typer.echo(f"Picture: {path}")
+    if heatmap:
+        from ..evaluation.plots import plot_timesteps
+
+        for comparison in comparisons:
+            path = heatmap if len(comparisons) == 1 else heatmap.with_stem(f"{heatmap.stem}-{comparison.benchmark}")
+            plot_timesteps(comparison, path)
             typer.echo(f"Picture: {path}")
 
 
@@ -335,7 +355,7 @@ def _pseudo_captions(model: str, name: str, file: Path, options: "EvaluationOpti
 
 def _leakage(
     models: Sequence[str],
-    name: str,
+    names: Sequence[str],
     output: Path,
     options: "EvaluationOptions",
     scales: Sequence[float],
@@ -343,17 +363,28 @@ def _leakage(
     load: dict[str, Any],
 ) -> None:
     from ..evaluation.evaluate import LoadedModel, load_samples, run_name
+    from ..evaluation.guidance_sweep import guidance_sweep, sweep_scores
     from ..evaluation.leakage import LeakageSetting, leakage_markdown, leakage_sweep
     from ..evaluation.plots import plot_leakage
 
-    setting = LeakageSetting.make(*load_samples(name, options), options, all_donor_captions)
+    (captions,) = (name for name in names if "captions" in name)
+    setting = LeakageSetting.make(*load_samples(captions, options), options, all_donor_captions)
     loaded = [(run_name(model), LoadedModel.load(model, **load)) for model in models]
+    tasks: dict[str, dict[float, dict[str, Any]]] = {}
+    for label, model in loaded:
+        for name in names:
+            if name != captions:
+                with progress_bar(f"{label} on {name}") as progress:
+                    runs = guidance_sweep(model, name, output / label / name, scales, options, None, progress)
+                for scale, found in sweep_scores(runs).items():
+                    tasks.setdefault(label, {}).setdefault(scale, {}).update(found)
     folder = output / "leakage"
     with progress_bar("leakage") as progress:
-        result = leakage_sweep(loaded, setting, folder, scales, progress)
-    plot_leakage(result, folder / "leakage.png")
-    typer.echo(leakage_markdown(result))
-    typer.echo(f"Results: {folder}")
+        result = leakage_sweep(loaded, setting, folder, scales, progress, tasks)
+    if result:
+        plot_leakage(result, folder / "leakage.png")
+        typer.echo(leakage_markdown(result))
+        typer.echo(f"Results: {folder}")
 
 
 def match(

@@ -258,23 +258,28 @@ def cka(
     sweep: SweepOption = None,
     prompt: PromptOption = "caption",
     image_folder: ImageFolderOption = None,
+    method: Annotated[
+        str, typer.Option(help="minibatch (unbiased), or full: all images at once, as Kornblith et al. do.")
+    ] = "minibatch",
     batch_size: BatchOption = 16,
     device: DeviceOption = None,
 ) -> None:
     """Compute linear CKA between taps, and of each guidance scale with s = 0 (S3, Figures 5c and 9)."""
     check_files(output)
     selected = Selected(taps, timesteps, guidance_scales)
+    if method not in ("minibatch", "full"):
+        raise ValueError(f"--method is minibatch or full, not {method!r}.")
     from ..analysis.similarity import cka as compute
 
     source = open_source(sweep, images, model, device, question, selected, prompt, image_folder)
-    result = compute(source.features, batch_size)
+    result = compute(source.features, batch_size, cast(Literal["minibatch", "full"], method))
 
     def draw() -> "Figure":
         from ..analysis.plots import cka_figure
 
-        return cka_figure(result, f"Linear CKA over {result.num_images} images\n{source.model}")
+        return cka_figure(result, f"Linear CKA ({method}) over {result.num_images} images\n{source.model}")
 
-    meta = {"model": source.model, "keys": result.keys, "num_images": result.num_images}
+    meta = {"model": source.model, "keys": result.keys, "num_images": result.num_images, "method": method}
     write_outputs(output, draw, {"matrix": result.matrix}, meta)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.prompts import read_pseudo_captions
 from ..fingerprints import weights_hash
+from ..run_records import locked
 from ..version import installed_versions
 from .benchmarks import get_benchmark
 from .benchmarks.base import Benchmark, Sample, locate
@@ -188,6 +189,7 @@ def evaluate_samples(
         `dict`: The contents of `results.json`, empty on other processes than the main one.
 
     Raises:
+        BlockingIOError: Another process evaluates to `output`.
         ValueError: `samples` is empty, or an option is invalid.
     """
     if not samples:
@@ -202,21 +204,29 @@ def evaluate_samples(
     runs = [(Path(output), settings)]
     if options.blind:
         runs.append((Path(output) / "blind", {**settings, "blind": True}))
-    answered = [_answer(responder, benchmark, samples, *run, questions, options, progress) for run in runs]
-    results: dict[str, Any] = {}
-    blind = None
-    for (path, identity), records in reversed(list(zip(runs, answered, strict=True))):
-        if records is None:  # not the main process
-            return {}
-        judged = _judge(benchmark, records, path, judge)
-        results = {**identity, **(summarise(benchmark, records) if score else {}), "judge": judged}
-        results.update(batch_size=options.batch_size, versions=installed_versions(), command=command_line())
-        if blind is not None:
-            results["blind"] = {key: blind[key] for key in ("scores", "intervals_95", "unparsed")}
-            results["notes"]["blind"] = "the same prompts, each image replaced by a mid-grey one of the same size"
-        RunFolder(path, identity).finish(records, results)
-        blind = results
+    with locked(output, process_state().process_index):
+        answered = [_answer(responder, benchmark, samples, *run, questions, options, progress) for run in runs]
+        results: dict[str, Any] = {}
+        blind = None
+        for (path, identity), records in reversed(list(zip(runs, answered, strict=True))):
+            if records is None:  # not the main process
+                return {}
+            judged = _judge(benchmark, records, path, judge)
+            results = {**identity, **(summarise(benchmark, records) if score else {}), "judge": judged}
+            results.update(batch_size=options.batch_size, versions=installed_versions(), command=command_line())
+            results["tower"] = _tower_facts(loaded)
+            if blind is not None:
+                results["blind"] = {key: blind[key] for key in ("scores", "intervals_95", "unparsed")}
+                results["notes"]["blind"] = "the same prompts, each image replaced by a mid-grey one of the same size"
+            RunFolder(path, identity).finish(records, results)
+            blind = results
     return results
+
+
+def _tower_facts(loaded: LoadedModel) -> dict[str, list] | None:
+    """Where and at which noise levels the diffusion model is read, None without one."""
+    config = getattr(loaded.model.config, "diffusion_config", None)
+    return None if config is None else {"taps": list(config.taps), "timesteps": list(config.timesteps)}
 
 
 def _settings(

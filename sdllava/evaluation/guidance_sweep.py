@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .evaluate import EvaluationOptions, LoadedModel, evaluate
 from .judge import Judge
+from .results import load_results
 from .runner import Progress
 
 
@@ -41,3 +43,18 @@ def guidance_sweep(
         if evaluate(loaded, name, run, replace(options, guidance=(float(scale),)), judge, progress):
             folders.append(run)
     return folders
+
+
+def sweep_scores(folders: Sequence[Path]) -> dict[float, dict[str, dict[str, Any]]]:
+    """The headline score and its 95% interval by guidance scale, under the name of benchmark and metric.
+
+    Args:
+        folders: From `guidance_sweep`.
+    """
+    found: dict[float, dict[str, dict[str, Any]]] = {}
+    for folder in folders:
+        for results, _ in load_results(folder):
+            metric, (scale,) = results["metric"], results["guidance_scales"]
+            score = {"score": results["scores"][metric], "interval": results["intervals_95"][metric]}
+            found.setdefault(float(scale), {})[f"{results['benchmark']} {metric}"] = score
+    return found

@@ -6,7 +6,7 @@ the empty prompt. The direct measure needs no generation: it is the gain in the 
 prompt's text, in nats per token, when the features are conditioned on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..atomic_files import write_json, write_text
 from .benchmarks.base import Benchmark, Sample
 from .bootstrap import difference, intervals
 from .evaluate import EvaluationOptions, LoadedModel, evaluate_samples, read_captions
-from .processes import process_state
+from .processes import gather_records, process_state
 from .prompt_choices import caption_of, derangement
 from .published import published_rows
 from .responder import Responder
@@ -26,6 +26,8 @@ from .results import read_records
 from .runner import Progress, Questions
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 4.0, 6.0, 8.0)
+TaskScores = Mapping[str, Mapping[float, Mapping[str, Any]]]
+"""By model's label and guidance scale: scores on other benchmarks by name, each with `score` and `interval`."""
 
 
 @torch.inference_mode()
@@ -148,8 +150,9 @@ def leakage_sweep(
     output: str | Path,
     scales: Sequence[float] = SCALES,
     progress: Progress | None = None,
+    tasks: TaskScores | None = None,
 ) -> dict[str, Any]:
-    """Measure task score and leakage for every model and guidance scale.
+    """Measure task score and leakage for every model and guidance scale. Processes share the samples.
 
     Args:
         models: Pairs of label and model, for example one trained with and one without caption dropout.
@@ -157,16 +160,15 @@ def leakage_sweep(
         output: Folder of the results.
         scales: Guidance scales s. Features with s = 0 do not depend on the prompt.
         progress: Called with the number of answered samples and their total, in every run.
+        tasks: Scores on other benchmarks at these scales, shown in the same table.
 
     Returns:
         `dict`: `rows`, `smallest_leaking_scale` and settings, also written as `leakage.json` and, as one table,
-        `leakage.md`.
+        `leakage.md`. Empty on other processes than the main one.
 
     Raises:
-        ValueError: A model has no diffusion tower or several guidance scales, or there are several processes.
+        ValueError: A model has no diffusion tower or several guidance scales.
     """
-    if (count := process_state().num_processes) > 1:
-        raise ValueError(f"A leakage sweep cannot run in {count} processes. Start it without accelerate launch.")
     for label, loaded in models:
         config = getattr(loaded.model.config, "diffusion_config", None)
         if config is None or len(config.guidance_scales) != 1:
@@ -177,11 +179,15 @@ def leakage_sweep(
     output, rows, smallest = Path(output), [], {}
     for label, loaded in models:
         found = _sweep_model(label, loaded, setting, output / label, scales, progress)
+        for row in found:
+            row["other_tasks"] = dict((tasks or {}).get(label, {}).get(row["scale"], {}))
         rows += found
         smallest[label] = {
             measure: next((row["scale"] for row in found if row[key]["interval"][0] > 0), None)
             for measure, key in (("captions", "excess"), ("likelihood", "likelihood_gain"))
         }
+    if not process_state().is_main_process:
+        return {}
     result = {
         "benchmark": setting.benchmark.name,
         "metric": setting.benchmark.metric,
@@ -212,29 +218,30 @@ def _sweep_model(
         options = replace(setting.options, guidance=(scale,), blind=False)
         folder = output / name
         results = evaluate_samples(loaded, benchmark, which, setting.source, folder, options, None, progress, questions)
-        return results, read_records(folder / "samples.jsonl")
+        return results, read_records(folder / "samples.jsonl") if results else []
 
     plain, records = run("no-text", samples, empty, 1.0)
     control = [{**record, "target": setting.donor_references[record["id"]]} for record in records]
-    control_units = benchmark.units(control)
-    control_scores = benchmark.score(control)
     texts = [setting.donor[sample.id] for sample in samples]
     baseline = _likelihood(loaded, setting, texts, empty, 1.0)
     rows = []
     for scale in scales:
         task, _ = run(f"task-s{scale:g}", samples, own, scale)
         mismatched, records = run(f"mismatched-s{scale:g}", setting.with_donor_targets(), donor, scale)
-        gains = _likelihood(loaded, setting, texts, donor, scale) - baseline
+        likelihood = _likelihood(loaded, setting, texts, donor, scale)
+        if baseline is None or likelihood is None:  # not the main process
+            continue
         rows.append(
             {
                 "model": label,
                 "scale": scale,
                 "task": task["scores"],
+                "task_interval": task["intervals_95"][metric],
                 "no_text_task": plain["scores"],
                 "mismatched": mismatched["scores"],
-                "control": control_scores,
-                "excess": difference(control_units, benchmark.units(records), benchmark.scores, metric),
-                "likelihood_gain": _mean_with_interval(gains),
+                "control": benchmark.score(control),
+                "excess": difference(benchmark.units(control), benchmark.units(records), benchmark.scores, metric),
+                "likelihood_gain": _mean_with_interval(likelihood - baseline),
             }
         )
     return rows
@@ -242,10 +249,18 @@ def _sweep_model(
 
 def _likelihood(
     loaded: LoadedModel, setting: LeakageSetting, texts: Sequence[str], questions: Questions, scale: float
-) -> np.ndarray:
+) -> np.ndarray | None:
+    """The likelihood of each text on the main process, None on the others."""
     responder = Responder(loaded.model, loaded.processor, setting.benchmark.template, [scale])
-    prompts = [questions[sample.id] for sample in setting.samples]
-    return text_log_likelihood(responder, setting.samples, texts, prompts, setting.options.batch_size)
+    state, samples = process_state(), setting.samples
+    mine = range(len(samples))[state.process_index :: state.num_processes]
+    prompts = [questions[samples[k].id] for k in mine]
+    values = text_log_likelihood(
+        responder, [samples[k] for k in mine], [texts[k] for k in mine], prompts, setting.options.batch_size
+    )
+    own = [{"id": samples[k].id, "value": float(value)} for k, value in zip(mine, values, strict=True)]
+    records = gather_records(own, {sample.id: number for number, sample in enumerate(samples)})
+    return None if records is None else np.array([record["value"] for record in records])
 
 
 def _mean_with_interval(values: np.ndarray) -> dict[str, Any]:
@@ -254,30 +269,54 @@ def _mean_with_interval(values: np.ndarray) -> dict[str, Any]:
 
 
 def leakage_markdown(result: dict[str, Any]) -> str:
-    """A sweep as one Markdown table, for COCO with the papers' rows, and the smallest scales that leak."""
-    metric = result["metric"]
+    """A sweep as one Markdown table, for COCO with the papers' rows, and the threshold of each measure."""
+    metric, rows = result["metric"], result["rows"]
+    others = list(dict.fromkeys(name for row in rows for name in row["other_tasks"]))
+    columns = [
+        "model",
+        "s",
+        *(f"{name} [95%]" for name in others),
+        f"task {metric} [95%]",
+        "task without text",
+        f"{metric} against the wrong prompt",
+        "control",
+        "excess [95%]",
+        "likelihood gain, nats/token [95%]",
+    ]
     lines = [
         f"# Leakage by guidance scale ({result['samples']} images, seed {result['seed']})",
         "",
-        f"| model | s | task {metric} | task without text | {metric} against the wrong prompt | control | "
-        "excess [95%] | likelihood gain, nats/token [95%] |",
-        "|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
     ]
-    for row in result["rows"]:
+    for row in rows:
         excess, gain = row["excess"], row["likelihood_gain"]
-        lines.append(
-            f"| {row['model']} | {row['scale']:g} | {row['task'][metric]:.2f} | {row['no_text_task'][metric]:.2f} | "
-            f"{row['mismatched'][metric]:.2f} | "
-            f"{row['control'][metric]:.2f} | {excess['difference']:+.2f} [{excess['interval'][0]:+.2f}, "
-            f"{excess['interval'][1]:+.2f}] | {gain['mean']:+.3f} [{gain['interval'][0]:+.3f}, "
-            f"{gain['interval'][1]:+.3f}] |"
-        )
-    for row in published_rows("mismatched captions") if result["benchmark"] == "captions" else ():
-        if metric in row.scores:
-            lines.append(f"| {row.model} ({row.source}) | | | | {row.scores[metric]:.2f} | | | |")
+        scores = [row["other_tasks"].get(name) for name in others]
+        cells = [
+            row["model"],
+            f"{row['scale']:g}",
+            *("" if found is None else _span(found["score"], found["interval"]) for found in scores),
+            _span(row["task"][metric], row["task_interval"]),
+            f"{row['no_text_task'][metric]:.2f}",
+            f"{row['mismatched'][metric]:.2f}",
+            f"{row['control'][metric]:.2f}",
+            _span(excess["difference"], excess["interval"], "+.2f"),
+            _span(gain["mean"], gain["interval"], "+.3f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for published in published_rows("mismatched captions") if result["benchmark"] == "captions" else ():
+        if metric in published.scores:
+            before, value = " |" * (len(others) + 3), f"{published.scores[metric]:.2f}"
+            lines.append(f"| {published.model} ({published.source}) |{before} {value} | | | |")
     lines.append("")
     for label, found in result["smallest_leaking_scale"].items():
         for measure, scale in found.items():
-            text = "no leakage at any s of this sweep" if scale is None else f"the smallest s that leaks is {scale:g}"
-            lines.append(f"- {label}, by {measure}: {text}")
+            text = "above every s of this sweep" if scale is None else f"s = {scale:g}"
+            lines.append(f"- {label}, leakage threshold by {measure}: {text}")
+    lines += ["", "The threshold is the smallest s at which the 95% interval of the excess or of the gain is above 0."]
     return "\n".join(lines) + "\n"
+
+
+def _span(value: float, interval: Sequence[float], form: str = ".2f") -> str:
+    low, high = interval
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"

@@ -160,8 +160,8 @@ class PooledLogits(AttentionScore):
 class SummedMaps(AttentionScore):
     """S3's wording: log-sum-exp over pixels and tokens of the maps, summed over layers and timesteps.
 
-    A map is the attention probability, averaged over heads and resized to a quarter of the latents (16x16 for a 512
-    pixel image, as in S3's Figure 4).
+    A map is the attention probability, averaged over heads, and over pixels to a quarter of the latents' height and
+    width (16x16 for a 512 pixel image, as in S3's Figure 4).
     """
 
     per_timestep = False
@@ -181,7 +181,7 @@ class SummedMaps(AttentionScore):
         for timestep, noise in zip(timesteps, noises, strict=True):
             for logits in self._logits(latents, noise, timestep, prompts):
                 maps = as_map(_where(logits, text).softmax(dim=-1).mean(dim=1))  # (n, tokens, h, w)
-                total = total + F.interpolate(maps, (size, size), mode="bilinear", align_corners=False)
+                total = total + F.adaptive_avg_pool2d(maps, size)
         pooled = torch.as_tensor(total).flatten(2).logsumexp(dim=-1)  # (n, tokens)
         kept = _and(mask, text)
         return (pooled if kept is None else pooled.masked_fill(~kept, -torch.inf)).logsumexp(dim=-1)[None]

@@ -118,6 +118,44 @@ def _mark_chance(axes: "Axes", comparison: Comparison, parts: Sequence[str]) -> 
             )
 
 
+def plot_timesteps(comparison: Comparison, path: str | Path) -> None:
+    """Draw the headline score as a heat map: a row per tap and a column per timestep, with intervals (S3, Figure 3).
+
+    Runs without a diffusion model have no place in it. Of several runs with the same tap and timestep, the last counts.
+
+    Raises:
+        ValueError: No run has taps and timesteps, or the suffix of the file is unknown.
+    """
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in comparison.runs:
+        if tower := run.results.get("tower"):
+            key = " + ".join(tower["taps"]), " + ".join(map(str, tower["timesteps"]))
+            cells[key] = run.results
+    if not cells:
+        raise ValueError(
+            "None of these results has a diffusion model's taps and timesteps. Evaluate the models again with this "
+            "version, or leave out --heatmap."
+        )
+    taps = list(dict.fromkeys(tap for tap, _ in cells))
+    timesteps = sorted({timestep for _, timestep in cells}, key=lambda name: [int(t) for t in name.split(" + ")])
+    metric = comparison.metric
+    values = [[cells.get((tap, t), {}).get("scores", {}).get(metric, float("nan")) for t in timesteps] for tap in taps]
+    figure, axes = pyplot().subplots(figsize=(1.3 * len(timesteps) + 3, 0.6 * len(taps) + 1.6), layout="constrained")
+    drawn = axes.imshow(values, cmap="cividis", aspect="auto")
+    for (tap, timestep), results in cells.items():
+        row, column, score = taps.index(tap), timesteps.index(timestep), results["scores"].get(metric)
+        if score is not None:
+            low, high = results["intervals_95"][metric]
+            colour = "white" if drawn.norm(score) < 0.6 else "black"
+            text = f"{score:.1f}\n[{low:.1f}, {high:.1f}]"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(timesteps)), timesteps)
+    axes.set_yticks(range(len(taps)), taps, fontsize=8)
+    axes.set(xlabel="timestep", title=f"{comparison.benchmark}: {metric}, 95% intervals")
+    figure.colorbar(drawn, ax=axes)
+    save(figure, path)
+
+
 def plot_leakage(result: dict[str, Any], path: str | Path) -> None:
     """Plot task score, leakage by captions and leakage by likelihood over the guidance scale, one line per model.
 

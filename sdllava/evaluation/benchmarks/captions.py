@@ -4,11 +4,11 @@ The published annotations contain no images: these are in COCO's val2014 folder.
 (S3 Table 5, S4 Table 4).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data.captioned_images import coco_rows
 from ..caption_metrics import caption_units, scores_from_means
 from ..tokenization import ptb_missing, spice, tokenize
 from .base import Benchmark, ImageSource, Sample, inside, read_json_lines, read_parquet, require_columns
@@ -17,7 +17,7 @@ INSTRUCTION = "Describe the image briefly."
 
 
 class CocoCaptions(Benchmark):
-    """Captioning from Karpathy's JSON, parquet or JSON Lines. Scored on PTB tokens if Java is installed."""
+    """Captioning from Karpathy's JSON, COCO's annotations, parquet or JSON Lines, scored on PTB tokens with Java."""
 
     name = "captions"
     hub_id = "yerevann/coco-karpathy"
@@ -46,15 +46,13 @@ class CocoCaptions(Benchmark):
 
     def _rows(self, folder: Path) -> list[dict]:
         if (folder / "dataset_coco.json").is_file():
-            contents = json.loads((folder / "dataset_coco.json").read_text(encoding="utf-8"))
-            require_columns(self.name, contents, ("images",))
-            for row in contents["images"]:
-                require_columns(self.name, row, ("split", "sentences"))
-            rows = [
-                {**row, "sentences": [sentence["raw"] for sentence in row["sentences"]]}
-                for row in contents["images"]
-                if row["split"] == self.split
-            ]
+            found = coco_rows(folder / "dataset_coco.json")
+            if found is None or not all("split" in row for row in found):
+                name = str(folder / "dataset_coco.json")
+                raise ValueError(f"{name!r} has no images with sentences and split. Use Karpathy's file.")
+            rows = [row for row in found if row["split"] == self.split]
+        elif files := sorted(folder.glob("captions_*.json")):
+            rows = [row for file in files for row in coco_rows(file) or []]
         elif files := sorted(folder.glob("*.jsonl")):
             rows = [row for file in files for row in read_json_lines(file)]
             rows = [{"filename": row.get("image"), "sentences": row.get("captions"), **row} for row in rows]
@@ -62,8 +60,8 @@ class CocoCaptions(Benchmark):
             rows = dataset.to_list()
         else:
             raise FileNotFoundError(
-                f"{str(folder)!r} has neither dataset_coco.json nor *{self.split}*.parquet (filename, sentences) nor "
-                "*.jsonl (image, captions). Add one of them."
+                f"{str(folder)!r} has neither dataset_coco.json nor captions_*.json nor *{self.split}*.parquet "
+                "(filename, sentences) nor *.jsonl (image, captions). Add one of them."
             )
         for row in rows:
             require_columns(self.name, [key for key, value in row.items() if value], ("filename", "sentences"))

@@ -1,0 +1,172 @@
+"""Matching where the right answer is known: a UNet and a text encoder whose weights are set by hand.
+
+The word `x` attends to bright pixels and the word `y` to dark ones. Every other token reads only the latents' second
+channel, which says nothing about either word: it is the image's own level of attention.
+"""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from sdllava import SDLlavaDiffusionModel
+from sdllava.evaluation.benchmarks.matching_base import winoground_verdicts
+from sdllava.evaluation.matching import READINGS, DiffusionMatcher, MatchingOptions
+from sdllava.evaluation.matching_scores import attention_taps
+
+WIDTH = 32
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": [WIDTH],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 1,
+    "cross_attention_dim": WIDTH,
+    "norm_num_groups": 1,
+    "use_linear_projection": True,
+}
+
+
+def set_by_hand(tower: SDLlavaDiffusionModel, tokenizer) -> None:
+    """Residual branches add nothing, so features are the latents and prompts are the tokens' own embeddings."""
+    for name, weight in [*tower.unet.named_parameters(), *tower.text_encoder.named_parameters()]:
+        is_norm = "norm" in name and name.endswith("weight")
+        torch.nn.init.constant_(weight, 1.0 if is_norm else 0.0)
+    conv = tower.unet.conv_in.weight  # brightness is features 0 and 1, the image's level is features 4 and 5
+    conv[[0, 1], 0, 1, 1] = torch.tensor([1.0, -1.0])
+    conv[[4, 5], 1, 1, 1] = torch.tensor([1.0, -1.0])
+    for name, module in tower.unet.named_modules():
+        if name.endswith("conv_shortcut"):  # keeps the features, drops those of the skip connection
+            module.weight[:, :WIDTH, 0, 0] = torch.eye(WIDTH)
+        elif name.endswith("proj_in"):
+            module.weight.copy_(torch.eye(WIDTH))
+        elif name.endswith("attn2.to_q"):
+            module.weight[0, 0], module.weight[1, 4] = 3.0, 2.0
+        elif name.endswith("attn2.to_k"):
+            module.weight[0, 0], module.weight[1, 2] = 1.0, 1.0
+    embeddings = tower.text_encoder.get_input_embeddings().weight
+    embeddings[:, [2, 3]] = torch.tensor([1.0, -1.0])
+    for word, sign in (("x", 1.0), ("y", -1.0)):
+        _, token, *_ = tokenizer(word)["input_ids"]
+        embeddings[token] = 0
+        embeddings[token, [0, 1]] = torch.tensor([sign, -sign])
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    tokenizer = tiny.diffusion_tokenizer()
+    config = tiny.diffusion_config(unet_config=UNET, taps=["U-L0-R0-B0-Cross-Q"], truncate=False)
+    tower = SDLlavaDiffusionModel(config).eval()
+    with torch.no_grad():
+        set_by_hand(tower, tokenizer)
+    tower.backbone.image_distribution = lambda pixels: latents_of(pixels)
+    return tower, tokenizer
+
+
+def latents_of(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents whose first channel is red and the second blue, in [-1, 1] and [0, 1]; nothing is sampled."""
+    red, _, blue = torch.nn.functional.adaptive_avg_pool2d(pixels, 8).unbind(dim=1)
+    latents = torch.stack([red, (blue + 1) / 2, 0 * red, 0 * red], dim=1)
+    return latents, torch.zeros_like(latents)
+
+
+def picture(bright_columns: int, level: int = 0) -> Image.Image:
+    """Eight columns of eight pixels, the first ones red, on a blue of this level."""
+    pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+    pixels[:, : 8 * bright_columns, 0] = 255
+    pixels[..., 2] = level
+    return Image.fromarray(pixels)
+
+
+def scores(by_hand, images, **options):
+    matcher = DiffusionMatcher(*by_hand_parts(by_hand), MatchingOptions(timesteps=(10, 20), trials=1, **options))
+    return matcher.score(images, ["x", "y"]).mean(axis=(0, 1))
+
+
+def by_hand_parts(by_hand):
+    tower, tokenizer = by_hand
+    return tower, [tokenizer]
+
+
+@pytest.mark.parametrize("bright_columns", [2, 6])
+def test_a_word_attends_to_its_place(by_hand, bright_columns):
+    tower, tokenizer = by_hand
+    ids = torch.tensor(tokenizer(["x", "y"], padding="max_length", max_length=77)["input_ids"])
+    pixels = torch.tensor(np.asarray(picture(bright_columns))).permute(2, 0, 1)[None].repeat(2, 1, 1, 1) / 127.5 - 1
+    tower.config.timesteps = [10]
+    with torch.no_grad(), tower.capture_attention() as maps:
+        tower(latents=latents_of(pixels)[0], input_ids=ids, guidance_scales=[1.0])
+    x, y = maps.average()[:, 1]  # the token after the begin of the prompt
+    assert x[:, :bright_columns].min() > 0.9
+    assert x[:, bright_columns:].max() < 1e-3
+    assert y[:, :bright_columns].max() < 1e-3
+    assert y[:, bright_columns:].min() > 0.9
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("score", ["attention", "attention-relative"])
+def test_the_right_image_and_text_win(by_hand, reading, score):
+    options = {**READINGS[reading], "score": score}
+    found = scores(by_hand, [picture(6), picture(2)], **options)
+    assert winoground_verdicts(found.tolist()) == {"text": True, "image": True, "group": True}
+
+
+def test_the_images_own_level_hides_the_text_unless_it_is_subtracted(by_hand):
+    """Why the papers' score fails on some models: one image wins with both texts."""
+    images = [picture(6), picture(2, level=80)]
+    plain, relative = (scores(by_hand, images, score=score) for score in ("attention", "attention-relative"))
+    assert (plain[:, 1] > plain[:, 0]).all()
+    assert relative[0, 0] > relative[0, 1]
+    assert relative[1, 1] > relative[1, 0]
+
+
+def test_only_layers_between_image_and_text_are_read(by_hand):
+    assert [tap.name for tap in attention_taps(by_hand[0], "all")] == [
+        "D-L0-R0-B0-Cross-Q",
+        "M-L0-R0-B0-Cross-Q",
+        "U-L0-R0-B0-Cross-Q",
+        "U-L0-R1-B0-Cross-Q",
+    ]
+
+
+@pytest.mark.parametrize("score", ["denoising", "attention"])
+def test_a_transformer_matches(build_once, score):
+    """PixArt: the denoising error leaves out the learned variance, the attention leaves out padding."""
+    from PIL.Image import effect_noise
+    from tiny_families import save_pixart
+
+    from sdllava.evaluation.match import load_matcher
+
+    folder = build_once("pixart-matching", lambda folder: save_pixart(folder))
+    options = MatchingOptions(timesteps=(489,), trials=1, score=score)
+    matcher = load_matcher(str(folder), options)
+    image = effect_noise((64, 64), 80).convert("RGB")
+    found = matcher.score([image], ["a red dog", "a"])
+    backbone = matcher.tower.backbone
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        mean, deviation = matcher._encode([image])
+        posterior, noise = (torch.randn(mean.shape[1:], generator=generator) for _ in range(2))
+        latents = mean + deviation * posterior * (score == "attention")
+        noisy = matcher.tower.add_noise(latents, 489, noise)
+        prompts, _ = matcher._prompts(["a red dog", "a"])
+        if score == "denoising":
+            output = [backbone.denoise(backbone.denoiser, noisy, 489, pick(prompts, k)).sample for k in range(3)]
+            errors = [float((one[:, :4] - noise).square().mean()) for one in output]
+            expected = [errors[2] - errors[0], errors[2] - errors[1]]
+        else:
+            lengths = prompts["encoder_attention_mask"].sum(dim=1)
+            pooled = []
+            for k in (0, 2):
+                layers = backbone.read(noisy, 489, pick(prompts, k), matcher._score._taps)
+                queries, keys = (x.unflatten(-1, (2, 16)) for x in layers)
+                logits = torch.einsum("nphd,nkhd->nhpk", queries, keys[:, : lengths[k]]) / 4
+                pooled.append(float(logits.logsumexp(-1).mean()))
+            expected = [sum(pooled) / 2]
+    assert found[0, 0, : len(expected), 0] == pytest.approx(expected, abs=1e-5)
+
+
+def pick(prompts: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    return {name: value[row : row + 1] for name, value in prompts.items()}
