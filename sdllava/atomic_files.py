@@ -1,8 +1,10 @@
 """Files and folders that appear whole or not at all: written under another name, flushed to the disk, then renamed."""
 
+import errno
 import glob
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -11,6 +13,40 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors import SafetensorError
+
+_PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_PLACE_MESSAGES = re.compile(rf"PytorchStreamWriter|os error ({'|'.join(map(str, _PLACE_ERRORS))})\b")
+
+
+class NotWrittenError(OSError):
+    """A file or folder cannot be written: full disk, read-only place, quota. The message names it and the fix."""
+
+
+@contextmanager
+def reported(path: str | os.PathLike) -> Iterator[None]:
+    """Report that a file or folder cannot be written as one `OSError`, whichever library writes in the block.
+
+    Args:
+        path: What the block writes, for the message.
+
+    Raises:
+        NotWrittenError: The disk is full, the place is read-only or not allowed, or a file is larger than its limit.
+    """
+    try:
+        yield
+    except NotWrittenError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code not in _PLACE_ERRORS and not _PLACE_MESSAGES.search(str(error)):
+            raise
+        reason = os.strerror(code) if code else str(error).strip().splitlines()[0]
+        message = (
+            f"{os.fspath(path)!r} could not be written: {reason}. Make room or choose another place, then run the same "
+            "command again."
+        )
+        raise NotWrittenError(message) from error
 
 
 @contextmanager
@@ -25,9 +61,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
     Yields:
         `Path`: The temporary path, in the same folder and with the same suffix. The block creates it.
+
+    Raises:
+        NotWrittenError: The disk is full, for example. An earlier file stays as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
     for stale in path.parent.glob(f".{host}-*-{glob.escape(path.name)}"):
         process = stale.name.removeprefix(f".{host}-").removesuffix(f"-{path.name}")
@@ -36,26 +76,17 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     written = path.with_name(f".{host}-{os.getpid()}-{path.name}")
     _remove(written)
     try:
-        yield written
-        move_into_place(written, path)
+        with reported(path):
+            yield written
+            move_into_place(written, path)
     finally:
         _remove(written)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a UTF-8 text file atomically.
-
-    Raises:
-        OSError: The file cannot be written, for example because the disk is full. An earlier file stays as it was.
-    """
-    try:
-        with atomic_path(path) as written:
-            written.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OSError(
-            f"{os.fspath(path)!r} could not be written: {error.strerror}. Make room or choose another place, then run "
-            "the same command again."
-        ) from error
+    """Write a UTF-8 text file atomically. Raises as `atomic_path`."""
+    with atomic_path(path) as written:
+        written.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -216,7 +216,7 @@ def test_an_interrupted_cache_resumes(tmp_path):
     items = [(image_key(str(i)), {"latents": torch.full((4,), float(i))}) for i in range(6)]
 
     def interrupted():
-        yield from items[:4]
+        yield from ([item] for item in items[:4])
         raise KeyboardInterrupt
 
     begun = begin_cache(tmp_path, record)
@@ -224,7 +224,7 @@ def test_an_interrupted_cache_resumes(tmp_path):
         write_shards(tmp_path, interrupted(), shard_bytes=48)
     begun = begin_cache(tmp_path, record)
     assert len(begun) == 3
-    write_shards(tmp_path, [item for item in items if item[0] not in begun], shard_bytes=48)
+    write_shards(tmp_path, [[item] for item in items if item[0] not in begun], shard_bytes=48)
     whole = FeatureCache(tmp_path)
     assert len(whole) == 6
     for key, expected in items:

@@ -7,6 +7,7 @@ shape `(height, width, channels)` per tap, timestep and scale, named `tap|timest
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from ..atomic_files import atomic_path
 from ..fingerprints import weights_hash
-from ..run_records import begin_run
+from ..run_records import begin_run, locked, read_run
 from .images import DatasetImages, ImageFiles, PromptedImage
 from .loading import AnalysisModel
 from .reading import FeatureKey, FeatureMap, choose_taps, read_features
@@ -175,7 +176,9 @@ def write_sweep(
     Features keep the dtype in which the tower computes them. An interrupted sweep resumes, and several processes can
     share one folder. Batches are the same in every run: images `0..batch_size - 1`, and so on. Results of a batch
     differ from those of another batch size by rounding errors, so a batch with a missing file is computed as a whole.
-    The files of an interrupted sweep therefore equal those of an uninterrupted one, byte by byte, on the same device.
+    On a CPU, results also depend on the number of threads, so the first run's is recorded and used by all others. The
+    files of an interrupted sweep therefore equal those of an uninterrupted one, byte by byte, on machines with the same
+    processor, or GPU, and the same version of torch.
 
     Args:
         model: The model to read.
@@ -191,6 +194,8 @@ def write_sweep(
         `int`: Number of images written.
 
     Raises:
+        BlockingIOError: Another process with the same index writes this sweep.
+        OSError: The folder cannot be written.
         ValueError: The folder holds a sweep with other settings, or `process` is out of range.
     """
     if not 0 <= process < num_processes:
@@ -198,7 +203,33 @@ def write_sweep(
             f"Process {process} of {num_processes} does not exist. Use an index in 0..{num_processes - 1}."
         )
     target = Path(folder)
-    begin_run(target / "sweep.json", _settings(model, images, selection, batch_size))
+    with locked(target, process), _threads_of(target / "sweep.json"):
+        begin_run(target / "sweep.json", _settings(model, images, selection, batch_size))
+        return _write_missing(model, images, selection, target, batch_size, process, num_processes, progress)
+
+
+@contextmanager
+def _threads_of(record: Path) -> Iterator[None]:
+    """Compute with the number of threads that a sweep records, if there is one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads((read_run(record) or {}).get("threads", threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_missing(
+    model: AnalysisModel,
+    images: ImageFiles | DatasetImages,
+    selection: FeatureSelection,
+    target: Path,
+    batch_size: int,
+    process: int,
+    num_processes: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Compute this process's batches with a missing file. Returns the number of images written."""
     starts = range(process * batch_size, len(images), num_processes * batch_size)
     batches = [range(start, min(start + batch_size, len(images))) for start in starts]
     missing = [[row for row in rows if not image_path(target, row).exists()] for rows in batches]
@@ -244,6 +275,7 @@ def _settings(
         "num_images": len(images),
         "source": images.fingerprint(),
         "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
         "taps": selection.taps,
         "timesteps": selection.timesteps,
         "guidance_scales": selection.guidance_scales,

@@ -100,11 +100,12 @@ def load_samples(name: str, options: EvaluationOptions) -> tuple[Benchmark, list
             raise FileNotFoundError(f"--data {options.data!r} is not a file. Benchmark {name!r} reads a .jsonl file.")
         source = {"id": options.data, "revision": None}
         return benchmark, take(benchmark.read(Path(options.data)), options.limit), source
-    if not benchmark.hub_id:
-        return benchmark, take(benchmark.read(Path()), options.limit), {"id": name, "revision": None}
     data = options.data
     if data and (Path(data) / name).is_dir():
         data = str(Path(data) / name)
+    if not benchmark.hub_id:
+        folder = Path(data) if data else benchmark.default_folder()
+        return benchmark, take(benchmark.read(folder), options.limit), {"id": name, "revision": None}
     folder, source = locate(data, benchmark.hub_id, options.revision, benchmark.files)
     return benchmark, take(benchmark.read(folder), options.limit), source
 

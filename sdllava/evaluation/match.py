@@ -12,6 +12,7 @@ from .. import mini_path, register
 from ..configuration import SDLlavaConfig
 from ..image_loading import ImageLike
 from ..repositories import as_dtype, read_json, split_revision
+from ..run_records import locked
 from ..towers import is_diffusion_repository, load_tower
 from ..version import installed_versions
 from .benchmarks import get_matching_benchmark
@@ -132,12 +133,13 @@ def match(
         "prefix": benchmark.prefix if prefix is None else prefix,
         "matching": None if layers is None else {**asdict(options), "layers_read": layers},
     }
-    records = _score_items(matcher, items, Path(output), settings, progress)
-    if records is None:
-        return {}
-    results = {**settings, **tabulate(benchmark, items, records, matcher.timesteps)}
-    results.update(versions=installed_versions(), command=command_line())
-    RunFolder(output, settings).finish(records, results)
+    with locked(output, process_state().process_index):
+        records = _score_items(matcher, items, Path(output), settings, progress)
+        if records is None:
+            return {}
+        results = {**settings, **tabulate(benchmark, items, records, matcher.timesteps)}
+        results.update(versions=installed_versions(), command=command_line())
+        RunFolder(output, settings).finish(records, results)
     return results
 
 

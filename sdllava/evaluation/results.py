@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..atomic_files import write_json, write_text
-from ..run_records import begin_run
+from ..atomic_files import reported, write_json, write_text
+from ..run_records import begin_run, is_lock
 
 
 def read_records(path: Path) -> list[dict]:
@@ -58,7 +58,9 @@ class RunFolder:
             begin_run(known, settings)
         elif rank == 0:
             ours = ("blind", "run.json")
-            if self.path.is_dir() and (foreign := [p.name for p in self.path.iterdir() if p.name not in ours]):
+            if self.path.is_dir() and (
+                foreign := [p.name for p in self.path.iterdir() if not (p.name in ours or is_lock(p))]
+            ):
                 raise ValueError(
                     f"{str(self.path)!r} contains {foreign[0]!r} and no run to resume. Choose another --output."
                 )
@@ -78,19 +80,14 @@ class RunFolder:
         """Append records and flush them to the disk, so that they survive a kill.
 
         Raises:
-            OSError: The file cannot be written, for example because the disk is full. Earlier records are kept.
+            NotWrittenError: The disk is full, for example. Earlier records are kept.
         """
-        try:
+        with reported(self.partial):
             self.path.mkdir(parents=True, exist_ok=True)  # the folder may not exist on another machine's disk
             with self.partial.open("a", encoding="utf-8") as file:
                 file.write(_lines(records))
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise OSError(
-                f"{str(self.partial)!r} could not be written: {error.strerror}. Earlier replies are kept. Make room, "
-                "then run the same command again."
-            ) from error
 
     def finish(self, records: list[dict], results: dict[str, Any]) -> None:
         """Write `samples.jsonl` and `results.json`, and remove the partial files."""

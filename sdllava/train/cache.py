@@ -7,7 +7,7 @@ A cache is a folder with `record.json`, which describes what its tensors were co
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +159,16 @@ def begin_cache(folder: Path, record: dict[str, Any]) -> FeatureCache:
 
 
 def write_shards(
-    folder: Path, items: Iterable[tuple[str, dict[str, torch.Tensor]]], process: int = 0, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    batches: Iterable[Sequence[tuple[str, dict[str, torch.Tensor]]]],
+    process: int = 0,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write (key, tensors) pairs as shards. Each shard appears whole or not at all.
+    """Write batches of (key, tensors) pairs as shards. Each shard appears whole or not at all.
 
     Args:
         folder: The cache's folder.
-        items: What to write, in any order, each key once.
+        batches: What to write, each key once. A shard ends with a batch.
         process: The number of the writing process. It is part of the shards' names, so that they do not collide.
         shard_bytes: Size at which a shard is written.
 
@@ -174,11 +177,12 @@ def write_shards(
     """
     held: dict[str, torch.Tensor] = {}
     size = count = 0
-    for key, tensors in items:
-        for name, tensor in tensors.items():
-            held[f"{key}.{name}"] = tensor.contiguous()
-            size += tensor.numel() * tensor.element_size()
-        count += 1
+    for batch in batches:
+        for key, tensors in batch:
+            for name, tensor in tensors.items():
+                held[f"{key}.{name}"] = tensor.contiguous()
+                size += tensor.numel() * tensor.element_size()
+            count += 1
         if size >= shard_bytes:
             _write_shard(folder, held, process)
             held, size = {}, 0

@@ -116,6 +116,9 @@ def write_cache(
 ) -> int:
     """Compute the frozen features of all images of the data and save them. Keys that the folder holds are kept.
 
+    Batches are the same in every run, and a shard ends with a batch. The shards of an interrupted run therefore equal
+    those of an uninterrupted one, byte by byte, in the same environment.
+
     Args:
         model: The model of the run.
         collator: The collator of the run, which determines prompts and preprocessing.
@@ -150,19 +153,22 @@ def write_cache(
     cache = begin_cache(folder, record | {"model": model.config._name_or_path or "assembled from parts"})
     items = {item.key: item for item in _items(rows, collator, kind)}
     own = sorted(items)[process::num_processes]  # independent of what other processes have written by now
-    missing = [items[key] for key in own if key not in cache]
+    missing = {key for key in own if key not in cache}
     if not missing:
         return 0
-    first = next(_compute(model, collator, missing[:1], names, dtype, 1), None)
-    if first is not None:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in first[1].values())
+    batches = [[items[key] for key in own[start : start + batch_size]] for start in range(0, len(own), batch_size)]
+    batches = [batch for batch in batches if any(item.key in missing for item in batch)]
+    first = next(_compute(model, collator, [batches[0][:1]], names, dtype), [])
+    if first:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in first[0][1].values())
         print(
             f"{len(items)} keys of {size / 1024:.1f} KiB, {len(items) * size / 1024**3:.3f} GiB in total; "
             f"{len(missing)} left for process {process} of {num_processes}"
         )
-    computed = _compute(model, collator, missing, names, dtype, batch_size)
-    progress = tqdm(computed, desc="cache", total=len(missing), unit="key", disable=process > 0)
-    return write_shards(folder, progress, process, shard_bytes)
+    computed = _compute(model, collator, batches, names, dtype)
+    progress = tqdm(computed, desc="cache", total=len(batches), unit="batch", disable=process > 0)
+    wanted = ([entry for entry in batch if entry[0] in missing] for batch in progress)
+    return write_shards(folder, wanted, process, shard_bytes)
 
 
 def _scales(model: Any) -> list[float]:
@@ -191,10 +197,10 @@ def _items(rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, kind: s
 
 @torch.no_grad()
 def _compute(
-    model: Any, collator: SDLlavaCollator, items: list[CacheItem], names: list[str], dtype: str, batch_size: int
-) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    for start in range(0, len(items), batch_size):
-        opened = [(item, _open(item, collator)) for item in items[start : start + batch_size]]
+    model: Any, collator: SDLlavaCollator, batches: list[list[CacheItem]], names: list[str], dtype: str
+) -> Iterator[list[tuple[str, dict[str, torch.Tensor]]]]:
+    for batch in batches:
+        opened = [(item, _open(item, collator)) for item in batch]
         kept = [(item, image) for item, image in opened if image is not None]
         if not kept:
             continue
@@ -204,8 +210,9 @@ def _compute(
             inputs.update({name: ids.to(model.device) for name, ids in questions.items()})
         tensors = _encode(model, inputs, names)
         held = {name: tensor.to("cpu", getattr(torch, dtype)) for name, tensor in tensors.items()}
-        for i, (item, _) in enumerate(kept):
-            yield item.key, {name: tensor[i].clone() for name, tensor in held.items()}
+        yield [
+            (item.key, {name: tensor[i].clone() for name, tensor in held.items()}) for i, (item, _) in enumerate(kept)
+        ]
 
 
 def _encode(model: Any, inputs: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:

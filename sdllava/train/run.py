@@ -15,7 +15,7 @@ from ..data.sources import DataSource, endless, load_data
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
 from ..processors import SDLlavaProcessor
 from ..registration import register
-from ..run_records import begin_run
+from ..run_records import begin_run, locked
 from .adapters import language_lora
 from .arguments import AdapterArguments, DataArguments, ModelArguments
 from .build import build_model, build_processor, hold_trained_in_float32
@@ -54,6 +54,8 @@ def train(arguments: Sequence[str]) -> None:
         arguments: The command-line arguments.
 
     Raises:
+        BlockingIOError: Another process trains to the output folder.
+        NotWrittenError: The disk is full, for example. Earlier checkpoints are whole.
         ValueError: An argument, the data or the output folder does not fit the run.
         FileNotFoundError: The recipe or the checkpoint does not exist.
     """
@@ -73,10 +75,11 @@ def train(arguments: Sequence[str]) -> None:
     if run.training.process_index == 0:
         require_image_files(run, collator, train_data)
         require_supervision(train_data.take(100) if run.data.streaming else train_data, collator)
-    checkpoint = checkpoint_to_resume(run)
-    trainer = build_trainer(run, collator, train_data)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_final_model()
+    with locked(run.training.output_dir, run.training.process_index):
+        checkpoint = checkpoint_to_resume(run)
+        trainer = build_trainer(run, collator, train_data)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_final_model()
 
 
 def cache(arguments: Sequence[str], folder: str, kind: str, dtype: str, batch_size: int) -> int:
@@ -93,6 +96,7 @@ def cache(arguments: Sequence[str], folder: str, kind: str, dtype: str, batch_si
         `int`: The number of keys that this process wrote.
 
     Raises:
+        BlockingIOError: Another process with the same rank writes to the folder.
         ValueError: The cache does not fit the run, or the folder holds another cache.
     """
     register()
@@ -100,9 +104,10 @@ def cache(arguments: Sequence[str], folder: str, kind: str, dtype: str, batch_si
     collator = build_collator(run, build_processor(run.model))
     rows = load_sources(run, run.data.datasets)
     require_image_files(run, collator, rows)
-    model = build_model(run.model, run.adapter).to(run.training.device).eval()
     process, num_processes = run.training.process_index, run.training.world_size
-    return write_cache(model, collator, rows, folder, kind, dtype, batch_size, process, num_processes)
+    with locked(folder, process):
+        model = build_model(run.model, run.adapter).to(run.training.device).eval()
+        return write_cache(model, collator, rows, folder, kind, dtype, batch_size, process, num_processes)
 
 
 def parse_run(arguments: Sequence[str]) -> RunArguments:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from trl import SFTTrainer
 
-from ..atomic_files import move_into_place
+from ..atomic_files import move_into_place, reported
 from ..hub.card import write_card
 from ..hub.push import push_folder
 from .adapters import merge_unet_lora, unet_adapter, write_unet_adapter
@@ -36,6 +38,21 @@ class UnfinishedCheckpoint:
     """
 
     folder: str
+
+
+@contextmanager
+def removed_on_failure(unfinished: Path) -> Iterator[None]:
+    """Remove what a failed save left, which fills a full disk, and report the error by the run's folder.
+
+    Raises:
+        NotWrittenError: The disk is full, for example.
+    """
+    try:
+        with reported(unfinished.parent):
+            yield
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 class SDLlavaTrainer(SFTTrainer):
@@ -115,7 +132,8 @@ class SDLlavaTrainer(SFTTrainer):
                 if parameter.requires_grad:  # float32 during training
                     parameter.data = parameter.data.to(dtype)
         unfinished = self._empty_folder(self.args.output_dir)
-        self.save_model(str(unfinished))
+        with removed_on_failure(unfinished):
+            self.save_model(str(unfinished))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             for path in sorted(unfinished.iterdir()):
@@ -161,7 +179,8 @@ class SDLlavaTrainer(SFTTrainer):
         unfinished = self._empty_folder(run_folder)
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
-        super()._save_checkpoint(model, trial=UnfinishedCheckpoint(str(unfinished)))
+        with removed_on_failure(unfinished):
+            super()._save_checkpoint(model, trial=UnfinishedCheckpoint(str(unfinished)))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if self.state.best_global_step:
