@@ -84,6 +84,14 @@ class Benchmark:
         """Arguments of `generate`: greedy unless the official protocol samples."""
         return {"do_sample": False, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
 
+    def default_folder(self) -> Path:
+        """The folder of the data without `--data`, where `hub_id` is empty. Ignored by rendered benchmarks.
+
+        Raises:
+            FileNotFoundError: The data is not on this machine. The message says where to get it.
+        """
+        return Path()
+
     def read(self, folder: Path) -> list[Sample]:
         """All samples of the published layout in `folder`, in the published order."""
         raise NotImplementedError
