@@ -7,7 +7,8 @@ from torch import nn
 
 from .backbone import DiffusionBackbone, PublishedDiffusion
 from .configuration import SDLlavaDiffusionConfig
-from .families import find_family, transformer_family
+from .deepfloyd_if import DeepFloydIFBackbone
+from .families import find_family, is_deepfloyd_if, transformer_family
 from .flux import FluxBackbone
 from .pixart import PixArtBackbone
 from .repositories import read_json
@@ -17,6 +18,7 @@ from .stable_diffusion import StableDiffusionBackbone, StableDiffusionXLBackbone
 BACKBONES: dict[str, type[DiffusionBackbone]] = {
     "stable_diffusion": StableDiffusionBackbone,
     "stable_diffusion_xl": StableDiffusionXLBackbone,
+    "deepfloyd_if": DeepFloydIFBackbone,
     "pixart": PixArtBackbone,
     "stable_diffusion_3": StableDiffusion3Backbone,
     "flux": FluxBackbone,
@@ -41,6 +43,7 @@ def read_published(diffusion: str, **fields: Any) -> PublishedDiffusion:
         ValueError: Its family is not supported, its parts do not fit together, or a field does not fit them.
     """
     parts, tokenizers = _published_family(diffusion).read_part_configs(diffusion)
+    fields = {"image_size": find_family(parts).default_image_size, **fields}
     config = SDLlavaDiffusionConfig(**parts, **fields)
     return PublishedDiffusion(diffusion, config, tokenizers[: len(config.null_prompt_ids)])
 
@@ -66,7 +69,10 @@ def read_whole(diffusion: str, image_size: int | None = None, max_image_size: in
 
 def _published_family(diffusion: str) -> type[DiffusionBackbone]:
     transformer = read_json(diffusion, "transformer/config.json")
-    return StableDiffusionBackbone if transformer is None else BACKBONES[transformer_family(transformer).name]
+    if transformer is not None:
+        return BACKBONES[transformer_family(transformer).name]
+    unet = read_json(diffusion, "unet/config.json")
+    return DeepFloydIFBackbone if unet is not None and is_deepfloyd_if(unet) else StableDiffusionBackbone
 
 
 def load_backbone(diffusion: str, config: SDLlavaDiffusionConfig, dtype: torch.dtype) -> DiffusionBackbone:

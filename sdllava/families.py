@@ -22,6 +22,8 @@ class DiffusionFamily(ABC):
     """Where the denoiser is read by default."""
     default_parts: ClassVar[dict[str, dict[str, Any]]] = {}
     """Configurations of parts that are left out."""
+    default_image_size: ClassVar[int] = 512
+    """Height and width of images that a tower reads by default, in pixels."""
     tokenizers: ClassVar[tuple[str, ...]]
     """Folders of the published tokenizers, in the order of `diffusion_input_ids`, `diffusion_input_ids_2`, `_3`."""
     prompt_tokenizers: ClassVar[tuple[int, ...]] = (0,)
@@ -142,6 +144,39 @@ class StableDiffusionXL(StableDiffusion):
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
 
 
+class DeepFloydIF(DiffusionFamily):
+    """DeepFloyd IF, stage I: a UNet on images of 64 pixels, whose self-attention also has keys of T5's text."""
+
+    name = "deepfloyd_if"
+    default_tap = "U-L1-R1-B0-Cross-Q"
+    default_image_size = 64
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+
+    def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
+        """Every place where the UNet can be read, in the order of its forward pass."""
+        return list_taps(_part(parts, "unet_config"), latent_size)
+
+    def latent_scale(self, parts: PartConfigs) -> int:
+        """1: the latents are the pixels."""
+        return 1
+
+    def latent_channels(self, parts: PartConfigs) -> int:
+        """Channels of an image."""
+        return _part(parts, "unet_config")["in_channels"]
+
+    def prompt_width(self, parts: PartConfigs) -> int:
+        """Channels of a prompt's tokens as the UNet reads them, before its own projection."""
+        return _part(parts, "unet_config")["encoder_hid_dim"]
+
+    def train_timesteps(self, parts: PartConfigs) -> int:
+        """Length of the training schedule; timesteps are below it."""
+        return _part(parts, "scheduler_config").get("num_train_timesteps", 1000)
+
+    def native_image_size(self, parts: PartConfigs) -> int:
+        """Height and width of the images that the model was trained on, in pixels."""
+        return _part(parts, "unet_config")["sample_size"]
+
+
 class PixArt(LatentDiffusion):
     """PixArt-alpha and PixArt-Sigma: a transformer on the latents of a VAE, cross-attending to T5's text."""
 
@@ -249,6 +284,8 @@ def find_family(parts: PartConfigs) -> DiffusionFamily:
     """
     if (transformer := parts.get("transformer_config")) is not None:
         return transformer_family(transformer)()
+    if is_deepfloyd_if(parts.get("unet_config") or {}):
+        return DeepFloydIF()
     return StableDiffusion() if parts.get("text_encoder_2_config") is None else StableDiffusionXL()
 
 
@@ -262,6 +299,11 @@ def transformer_family(transformer_config: Mapping[str, Any]) -> type[DiffusionF
     if name not in TRANSFORMERS:
         raise ValueError(f"The diffusion transformer {name!r} is not supported. Use one of {', '.join(TRANSFORMERS)}.")
     return TRANSFORMERS[name]
+
+
+def is_deepfloyd_if(unet_config: Mapping[str, Any]) -> bool:
+    """Whether a UNet's configuration is that of DeepFloyd IF, which pools the prompt inside the UNet."""
+    return unet_config.get("addition_embed_type") == "text"
 
 
 def is_tiny_vae(vae_config: Mapping[str, Any]) -> bool:

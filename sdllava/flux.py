@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase,
 from .backbone import Prompts, dtype_of
 from .configuration import SDLlavaDiffusionConfig
 from .flow import FlowBackbone
-from .latent_backbone import as_dict, published
+from .hooked_backbone import as_dict, published
 from .repositories import missing, split_revision
 from .text_encoders import check_channels, check_vocabularies, check_width, empty_prompt, read_clip, read_t5
 

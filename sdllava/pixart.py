@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from .backbone import Prompts, dtype_of
 from .configuration import SDLlavaDiffusionConfig
-from .latent_backbone import LatentBackbone, as_dict, published
+from .hooked_backbone import as_dict, published
+from .latent_backbone import LatentBackbone
 from .noise import ddpm_rates
 from .repositories import missing, read_json, split_revision
-from .text_encoders import check_channels, check_vocabularies, check_width, empty_prompt, read_t5
+from .text_encoders import attention_mask, check_channels, check_vocabularies, check_width, empty_prompt, read_t5
 
 ALPHA_LENGTH, SIGMA_LENGTH = 120, 300
 """Tokens of a prompt in the published pipelines of PixArt-alpha and PixArt-Sigma."""
@@ -91,8 +92,7 @@ class PixArtBackbone(LatentBackbone):
         input_ids_3: torch.Tensor | None = None,
     ) -> Prompts:
         """T5's last hidden states, and which tokens are not padding."""
-        is_text = input_ids != self.text_encoder.config.pad_token_id
-        mask = is_text.flip(1).cummax(1).values.flip(1).long()  # "<pad>" written in a prompt is text
+        mask = attention_mask(input_ids, self.text_encoder.config)
         hidden_states = self.text_encoder(input_ids, attention_mask=mask).last_hidden_state
         return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": mask}
 

@@ -16,7 +16,8 @@ from transformers import (
 
 from .backbone import Prompts, dtype_of
 from .configuration import SDLlavaDiffusionConfig
-from .latent_backbone import LatentBackbone, as_dict, published
+from .hooked_backbone import as_dict, published
+from .latent_backbone import LatentBackbone
 from .noise import ddpm_rates
 from .repositories import missing, split_revision
 from .small_maps import multiply_small_maps

@@ -11,6 +11,9 @@ A name is `Stage-Level-Repeat-Block-Feature`, zero-based: `U-L1-R1-B0-Cross-Q` i
 - `Res-Out`: the ResNet of that repeat (no block in the name)
 - `Up-Out`: the upsampler at the end of a level (no repeat and block in the name): `U-L1-Up-Out`
 
+DeepFloyd IF has one attention where others have transformer blocks: `Cross-Q` and `Vit-Out` are its query projection
+and its output.
+
 A diffusion transformer has one stage `T`, with its blocks in the order of the forward pass: `T-B14-Cross-Q`. There
 `Norm` is the block's input, normalised and modulated (AdaLN), as its first attention reads it. Where image and text
 attend to each other jointly (Stable Diffusion 3, FLUX), `Joint-Q` and `Joint-Out` are the query projection and the
@@ -73,15 +76,19 @@ def list_taps(unet_config: dict[str, Any], latent_size: int | None = None) -> li
         for repeat in range(repeats[level]):
             depth = _at(depths[level], repeat) if "CrossAttn" in down_types[level] else 0
             path = f"down_blocks.{level}"
-            taps += _repeat_taps(f"D-L{level}-R{repeat}", path, repeat, depth, sizes[level], channels[level])
-    if config.get("mid_block_type", "UNetMidBlock2DCrossAttn") == "UNetMidBlock2DCrossAttn":
-        taps += _repeat_taps("M-L0-R0", "mid_block", 0, _at(depths[-1], 0), sizes[-1], channels[-1])
+            name, simple = f"D-L{level}-R{repeat}", "Simple" in down_types[level]
+            taps += _repeat_taps(name, path, repeat, depth, sizes[level], channels[level], simple)
+    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if middle in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"):
+        depth, simple = _at(depths[-1], 0), "Simple" in middle
+        taps += _repeat_taps("M-L0-R0", "mid_block", 0, depth, sizes[-1], channels[-1], simple)
         taps += _repeat_taps("M-L0-R1", "mid_block", 1, 0, sizes[-1], channels[-1])
     for level in range(levels):
         size, width = sizes[levels - 1 - level], channels[levels - 1 - level]
         for repeat in range(repeats[levels - 1 - level] + 1):
             depth = _at(up_depths[level], repeat) if "CrossAttn" in up_types[level] else 0
-            taps += _repeat_taps(f"U-L{level}-R{repeat}", f"up_blocks.{level}", repeat, depth, size, width)
+            name, simple = f"U-L{level}-R{repeat}", "Simple" in up_types[level]
+            taps += _repeat_taps(name, f"up_blocks.{level}", repeat, depth, size, width, simple)
         if level < levels - 1:
             larger = sizes[levels - 2 - level]
             taps.append(Tap(f"U-L{level}-Up-Out", f"up_blocks.{level}.upsamplers.0", larger, larger, width))
@@ -159,9 +166,15 @@ def _at(value: Any, index: int) -> int:
     return value[index] if isinstance(value, list | tuple) else value
 
 
-def _repeat_taps(prefix: str, path: str, repeat: int, depth: int, size: int, channels: int) -> list[Tap]:
+def _repeat_taps(
+    prefix: str, path: str, repeat: int, depth: int, size: int, channels: int, simple: bool = False
+) -> list[Tap]:
+    """The taps of a ResNet and what follows it: transformer blocks, or the attention itself if that is all."""
     attention = f"{path}.attentions.{repeat}"
     taps = [Tap(f"{prefix}-Res-Out", f"{path}.resnets.{repeat}", size, size, channels)]
+    if simple and depth:
+        taps.append(Tap(f"{prefix}-B0-Cross-Q", f"{attention}.to_q", size, size, channels))
+        return [*taps, Tap(f"{prefix}-Vit-Out", attention, size, size, channels)]
     for block in range(depth):
         for feature, suffix in _BLOCK_FEATURES.items():
             module = f"{attention}.transformer_blocks.{block}{suffix}"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, T5Config
 
 from .prompts import prompt_length
@@ -57,6 +58,12 @@ def empty_prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The empty prompt, padded as prompts are."""
     options = {"padding": "max_length", "max_length": prompt_length(tokenizer), "truncation": True}
     return tokenizer("", **options)["input_ids"]
+
+
+def attention_mask(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """Which tokens of T5's prompts are not padding at the end, `(n, tokens)`; "<pad>" written in a prompt is text."""
+    is_text = input_ids != config.pad_token_id
+    return is_text.flip(1).cummax(1).values.flip(1).long()
 
 
 def check_vocabularies(tokenizers: Sequence[PreTrainedTokenizerBase], encoders: Sequence[Any]) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import tiny
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
 )
 from PIL import Image
 from transformers import (
@@ -69,6 +71,28 @@ FLUX = {
     "axes_dims_rope": (4, 6, 6),
     "guidance_embeds": True,
 }
+IF = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 6,
+    "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ["SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+    "block_out_channels": [32, 32, 64],
+    "layers_per_block": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "encoder_hid_dim": 32,
+    "encoder_hid_dim_type": "text_proj",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+    "cross_attention_norm": "group_norm",
+    "resnet_time_scale_shift": "scale_shift",
+    "resnet_skip_time_act": True,
+    "act_fn": "gelu",
+    "norm_num_groups": 8,
+}
+"""Two attentions per level, at 8, 4 and 4 pixels, as in DeepFloyd/IF-I-M-v1.0 but smaller."""
 FLOW_VAE = {
     **tiny.VAE,
     "scaling_factor": 1.5305,
@@ -130,4 +154,15 @@ def save_flux(folder: Path, **fields: Any) -> Path:
     t5_tokenizer().save_pretrained(folder / "tokenizer_2")
     FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    return folder
+
+
+def save_if(folder: Path, **fields: Any) -> Path:
+    """A DeepFloyd IF repository of stage I in the published layout."""
+    UNet2DConditionModel(**{**IF, **fields}).save_pretrained(folder / "unet")
+    T5EncoderModel(T5Config(**T5)).save_pretrained(folder / "text_encoder")
+    t5_tokenizer().save_pretrained(folder / "tokenizer")
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "IFPipeline"}))
     return folder

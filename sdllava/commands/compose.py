@@ -45,7 +45,7 @@ def compose(
     fusion: Annotated[
         Fusion | None, typer.Option(help="How features are fused. Default: cross_attention with two encoders.")
     ] = None,
-    tap: Annotated[list[str] | None, typer.Option(help="Tap of the UNet, see `sdllava taps`. Repeatable.")] = None,
+    tap: Annotated[list[str] | None, typer.Option(help="Tap of the denoiser, see `sdllava taps`. Repeatable.")] = None,
     timestep: Annotated[
         list[int] | None, typer.Option(min=0, max=999, help="Noise level in 0..999, default 50. Repeatable.")
     ] = None,
@@ -153,9 +153,9 @@ def taps(
         str | None,
         typer.Argument(help="Diffusion model or sdllava checkpoint: repository id or folder. Default: SD 2.1-base."),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own, at most 512.")] = None,
 ) -> None:
-    """List every tap of a UNet, with its size and module."""
+    """List every tap of a denoiser, with its size and module."""
     if model is not None:
         check_source(model, "the diffusion model")
     from rich.console import Console
@@ -202,6 +202,6 @@ def _tower_config(model: str | None, image_size: int | None = None) -> "SDLlavaD
         tower.image_size = image_size or tower.image_size
         return tower
     try:
-        return read_whole(model, image_size=image_size or 512).config
+        return read_whole(model, image_size, max_image_size=512).config
     except (OSError, HFValidationError) as error:
         raise missing(model, "diffusion model or checkpoint", error) from error
