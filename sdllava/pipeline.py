@@ -1,6 +1,7 @@
 """`pipeline("visual-question-answering")`, as transformers 4 had it, for vision-language models."""
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -79,7 +80,7 @@ def check_question(question: Any) -> str:
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):
-    """Answer questions about images.
+    """Answer questions about images. Several threads can use one pipeline; their batches are answered one by one.
 
     ```python
     >>> vqa = pipeline("visual-question-answering", model="folder-or-repository")
@@ -96,6 +97,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._kept = CachedEncodings(self.model)
+        self._lock = threading.Lock()
         self._prefixes = PrefixCache()
 
     def _sanitize_parameters(
@@ -150,6 +152,10 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         return {"image": load_rgb(inputs["image"]), "question": check_question(inputs["question"])}
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, list]:
+        with self._lock:
+            return self._answers(model_inputs, generate_kwargs)
+
+    def _answers(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any]) -> dict[str, list]:
         images, questions = model_inputs["image"], model_inputs["question"]
         if isinstance(questions, str):
             images, questions = [images], [questions]

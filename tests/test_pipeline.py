@@ -2,6 +2,8 @@
 
 import base64
 import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -91,6 +93,24 @@ def test_a_follow_up_question_costs_one_conditional_pass(vqa):
     for i in range(100, 103 + NUM_KEPT_IMAGES):
         vqa(image=picture(i), question="What?")
     assert len(vqa._kept) == NUM_KEPT_IMAGES
+
+
+def test_one_pipeline_in_8_threads_gives_what_it_gives_alone(vqa):
+    images = [picture(seed) for seed in range(NUM_KEPT_IMAGES + 2)]
+    calls = [[{"image": images[i], "question": "What?"}, {"image": images[i - 4], "question": "Where is the dog?"}]
+             for i in range(len(images))]  # fmt: skip
+    alone = [vqa(call, batch_size=2) for call in calls]
+    order = [(7 * turn) % len(calls) for turn in range(2 * len(calls))]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns often
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            together = list(threads.map(lambda number: vqa(calls[number], batch_size=2), order))
+    finally:
+        sys.setswitchinterval(interval)
+    for found, number in zip(together, order, strict=True):
+        assert all(same(a, b) for a, b in zip(found, alone[number], strict=True))
+    assert len(vqa._kept) <= NUM_KEPT_IMAGES
 
 
 def test_guidance_can_be_chosen(vqa):
