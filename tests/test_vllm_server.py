@@ -91,6 +91,6 @@ def test_a_given_question_is_a_field_of_the_request(client, expected):
     )
 
 
-def test_invalid_requests_are_answered_with_400(client, expected):
+def test_invalid_requests_return_400(client, expected):
     with pytest.raises(openai.BadRequestError, match="question"):
         create(client, expected[0][0], extra_body={"mm_processor_kwargs": {"question": ["a", "b"]}})

@@ -1,7 +1,7 @@
 """Requests as the model's inputs: one item per image, whose identity is the image and the question about it.
 
 With `fusion="concat_tokens"` an image is two items. The first holds the tokens that do not depend on the question, and
-is identified by the image alone, so that vLLM's prefix caching reuses their keys and values for another question.
+has the hash of the image only, so that vLLM's prefix caching reuses their keys and values for another question.
 """
 
 import hashlib
