@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .backbones import load_backbone
+from .checkpoint_files import CheckpointError, check_files, compare_shapes, damage_reported
 from .fingerprints import weights_hash
 from .remote_code import save_code
 from .repositories import check_adapter, refuse_pickle
@@ -23,8 +24,10 @@ from .vision import load_vision
 FROZEN_PARTS = {"diffusion": "diffusion_tower.backbone", "vision": "vision_tower"}
 """Parts that a checkpoint can leave out, as the configuration's `components` names them, and their modules."""
 
+_FROZEN = re.compile(r"(^|\.)(backbone|vision_tower)\.")
 _NOT_QUANTIZED = [
-    r"(model\.)?(vision_tower|diffusion_tower|fusion|implicit_captioner|multi_modal_projector)",
+    r"(model\.)?(vision_tower|fusion|implicit_captioner|multi_modal_projector)",
+    r"(model\.)?(diffusion_tower\.)?(ensemble|backbone\.(?!text_encoder\w*\.encoder\.block)\w+)",  # T5 has these blocks
     "lm_head",
 ]
 
@@ -55,9 +58,12 @@ class CheckpointMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`, from safetensors only.
 
-        A `quantization_config` that names no modules to skip quantises only the language model's body.
+        A `quantization_config` that names no modules to skip quantises only the language model's body and the blocks
+        of a T5 text encoder, which transformers does without their output projections `wo`.
 
         Raises:
+            CheckpointError: A file is damaged or missing, or the configuration does not fit the weights. It is raised
+                before memory for the weights is allocated.
             ValueError: The weights are pickles, or the checkpoint lacks frozen weights that the configuration needs.
         """
         if kwargs.pop("use_safetensors", None) is False:
@@ -66,9 +72,11 @@ class CheckpointMixin:
         if source is not None:
             check_adapter(source, **kwargs)
             kwargs["use_safetensors"] = True
-        _quantize_language_model_only(kwargs.get("quantization_config"))
+        _quantize_language_models_only(kwargs.get("quantization_config"))
         want_info = kwargs.pop("output_loading_info", False)
         try:
+            if source is not None and kwargs.get("state_dict") is None:
+                cls._check_files(source, kwargs)
             loaded, info = super().from_pretrained(  # type: ignore[misc]  # a mixin's base
                 source, *args, output_loading_info=True, **kwargs
             )
@@ -82,9 +90,26 @@ class CheckpointMixin:
                 module.freeze()
         return (loaded, info) if want_info else loaded
 
+    @classmethod
+    def _check_files(cls, source: str | os.PathLike, options: dict[str, Any]) -> None:
+        """Compare the headers of the weights with the configuration, and with the model that it describes."""
+        found = check_files(source, options)
+        kind: Any = cls.config_class  # type: ignore[attr-defined]  # of PreTrainedModel
+        if found is None or options.get("config") is not None or options.keys() & kind.__dataclass_fields__.keys():
+            return
+        fields, shapes = found
+        if fields.get("model_type") != kind.model_type or "quantization_config" in fields:
+            return
+        with damage_reported(source, "the model's configuration"), torch.device("meta"):
+            built: Any = cls(kind.from_dict(fields))  # type: ignore[call-arg]  # of PreTrainedModel
+        compare_shapes(source, {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, shapes)
+        needed = built.state_dict().keys() - (built.all_tied_weights_keys or {}).keys() - shapes.keys()
+        if lacking := sorted(name for name in needed if not _FROZEN.search(name)):
+            raise CheckpointError.of(source, f"it lacks {len(lacking)} weights, {lacking[0]!r} first")
+
 
 def _require_frozen(source: Any, model: PreTrainedModel, missing_keys: Any) -> None:
-    lacking = sorted(key for key in missing_keys if re.search(r"(^|\.)(backbone|vision_tower)\.", key))
+    lacking = sorted(key for key in missing_keys if _FROZEN.search(key))
     if lacking and not getattr(model.config, "left_out", None):
         raise ValueError(
             f"{str(source)!r} lacks {len(lacking)} frozen weights that this configuration needs, {lacking[0]!r} first. "
@@ -92,7 +117,7 @@ def _require_frozen(source: Any, model: PreTrainedModel, missing_keys: Any) -> N
         )
 
 
-def _quantize_language_model_only(quantization_config: Any) -> None:
+def _quantize_language_models_only(quantization_config: Any) -> None:
     for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
         if quantization_config is not None and getattr(quantization_config, name, []) is None:
             setattr(quantization_config, name, list(_NOT_QUANTIZED))

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from safetensors import safe_open
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig, CLIPTokenizer
 from typer.testing import CliRunner
 
 from sdllava import SDLlavaDiffusionConfig, SDLlavaDiffusionModel, SDLlavaForConditionalGeneration, SDLlavaProcessor
@@ -436,3 +436,25 @@ def test_the_adaln_tap_of_a_joint_block_is_its_normalised_input(folders, towers)
     shift, scale = model.transformer_blocks[2].norm1.linear(F.silu(embedding)).chunk(6, dim=1)[:2]
     expected = F.layer_norm(before, (32,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
     torch.testing.assert_close(norm, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_class", [SDLlavaDiffusionModel, SDLlavaForConditionalGeneration])
+def test_four_bits_are_for_language_models_and_t5(folders, published, tmp_path, model_class):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+    parts = {"diffusion": str(folders["sd3"]), **fields("sd3")}
+    if model_class is SDLlavaForConditionalGeneration:
+        parts |= {"vision": str(published["clip"]), "language_model": str(published["llm"])}
+        parts |= {"fusion_num_attention_heads": 4}
+    model_class.from_component_pretrained(**parts).save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=True)
+    model = model_class.from_pretrained(tmp_path, quantization_config=options).eval()
+    quantised = [name for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    encoder = [name for name in quantised if "diffusion_tower" in name or name.startswith("backbone")]
+    assert encoder
+    assert all(".text_encoder_3.encoder.block." in f".{name}" for name in encoder)
+    assert {name.rpartition(".")[2] for name in encoder} == {"q", "k", "v", "o", "wi_0", "wi_1"}
+    assert all("language_model." in name for name in set(quantised) - set(encoder))
+    tower = model if model_class is SDLlavaDiffusionModel else model.model.diffusion_tower
+    ids = prompt_ids(folders["sd3"], "sd3")
+    features = tower(torch.zeros(3, 3, 64, 64), *ids).last_hidden_state
+    assert features.isfinite().all()
