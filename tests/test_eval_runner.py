@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -369,7 +370,11 @@ def test_judge_that_is_unavailable(endpoint):
         EndpointJudge("m", "ftp://x")
 
 
-def test_local_judge(tmp_path):
+def test_local_judge_works_without_a_network_and_reads_only_safetensors(tmp_path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise AssertionError(f"Connected to {args}.")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     raw = Tokenizer(
         models.WordLevel(
             {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "8", "7", "yes", "no", "rate", "this"])}, "<unk>"
@@ -398,7 +403,13 @@ def test_local_judge(tmp_path):
     assert judge("rate", "this 8") == judge("rate", "this 8")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="has no chat template"):
+        make_judge(str(tmp_path / "plain"))
+    (tmp_path / "plain" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "plain" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin, a pickle.*Run `sdllava convert"):
         make_judge(str(tmp_path / "plain"))
 
 

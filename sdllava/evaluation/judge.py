@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..repositories import require_safetensors
 from .processes import default_device
 
 TEMPERATURE = 0.2
@@ -151,16 +152,17 @@ class LocalJudge:
         device: None uses this process's accelerator, or the CPU.
 
     Raises:
-        ValueError: The model has no chat template.
+        ValueError: The model has no chat template, or its weights are pickles.
     """
 
     temperature = TEMPERATURE
 
     def __init__(self, model: str, revision: str | None = None, device: str | torch.device | None = None):
+        require_safetensors(f"{model}@{revision}" if revision else model)
         self.tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
         if self.tokenizer.chat_template is None:
             raise ValueError(f"The judge {model!r} has no chat template. Choose an instruction-tuned model.")
-        self.model = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto")
+        self.model = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto", use_safetensors=True)
         self.model.to(device or default_device()).eval()
         self.name = f"{model} (local), temperature {TEMPERATURE}"
 
