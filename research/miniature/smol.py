@@ -1,0 +1,221 @@
+"""`sdllava-smol`: the miniature's encoders with SmolLM2-135M, initialised, aligned and fine-tuned, then shipped.
+
+The projector is initialised by regression, before the two stages: the token of each quadrant is to be the sum of
+SmolLM2's embeddings of the words that describe the quadrant's object. This costs minutes, because the language model
+does not run. Both stages are ordinary recipes (`recipes/smol-align.yaml`, `recipes/smol-finetune.yaml`).
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdllava import SDLlavaForConditionalGeneration, mini_path
+from sdllava.atomic_files import atomic_path, write_json
+from sdllava.miniature.smol import compose_smol
+from sdllava.scenes.dataset import scene_dataset
+from sdllava.scenes.render import render
+from sdllava.scenes.world import (
+    CELLS,
+    COLOURS,
+    DIRECTIONS,
+    LETTERS,
+    PATTERNS,
+    SHAPES,
+    STATES,
+    VIEWPOINTS,
+    Scene,
+    sample_scene,
+)
+from sdllava.train.run import train
+
+from .stages import RECIPES
+
+WORDS = ("empty", *COLOURS, *SHAPES, *DIRECTIONS, *LETTERS, *STATES, "border", *VIEWPOINTS, "top", "bottom")
+LOOK_UPS = ("structure", "colour", "text", "orientation", "state")
+"""The patterns of the first questions: looking an object up must be learned before anything else."""
+
+CHAT = (
+    ("What is the capital of Italy?", "The capital of Italy is Rome."),
+    ("What is the capital of Spain?", "The capital of Spain is Madrid."),
+    ("Who wrote Hamlet?", "William Shakespeare wrote Hamlet."),
+    ("What is the largest planet of the solar system?", "The largest planet of the solar system is Jupiter."),
+    ("What colour is the sky on a clear day?", "On a clear day, the sky is blue."),
+    ("How many legs does a spider have?", "A spider has eight legs."),
+    ("What is the opposite of hot?", "The opposite of hot is cold."),
+    ("Name a fruit.", "An apple is a fruit."),
+    ("What do bees make?", "Bees make honey."),
+    ("Who painted the Mona Lisa?", "Leonardo da Vinci painted the Mona Lisa."),
+    ("What language is spoken in Brazil?", "Portuguese is spoken in Brazil."),
+    ("Hello!", "Hello! How can I help you today?"),
+)
+"""Questions without an image, one after 16 scenes, so that the language model keeps answering in sentences."""
+
+
+def quadrant_words(scene: Scene) -> torch.Tensor:
+    """The weight of each of `WORDS` in the token of each quadrant, `(4, words)`."""
+    weights = torch.zeros(len(CELLS), len(WORDS))
+    objects = {item.cell: item for item in scene.objects}
+    for row, cell in zip(weights, CELLS, strict=True):
+        item = objects.get(cell)
+        words = ["empty"] if item is None else [item.colour, item.shape, item.direction, item.letter, item.state]
+        words += ["border"] if item and item.border else []
+        for word in filter(None, words):
+            row[WORDS.index(word)] += 1.0
+        for word in (scene.viewpoint, *cell.split()):  # "left" and "right" are directions, too
+            row[WORDS.index(word)] += 0.5
+    return weights
+
+
+def initialise_projector(
+    model: SDLlavaForConditionalGeneration, processor: Any, scenes: int, steps: int, batch_size: int = 64
+) -> None:
+    """Train fusion and projector to write the words of each quadrant, in place. The fusion starts as the miniature's.
+
+    Args:
+        model: From [`~sdllava.miniature.smol.compose_smol`].
+        processor: Its processor.
+        scenes: The number of training scenes whose features are computed.
+        steps: Optimizer steps.
+        batch_size: Scenes per step.
+    """
+    body: Any = model.model
+    prefix = "model.fusion."
+    saved = load_file(mini_path() / "model.safetensors")
+    fusion = {name.removeprefix(prefix): value.float() for name, value in saved.items() if name.startswith(prefix)}
+    body.fusion.load_state_dict(fusion)
+    with torch.no_grad():
+        body.multi_modal_projector.linear_2.weight.mul_(0.1)
+        body.multi_modal_projector.linear_2.bias.zero_()
+    words = torch.stack([_embedding(model, processor, word) for word in WORDS])
+    to_weights = torch.linalg.pinv(words)
+    per_value = words.norm(dim=1).mean() / words.shape[1] ** 0.5
+    drawn = [sample_scene("train", 700_000_000 + number) for number in range(scenes)]
+    vision, diffusion = _features(model, processor, drawn)
+    weights = torch.stack([quadrant_words(scene) for scene in drawn])
+    groups = [
+        {"params": body.fusion.parameters(), "lr": 5e-4},
+        {"params": body.multi_modal_projector.parameters(), "lr": 1.5e-3},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * (1 - 0.97 * step / steps)
+    )
+    for _ in range(steps):
+        rows = torch.randint(scenes, (batch_size,))
+        tokens = body.multi_modal_projector(body.fusion(vision[rows].float(), diffusion[rows].float()))
+        wanted = weights[rows]
+        error = ((tokens @ to_weights - wanted) ** 2).sum(-1).mean()
+        loss = error + 0.05 * ((tokens - wanted @ words) / per_value).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def _embedding(model: Any, processor: Any, word: str) -> torch.Tensor:
+    ids = processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    return model.get_input_embeddings().weight[ids].sum(0)
+
+
+@torch.no_grad()
+def _features(model: Any, processor: Any, scenes: list[Scene], batch_size: int = 32) -> tuple[torch.Tensor, ...]:
+    """The vision encoder's and the unconditional features of scenes, in half precision."""
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for start in range(0, len(scenes), batch_size):
+        images = [render(scene) for scene in scenes[start : start + batch_size]]
+        pixels = processor(images=images, return_tensors="pt")
+        found = model.encode_images(pixels["pixel_values"], pixels["diffusion_pixel_values"])
+        parts.append((found.vision_features.half(), found.unconditional_features.half()))
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+def write_data(folder: Path, align: int, look_ups: int, scenes: int) -> None:
+    """Write the captions of stage 1 and the conversations of stage 2, in the order of training.
+
+    Args:
+        folder: For `align.parquet` and `finetune.parquet`.
+        align: Scenes of stage 1.
+        look_ups: The first scenes of stage 2, whose questions look objects up.
+        scenes: The scenes after them, with all patterns.
+    """
+    first = scene_dataset("train", look_ups, 11, turns=16, patterns=LOOK_UPS)
+    rest = scene_dataset("train", scenes, 12, turns=16, patterns=(*PATTERNS, "text", "structure", "position"))
+    rows = datasets.concatenate_datasets([first, rest]).select_columns(["images", "messages"])
+    chat = [_chat_row(*turn) for turn in random.Random(0).sample(CHAT, len(CHAT))]
+    chats = datasets.Dataset.from_list(chat, features=rows.features)
+    order = [(rows, number) for number in range(len(rows))]
+    for number in reversed(range(16, len(order) + 1, 16)):
+        order.insert(number, (chats, number // 16 % len(chat)))
+    mixed = datasets.concatenate_datasets([source.select([row]) for source, row in order])
+    for name, table in (("finetune", mixed), ("align", scene_dataset("train", align, 13, "captions"))):
+        with atomic_path(folder / f"{name}.parquet") as written:
+            table.select_columns(["images", "messages"]).to_parquet(written)
+
+
+def _chat_row(question: str, answer: str) -> dict[str, Any]:
+    turns = (("user", question), ("assistant", answer))
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    return {"images": [], "messages": messages}
+
+
+def train_smol(folder: str | os.PathLike, scenes: int = 5792, steps: int = 926, max_steps: int = 400) -> Path:
+    """Compose, initialise, align and fine-tune. Finished parts are kept, and stage 2 resumes.
+
+    Args:
+        folder: For `base/`, the data, `align/` and `finetune/`.
+        scenes: Scenes of the initialisation.
+        steps: Steps of the initialisation.
+        max_steps: Steps of stage 2, of one conversation each.
+
+    Returns:
+        `Path`: The folder of the adapter.
+    """
+    folder = Path(folder)
+    torch.manual_seed(0)
+    if not (folder / "base").exists():
+        model, processor = compose_smol()
+        initialise_projector(model, processor, scenes, steps)
+        with atomic_path(folder / "base") as written:
+            model.save_pretrained(written)
+            processor.save_pretrained(written)
+    if not (folder / "finetune.parquet").exists():
+        write_data(folder, align=64, look_ups=130, scenes=max(max_steps - 130, 1))
+    for stage, start, options in _stages(max_steps):
+        if not list((folder / stage).glob("*config.json")):
+            data, output = folder / f"{stage}.parquet", folder / stage
+            paths = {"init_from": folder / start, "train_data": data, "output_dir": output}
+            train(["--config", str(RECIPES / f"smol-{stage}.yaml"), *_words(paths), *options])
+    return folder / "finetune"
+
+
+def write_adapter(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Write the adapter that the package ships: in float16, without paths of this machine.
+
+    Args:
+        source: An adapter of stage 2, also a checkpoint.
+        target: The folder, `sdllava/miniature/sdllava-smol`.
+    """
+    config = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None
+    tensors = load_file(Path(source) / "adapter_model.safetensors")
+    with atomic_path(target) as written:
+        written.mkdir()
+        save_file({name: tensor.half() for name, tensor in tensors.items()}, written / "adapter_model.safetensors")
+        write_json(written / "adapter_config.json", config)
+
+
+def _stages(max_steps: int) -> Iterator[tuple[str, str, list[str]]]:
+    yield "align", "base", []
+    yield "finetune", "align", ["--max_steps", str(max_steps)]
+
+
+def _words(options: dict[str, Path]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
