@@ -497,5 +497,6 @@ class SDLlavaConfig(VersionedConfig):
 
     @property
     def depends_on_question(self) -> bool:
-        """Whether image features depend on the question."""
-        return self.diffusion_config is not None and self.diffusion_config.conditioning != "none"
+        """Whether image features depend on the question, at the configured guidance scales."""
+        tower = self.diffusion_config
+        return tower is not None and tower.conditioning != "none" and any(tower.guidance_scales)

@@ -101,3 +101,16 @@ def test_calls_that_cannot_continue_a_prefix_answer_as_without(model):
 def test_only_concat_tokens_has_tokens_that_are_equal_for_every_question():
     assert tiny.config(fusion="concat_tokens").question_independent_tokens == 16
     assert tiny.config().question_independent_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, True),
+        ({"diffusion": None}, False),
+        ({"diffusion_fields": {"conditioning": "none"}}, False),
+        ({"diffusion_fields": {"guidance_scales": [0]}}, False),
+    ],
+)
+def test_whether_image_features_depend_on_the_question(config, expected):
+    assert tiny.config(**config).depends_on_question is expected

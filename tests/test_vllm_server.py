@@ -18,6 +18,7 @@ from sdllava import mini_path
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 OPTIONS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--served-model-name", "mini"]
+OPTIONS += ["--trust-request-mm-kwargs"]  # clients may give the question
 
 
 @pytest.fixture(scope="module")

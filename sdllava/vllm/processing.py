@@ -145,7 +145,7 @@ class SDLlavaMultiModalProcessor(BaseMultiModalProcessor[SDLlavaProcessingInfo])
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        items: list[ImageItem] = inputs.hf_processor_mm_kwargs[_ITEMS]  # type: ignore[assignment]
+        items: list[ImageItem] = inputs.hf_processor_mm_kwargs[_ITEMS]
         return {
             "image": [
                 MultiModalHasher.hash_kwargs(
@@ -159,12 +159,12 @@ class SDLlavaMultiModalProcessor(BaseMultiModalProcessor[SDLlavaProcessingInfo])
         self, inputs: ProcessorInputs, mm_is_cached: MultiModalIsCached
     ) -> Mapping[str, object]:
         kwargs = inputs.hf_processor_mm_kwargs
-        pairs = zip(kwargs[_ITEMS], mm_is_cached["image"], strict=True)  # type: ignore[call-overload]
+        pairs = zip(kwargs[_ITEMS], mm_is_cached["image"], strict=True)
         return {**kwargs, _ITEMS: [item for item, is_cached in pairs if not is_cached]}
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         options = dict(hf_kwargs)
-        items: list[ImageItem] = options.pop(_ITEMS)  # type: ignore[assignment]
+        items: list[ImageItem] = options.pop(_ITEMS)
         questions = [item.question for item in items]
         inputs = self.info.get_hf_processor()(**hf_data, **options, question=questions, return_tensors="pt")
         keys = [hashlib.sha256(item.image_hash.encode()).digest() if item.image_hash else NO_KEY for item in items]
