@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import tempfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -17,9 +18,10 @@ pytest.importorskip("gradio", reason="the demo page needs gradio")
 
 from sdllava.analysis.attention import question_heatmap
 from sdllava.demo.drawing import heat_html
-from sdllava.demo.engine import MAX_BYTES, Engine, check_length, open_upload
+from sdllava.demo.engine import Engine, check_length, open_upload
 from sdllava.demo.guard import contains_url_file
 from sdllava.demo.space import write_space
+from sdllava.serving.limits import PAGE_LIMITS
 
 
 def png(image: Image.Image) -> bytes:
@@ -33,11 +35,12 @@ def noise(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+LIMITS = replace(PAGE_LIMITS, max_new_tokens=12)
+
+
 @pytest.fixture(scope="module")
 def engine(composed) -> Engine:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdllava.demo.engine.MAX_NEW_TOKENS", 12)
-        yield Engine.from_pretrained(str(composed), "cpu")
+    return Engine.from_pretrained(str(composed), "cpu", limits=LIMITS)
 
 
 def generated_answer(engine, image, question, **options) -> str:
@@ -105,8 +108,8 @@ def test_attention_and_delta_equal_those_of_the_analysis(engine):
     [
         (b"not an image", r"is not an image that Pillow can read\. Give PNG, JPEG or WebP\."),
         (png(noise())[:200], "truncated or unreadable"),
-        (b"\0" * (MAX_BYTES + 1), r"The file has 10\.0 MiB\. Upload an image of at most 10 MiB\."),
-        (png(Image.new("1", (9000, 9000))), r"its size is 9000 x 9000\. Give an image of at most 50 million pixels\."),
+        (b"\0" * (PAGE_LIMITS.max_image_bytes + 1), r"The file has 10\.0 MiB\. Upload an image of at most 10 MiB\."),
+        (png(Image.new("1", (9000, 9000))), r"its size is 9000 x 9000\. Give an image of at most 25 million pixels\."),
     ],
 )
 def test_bad_uploads_raise_errors(data, message):
@@ -345,6 +348,6 @@ def test_a_request_that_names_a_file_by_its_url_is_rejected(address):
     assert response.status_code == 400
     assert "Files are not fetched from URLs. Upload the file." in response.text
     assert httpx.post(f"{address}gradio_api/queue/join", content=b"x" * 2**21).status_code == 413
-    too_large = {"files": ("a.png", b"\0" * (MAX_BYTES + 1000))}
+    too_large = {"files": ("a.png", b"\0" * (PAGE_LIMITS.max_image_bytes + 1000))}
     assert httpx.post(f"{address}gradio_api/upload", files=too_large).status_code == 413
     assert address.startswith("http://127.0.0.1:")

@@ -5,14 +5,25 @@ import os
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-ModelOption = Annotated[str, typer.Option(help="Folder, repository id, or 'mini', the embedded miniature.")]
+ModelOption = Annotated[str, typer.Option(help="Folder, repository id, 'mini', the embedded miniature, or 'smol'.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the fastest one present.")]
 HostOption = Annotated[str, typer.Option(help="Address to listen on. By default, only this machine can connect.")]
 PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
+
+
+def limit(text: str, low: float, high: float | None = None) -> Any:
+    """An option of the panel of limits, in low..high."""
+    return typer.Option(help=text, rich_help_panel="Limits", min=low, max=high)
+
+
+MaxImageBytes = Annotated[int, limit("Bytes of an image.", 1)]
+MaxImagePixels = Annotated[int, limit("Pixels of an image.", 1)]
+MaxNewTokens = Annotated[int, limit("Tokens of an answer.", 1)]
+MaxQuestionChars = Annotated[int, limit("Characters of text.", 1)]
 
 
 class DType(StrEnum):
@@ -46,10 +57,10 @@ def model_path(model: str) -> str:
     Raises:
         ValueError: It is neither.
     """
-    if model == "mini":
-        from ..miniature import mini_path
+    from ..miniature.shipped import shipped_model
 
-        return str(mini_path())
+    if shipped := shipped_model(model):
+        return shipped
     check_source(model, "a model")
     return model
 
@@ -64,7 +75,7 @@ def check_source(source: str, what: str) -> None:
     Raises:
         ValueError: It is neither.
     """
-    from ..repositories import REPOSITORY
+    from ..names import REPOSITORY
 
     if os.path.isfile(source) or not (os.path.isdir(source) or REPOSITORY.fullmatch(source)):
         raise ValueError(f"{source!r} is neither a folder nor a repository id. Name {what} by one of them.")

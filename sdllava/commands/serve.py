@@ -1,18 +1,27 @@
 """The command `serve`. Heavy imports happen inside the command."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..serving.limits import BATCH_SECONDS, MAX_BATCH, Limits
-from .options import AutoDType, HostOption, PortOption, check_device, let_idle_threads_sleep, model_path, split_names
+from .options import (
+    AutoDType,
+    HostOption,
+    MaxImageBytes,
+    MaxImagePixels,
+    MaxNewTokens,
+    MaxQuestionChars,
+    PortOption,
+    check_device,
+    let_idle_threads_sleep,
+    limit,
+    model_path,
+    split_names,
+)
 from .reporting import warn_if_untrained
 
 DEFAULT = Limits()
-
-
-def _limit(text: str, **bounds: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel="Limits", **bounds)
 
 
 def serve(
@@ -34,15 +43,15 @@ def serve(
     batch_seconds: Annotated[
         float, typer.Option(min=0, max=10, help="How long a request waits for others, where the model is free.")
     ] = BATCH_SECONDS,
-    max_body_bytes: Annotated[int, _limit("Bytes of a request.", min=1)] = DEFAULT.max_body_bytes,
-    max_images: Annotated[int, _limit("Images of a request.", min=0)] = DEFAULT.max_images,
-    max_image_bytes: Annotated[int, _limit("Bytes of an image.", min=1)] = DEFAULT.max_image_bytes,
-    max_image_pixels: Annotated[int, _limit("Pixels of an image.", min=1)] = DEFAULT.max_image_pixels,
-    max_new_tokens: Annotated[int, _limit("Tokens of an answer.", min=1)] = DEFAULT.max_new_tokens,
-    max_beams: Annotated[int, _limit("Beams of a beam search.", min=1)] = DEFAULT.max_beams,
-    max_question_chars: Annotated[int, _limit("Characters of text.", min=1)] = DEFAULT.max_question_chars,
-    max_queue: Annotated[int, _limit("Requests at a time; others get HTTP 429.", min=1)] = DEFAULT.max_queue,
-    request_seconds: Annotated[float, _limit("Time of a request.", min=0.1, max=86400)] = DEFAULT.request_seconds,
+    max_body_bytes: Annotated[int, limit("Bytes of a request.", 1)] = DEFAULT.max_body_bytes,
+    max_images: Annotated[int, limit("Images of a request.", 0)] = DEFAULT.max_images,
+    max_image_bytes: MaxImageBytes = DEFAULT.max_image_bytes,
+    max_image_pixels: MaxImagePixels = DEFAULT.max_image_pixels,
+    max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
+    max_beams: Annotated[int, limit("Beams of a beam search.", 1)] = DEFAULT.max_beams,
+    max_question_chars: MaxQuestionChars = DEFAULT.max_question_chars,
+    max_queue: Annotated[int, limit("Requests at a time; others get HTTP 429.", 1)] = DEFAULT.max_queue,
+    request_seconds: Annotated[float, limit("Time of a request.", 0.1, 86400)] = DEFAULT.request_seconds,
 ) -> None:
     """Serve an OpenAI-compatible endpoint: chat completions with images, streamed or not."""
     let_idle_threads_sleep()

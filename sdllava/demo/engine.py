@@ -17,19 +17,12 @@ from ..analysis.reading import read_features
 from ..grids import resize_tokens
 from ..image_loading import load_rgb
 from ..modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaImageEncodings
-from ..pipeline import check_question
+from ..names import check_question
 from ..processors import SDLlavaProcessor
+from ..serving.limits import PAGE_LIMITS, Limits
 
-MAX_BYTES = 10 * 2**20
-"""Bytes of an upload."""
-MAX_PIXELS = 50_000_000
-"""Pixels of an upload."""
 KEPT_SIDE = 1024
 """Longer side, in pixels, of the image in a session."""
-MAX_QUESTION = 1000
-"""Characters of a question."""
-MAX_NEW_TOKENS = 128
-"""Tokens of an answer."""
 
 
 @dataclass
@@ -45,11 +38,12 @@ class EncodedImage:
     encodings: SDLlavaImageEncodings
 
 
-def open_upload(data: bytes) -> Image.Image:
+def open_upload(data: bytes, limits: Limits = PAGE_LIMITS) -> Image.Image:
     """Decode an uploaded image. The size in its header is checked before its pixels are decoded.
 
     Args:
         data: The contents of the file.
+        limits: What the page accepts.
 
     Returns:
         `PIL.Image.Image`: Upright RGB, with a longer side of at most `KEPT_SIDE` pixels.
@@ -57,24 +51,23 @@ def open_upload(data: bytes) -> Image.Image:
     Raises:
         ValueError: The file is too large or unreadable.
     """
-    if len(data) > MAX_BYTES:
-        raise ValueError(
-            f"The file has {len(data) / 2**20:.1f} MiB. Upload an image of at most {MAX_BYTES / 2**20:g} MiB."
-        )
-    image = load_rgb(data, max_pixels=MAX_PIXELS)
+    if len(data) > limits.max_image_bytes:
+        largest = limits.max_image_bytes / 2**20
+        raise ValueError(f"The file has {len(data) / 2**20:.1f} MiB. Upload an image of at most {largest:g} MiB.")
+    image = load_rgb(data, max_pixels=limits.max_image_pixels)
     image.thumbnail((KEPT_SIDE, KEPT_SIDE))
     return image
 
 
-def check_length(question: str) -> str:
+def check_length(question: str, limits: Limits = PAGE_LIMITS) -> str:
     """A question without surrounding spaces.
 
     Raises:
-        ValueError: It is empty or longer than `MAX_QUESTION` characters.
+        ValueError: It is empty or has too many characters.
     """
     question = check_question(question).strip()
-    if len(question) > MAX_QUESTION:
-        raise ValueError(f"The question has {len(question)} characters. Use at most {MAX_QUESTION}.")
+    if len(question) > limits.max_question_chars:
+        raise ValueError(f"The question has {len(question)} characters. Use at most {limits.max_question_chars}.")
     return question
 
 
@@ -85,30 +78,41 @@ class Engine:
         model: A model with a diffusion tower.
         processor: Its processor.
         name: The model's name on the page.
+        limits: What the page accepts.
 
     Raises:
         ValueError: The model does not have a diffusion tower.
     """
 
-    def __init__(self, model: SDLlavaForConditionalGeneration, processor: SDLlavaProcessor, name: str):
+    def __init__(
+        self,
+        model: SDLlavaForConditionalGeneration,
+        processor: SDLlavaProcessor,
+        name: str,
+        limits: Limits = PAGE_LIMITS,
+    ):
         if model.model.diffusion_tower is None:
             raise ValueError(f"{name!r} does not have a diffusion tower. Use a model that has one.")
         self.model, self.processor, self.name = model.eval(), processor, name
+        self.limits = limits
         self.lock = threading.Lock()
 
     @classmethod
-    def from_pretrained(cls, model: str, device: str | None = None, dtype: str | None = None) -> "Engine":
+    def from_pretrained(
+        cls, model: str, device: str | None = None, dtype: str | None = None, limits: Limits = PAGE_LIMITS
+    ) -> "Engine":
         """Load a model.
 
         Args:
             model: Folder or repository id.
             device: Default: CUDA where available, else the CPU.
             dtype: Default: bfloat16 on CUDA, else float32.
+            limits: What the page accepts.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         loaded = SDLlavaForConditionalGeneration.from_pretrained(model, dtype=dtype).to(device)
-        return cls(loaded, SDLlavaProcessor.from_pretrained(model), short_name(model))
+        return cls(loaded, SDLlavaProcessor.from_pretrained(model), short_name(model), limits)
 
     @property
     def guidance_scale(self) -> float | None:
@@ -195,7 +199,10 @@ class Engine:
         return BaseModelOutputWithPooling(pooler_output=list(body.multi_modal_projector(fused)))
 
     def _inputs(self, encoded: EncodedImage, question: str) -> dict[str, Any]:
-        content = [{"type": "image", "image": encoded.image}, {"type": "text", "text": check_length(question)}]
+        content = [
+            {"type": "image", "image": encoded.image},
+            {"type": "text", "text": check_length(question, self.limits)},
+        ]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -209,7 +216,8 @@ class Engine:
         """Generate in a thread, which holds the lock, so that a client that disconnects does not block others."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         options = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        options |= {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}
+        options |= {"max_new_tokens": self.limits.max_new_tokens, "max_time": self.limits.request_seconds}
+        options |= {"do_sample": False, "streamer": streamer}
         failure: list[Exception] = []
 
         def generate() -> None:

@@ -16,7 +16,7 @@ from ..commands.reporting import UNTRAINED
 from ..scenes.language import sample_question
 from ..scenes.render import render
 from .drawing import heat_html, picture_html
-from .engine import MAX_BYTES, EncodedImage, Engine, check_length, open_upload
+from .engine import EncodedImage, Engine, check_length, open_upload
 from .guard import RejectURLFiles
 
 ALL_WORDS = -1
@@ -81,7 +81,7 @@ class Page:
             return (gr.skip(),) * 9
         data = Path(path).read_bytes()
         Path(path).unlink()
-        return (None, gr.skip(), *self._open(_or_error(open_upload, data), "your image"))
+        return (None, gr.skip(), *self._open(_or_error(open_upload, data, self.engine.limits), "your image"))
 
     def choose_example(self, event: gr.SelectData) -> tuple:
         """Open an example with its question."""
@@ -98,7 +98,7 @@ class Page:
         """Compute the attention maps of a question and its effect on the features."""
         if encoded is None:
             raise gr.Error("No image is open. Choose an example or upload one.", title="Error")
-        question = _or_error(check_length, question)
+        question = _or_error(check_length, question, self.engine.limits)
         attention = _or_error(self.engine.attention, encoded, question)
         words = [(word.text, i) for i, word in enumerate(attention.words) if not word.special]
         choices = gr.update(choices=[("all words", ALL_WORDS), *words], value=ALL_WORDS)
@@ -235,11 +235,11 @@ def launch(engine: Engine, host: str = "127.0.0.1", port: int = 7860, block: boo
     atexit.register(private.cleanup)
     os.environ["GRADIO_TEMP_DIR"] = private.name
     blocks = build_page(engine)
-    blocks.queue(default_concurrency_limit=8, max_size=64)
+    blocks.queue(default_concurrency_limit=8, max_size=engine.limits.max_queue)
     blocks.launch(
         server_name=host,
         server_port=port,
-        max_file_size=MAX_BYTES,
+        max_file_size=engine.limits.max_image_bytes,
         app_kwargs={"middleware": [RejectURLFiles.middleware()]},
         theme=gr.themes.Default(**FONTS),
         css=CSS,

@@ -10,7 +10,7 @@ BATCH_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts.
+    """What a server or the demo page accepts.
 
     Args:
         max_body_bytes: Bytes of a request's body (HTTP 413).
@@ -33,6 +33,12 @@ class Limits:
     max_question_chars: int = 20_000
     max_queue: int = 64
     request_seconds: float = 120.0
+
+
+PAGE_LIMITS = Limits(
+    max_images=1, max_image_bytes=10 * 2**20, max_new_tokens=128, max_beams=1, max_question_chars=1000, max_queue=256
+)
+"""Limits of the demo page. Its visitors wait in a queue, whose time does not count."""
 
 
 class RequestError(Exception):
