@@ -50,7 +50,7 @@ class PrefixCache:
         """
         digest = hashlib.sha256(f"{input_ids.device} {vision_features.dtype}".encode())
         for tensor in (input_ids, vision_features):
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         key = digest.hexdigest()
         if key in self._kept:
             self.hits += 1

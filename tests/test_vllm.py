@@ -164,27 +164,42 @@ def test_encoders_keep_the_checkpoints_dtype(served):
     assert served.apply_model(dtypes) == [{torch.float32}]
 
 
-@pytest.fixture(scope="module")
-def concat_tokens(tmp_path_factory):
-    """The miniature with a new fusion and projector, whose vision tokens come first."""
-    folder = tmp_path_factory.mktemp("concat-tokens")
+NEW_PARTS = ("model.fusion.", "model.multi_modal_projector.")
+
+
+def save_variant(folder, new_parts=NEW_PARTS, **fields):
+    """The miniature with other fields of its configuration, and new weights in some parts."""
     source = SDLlavaForConditionalGeneration.from_pretrained(mini_path())
-    config = type(source.config).from_dict(
-        {**source.config.to_dict(), "fusion": "concat_tokens", "spatial_merge_size": 1}
-    )
+    config = type(source.config).from_dict({**source.config.to_dict(), **fields})
     torch.manual_seed(0)
     model = SDLlavaForConditionalGeneration(config)
-    kept = {
-        name: x
-        for name, x in source.state_dict().items()
-        if not name.startswith(("model.fusion.", "model.multi_modal_projector."))
-    }
-    model.load_state_dict(kept, strict=False)
+    model.load_state_dict({k: x for k, x in source.state_dict().items() if not k.startswith(new_parts)}, strict=False)
     model.save_pretrained(folder)
     processor = SDLlavaProcessor.from_pretrained(mini_path())
     processor.num_image_tokens = config.num_image_tokens
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_language_models_of_other_families(tmp_path, family):
+    text_config = {
+        "model_type": family, "vocab_size": 94, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "bos_token_id": 1, "eos_token_id": 2,
+        "initializer_range": 0.2, "sliding_window": None,
+    }  # fmt: skip
+    new_parts = (*NEW_PARTS, "model.language_model.", "lm_head.")
+    path = save_variant(tmp_path, new_parts, text_config=text_config, tie_word_embeddings=False)
+    reference = Reference(path)
+    conversations = [[user(image, question)] for image, question in scenes(6)]
+    assert ask(engine(path), conversations) == [reference.tokens(messages) for messages in conversations]
+
+
+@pytest.fixture(scope="module")
+def concat_tokens(tmp_path_factory):
+    """The miniature with a new fusion and projector, whose vision tokens come first."""
+    folder = tmp_path_factory.mktemp("concat-tokens")
+    return save_variant(folder, fusion="concat_tokens", spatial_merge_size=1)
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])

@@ -62,9 +62,10 @@ class SDLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP)
         text_config = config.text_config
         self.config = config
         self.dtype = vllm_config.model_config.dtype
-        self.configure_mm_token_handling(text_config.vocab_size, [config.image_token_id])
+        this: Any = self  # vLLM's mixins have no types
+        this.configure_mm_token_handling(text_config.vocab_size, [config.image_token_id])
         with (
-            self._mark_tower_model(vllm_config, "image"),
+            this._mark_tower_model(vllm_config, "image"),
             set_default_torch_dtype(_checkpoint_dtype(config)),
         ):
             self.image_model = SDLlavaImageModel(config).eval().requires_grad_(False)
@@ -75,7 +76,7 @@ class SDLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP)
         text_config.architectures = text_config.architectures or [
             MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]
         ]
-        with self._mark_language_model(vllm_config):
+        with this._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config, hf_config=text_config, prefix=maybe_prefix(prefix, "language_model")
             )

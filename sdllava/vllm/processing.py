@@ -163,7 +163,7 @@ class SDLlavaMultiModalProcessor(BaseMultiModalProcessor[SDLlavaProcessingInfo])
         return {**kwargs, _ITEMS: [item for item, is_cached in pairs if not is_cached]}
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        options = dict(hf_kwargs)
+        options: dict[str, Any] = dict(hf_kwargs)
         items: list[ImageItem] = options.pop(_ITEMS)
         questions = [item.question for item in items]
         inputs = self.info.get_hf_processor()(**hf_data, **options, question=questions, return_tensors="pt")
