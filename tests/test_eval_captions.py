@@ -2,6 +2,9 @@
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +126,72 @@ def test_simple_tokens():
     assert simple_tokenize(["A man's well-known Dog, (brown)!"]) == ["a man's well-known dog brown"]
     with pytest.raises(ValueError, match="Unknown caption tokeniser 'penn'"):
         tokenize(["a"], "penn")
+
+
+STAND_IN = """
+import java.nio.file.*;
+import java.util.regex.*;
+
+public class Spice {
+    public static void main(String[] given) throws Exception {
+        String input = new String(Files.readAllBytes(Paths.get(given[0])), "UTF-8"), output = null;
+        for (int i = 0; i < given.length; i++) if (given[i].equals("-out")) output = given[i + 1];
+        StringBuilder scores = new StringBuilder();
+        Matcher item = Pattern.compile("\\"image_id\\": \\"(.*?)\\",\\\\s*\\"test\\": \\"(.*?)\\"").matcher(input);
+        while (item.find()) {
+            double f = 1.0 / item.group(2).split(" ").length;
+            scores.append(scores.length() == 0 ? "[" : ",");
+            scores.append("{\\"image_id\\": \\"" + item.group(1) + "\\", ");
+            scores.append("\\"scores\\": {\\"All\\": {\\"f\\": " + f + "}}}");
+        }
+        Files.write(Paths.get(output), (scores + "]").getBytes("UTF-8"));
+    }
+}
+"""
+"""In place of SPICE: the F score of a caption is 1 divided by its number of words."""
+
+
+@pytest.fixture
+def spice_stand_in(tmp_path, monkeypatch):
+    """pycocoevalcap with a small Java program as `spice-1.0.jar` and an empty CoreNLP."""
+    package = pytest.importorskip("pycocoevalcap")
+    if not shutil.which("javac") or not shutil.which("jar"):
+        pytest.skip("there is no Java compiler")
+    source = Path(package.__path__[0])
+    shutil.copytree(source, tmp_path / "pycocoevalcap", ignore=shutil.ignore_patterns("*.jar", "*.gz", "meteor"))
+    folder = tmp_path / "pycocoevalcap" / "spice"
+    (folder / "lib").mkdir(exist_ok=True)
+    for name in ("", "-models"):
+        (folder / "lib" / f"stanford-corenlp-3.6.0{name}.jar").touch()
+    tokenizer = "tokenizer/stanford-corenlp-3.4.1.jar"
+    shutil.copy(source / tokenizer, tmp_path / "pycocoevalcap" / tokenizer)
+    (tmp_path / "Spice.java").write_text(STAND_IN)
+    subprocess.run(["javac", "Spice.java"], cwd=tmp_path, check=True)
+    subprocess.run(["jar", "cfe", str(folder / "spice-1.0.jar"), "Spice", "Spice.class"], cwd=tmp_path, check=True)
+    for name in [name for name in sys.modules if name.split(".")[0] == "pycocoevalcap"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+@needs_java
+@pytest.mark.usefixtures("few_resamples")
+def test_spice_runs_a_java_program_and_its_scores_are_in_the_results(spice_stand_in):
+    """A stand-in, because CoreNLP is downloaded: this covers the call and its results, not SPICE itself."""
+    from sdllava.evaluation.benchmarks.captions import CocoCaptions
+    from sdllava.evaluation.runner import summarise
+
+    references = {"1": ["a b", "c"], "2": ["d"]}
+    assert spice({"1": "a red dog", "2": "birds"}, references) == ({"1": pytest.approx(1 / 3), "2": 1.0}, None)
+    records = [
+        {"id": image, "reply": text, "parsed": text, "target": references[image], "correct": None}
+        for image, text in (("1", "A red dog."), ("2", "Birds."))
+    ]
+    benchmark = CocoCaptions()
+    results = summarise(benchmark, records)
+    assert results["scores"]["SPICE"] == pytest.approx(100 * (1 / 3 + 1) / 2)
+    assert "SPICE" not in benchmark.notes
+    (spice_stand_in / "spice-1.0.jar").write_bytes(b"damaged")
+    scores, reason = spice({"1": "a"}, {"1": ["a"]})
+    assert scores == {}
+    assert reason.startswith("its Java program failed with exit status 1")

@@ -315,6 +315,9 @@ def test_match_tabulates_timesteps_ensemble_and_spread(tmp_path):
     s = scores.mean(axis=2)
     text = (s[:, :, 0, 0] > s[:, :, 1, 0]) & (s[:, :, 1, 1] > s[:, :, 0, 1])
     assert results["scores"]["text"] == pytest.approx(100 * text.mean())
+    own = s[:, :, 0, 0] + s[:, :, 1, 1] > s[:, :, 0, 1] + s[:, :, 1, 0]
+    assert results["own_pairs"]["score"] == pytest.approx(100 * own.mean())
+    assert results["own_pairs"]["interval"][0] <= 100 * own.mean() <= results["own_pairs"]["interval"][1]
     assert results["spread"]["text"] == pytest.approx(100 * text.mean(axis=0).std(ddof=1))
     assert json.loads((tmp_path / "out" / "results.json").read_text())["scores"] == results["scores"]
 
@@ -409,7 +412,23 @@ def test_clip_and_siglip_of_transformers(published, tmp_path):
 
 
 def test_open_clip(tmp_path):
-    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    """A tiny architecture with random weights: scores are cosine similarities of open_clip's own features."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    ours = load_matcher("open_clip:tiny-test", MatchingOptions())
+    scores = ours.score(IMAGES, TEXTS)
+    assert scores.shape == (1, 1, 2, 2)
+    with torch.no_grad():
+        pixels = torch.stack([ours.preprocess(image.convert("RGB")) for image in IMAGES])
+        image, text = ours.model.encode_image(pixels), ours.model.encode_text(open_clip.tokenize(TEXTS, 16))
+    expected = torch.nn.functional.cosine_similarity(text[:, None], image[None], dim=-1)
+    np.testing.assert_allclose(scores[0, 0], expected.numpy(), atol=1e-5)
     with pytest.raises(ValueError, match=r"Unknown open_clip model 'open_clip:nothing'\. Use the form open_clip:ARCH"):
         load_matcher("open_clip:nothing", MatchingOptions())
 

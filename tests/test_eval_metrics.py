@@ -1,52 +1,58 @@
-"""The `evaluate` modules and the lmms-eval adapter."""
+"""The `evaluate` module of the benchmarks, and the lmms-eval adapter."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
-from fixtures_evaluation import make_image
+from fixtures_evaluation import make_image, write_blink, write_captions, write_mmvp, write_naturalbench
 
-from sdllava.evaluation.metrics import METRICS, metric_path
+from sdllava.evaluation.benchmarks import BENCHMARKS, MATCHING_BENCHMARKS, get_benchmark
+from sdllava.evaluation.metrics import metric_path
+from sdllava.evaluation.runner import make_record, summarise
 
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
     evaluate = pytest.importorskip("evaluate", reason="evaluate is not installed")
     monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
-    return lambda name: evaluate.load(str(metric_path(name)), cache_dir=str(tmp_path))
+    return lambda name: evaluate.load(str(metric_path()), name, cache_dir=str(tmp_path))
 
 
-def test_mmvp(load):
-    found = load("mmvp").compute(predictions=["A", "B", "A", "A"], references=["A", "B", "A", "B"])
-    assert found == {"pair_accuracy": 50.0, "single_accuracy": 75.0}
+@pytest.mark.usefixtures("simple_tokens", "few_resamples")
+@pytest.mark.parametrize(
+    ("name", "write", "reply"),
+    [
+        ("mmvp", lambda folder: write_mmvp(folder, 4), "A"),
+        ("naturalbench", lambda folder: write_naturalbench(folder, 2), "Yes"),
+        ("blink", lambda folder: write_blink(folder, 2), "(A)"),
+        ("captions", lambda folder: write_captions(folder, 3), "a red dog"),
+    ],
+)
+def test_the_scores_are_those_of_a_run(load, tmp_path, name, write, reply):
+    benchmark = get_benchmark(name)
+    folder = tmp_path / name
+    write(folder)
+    samples = benchmark.read(folder)
+    replies = [f"{reply} {k}" if name == "captions" else reply for k in range(len(samples))]
+    records = [make_record(benchmark, *pair, None) for pair in zip(samples, replies, strict=True)]
+    lines = [json.dumps(record) for record in records]  # as in samples.jsonl
+    expected = summarise(benchmark, records)["scores"]
+    assert load(name).compute(predictions=replies, references=lines) == pytest.approx(expected)
 
 
-def test_naturalbench(load):
-    metric = load("naturalbench")
-    found = metric.compute(predictions=[1, 0, 0, 1, 1, 1, 1, 1], references=[1, 0, 0, 1] * 2)
-    assert found == {"G_Acc": 50.0, "Q_Acc": 50.0, "I_Acc": 50.0, "Acc": 75.0}
-    with pytest.raises(ValueError, match=r"there are 3 predictions\. Give a multiple of four"):
-        metric.compute(predictions=[1, 0, 0], references=[1, 0, 0])
-
-
-def test_winoground(load):
+def test_matching(load):
     matrices = [[[2.0, 1.0], [1.0, 2.0]], [[2.0, 1.0], [3.0, 4.0]]]
-    assert load("winoground").compute(predictions=matrices) == {"text": 50.0, "image": 100.0, "group": 50.0}
+    references = [json.dumps({"id": str(k), "pattern": "colour"}) for k in range(2)]
+    found = load("winoground").compute(predictions=matrices, references=references)
+    assert found == {"text": 50.0, "image": 100.0, "group": 50.0}
+    assert load("mini_pairs").compute(predictions=matrices, references=references)["average"] == 100.0
 
 
-def test_captions(load):
-    found = load("captions").compute(
-        predictions=["A red dog runs fast.", "Two birds sit on it."],
-        references=[["a red dog runs fast", "a dog"], ["two birds sit on it"]],
-        tokenizer="simple",
-    )
-    assert found["tokenizer"] == "simple"
-    assert found["BLEU-4 (simple tokens)"] == pytest.approx(100)
-
-
-def test_every_metric_has_its_folder():
-    assert all((metric_path(name) / f"{name}.py").is_file() for name in METRICS)
-    with pytest.raises(ValueError, match="Unknown metric 'bleu'"):
-        metric_path("bleu")
+def test_every_benchmark_has_a_configuration(load):
+    for name in (*BENCHMARKS, *MATCHING_BENCHMARKS):
+        assert load(name).config_name == name
+    with pytest.raises(ValueError, match=r"Unknown benchmark 'bleu'\. Give one of mmvp, naturalbench"):
+        load("bleu")
 
 
 def test_lmms_eval_adapter(composed):

@@ -202,9 +202,30 @@ def tabulate(
         "trials": scores.shape[1],
         "intervals_95": intervals(benchmark.units(records), benchmark.scores),
         "timesteps": {title: _over_trials(benchmark, items, part) for title, part in tables.items()},
+        "own_pairs": _own_pairs(records, ensemble),
         "chance": benchmark.chance(),
         "samples": len(records),
     }
+
+
+def _own_pairs(records: Sequence[dict], scores: np.ndarray) -> dict[str, Any] | None:
+    """Percent of items whose two matching pairs together score higher than the two others. Chance: 50.
+
+    The level of an image or a text cancels in this comparison, which no choice between images or texts makes.
+
+    Args:
+        records: With ids.
+        scores: `(items, trials, texts, images)`.
+
+    Returns:
+        `dict`: Score and 95% interval, None for items that are not two texts with two images.
+    """
+    if scores.shape[2:] != (2, 2):
+        return None
+    own = np.trace(scores, axis1=2, axis2=3)
+    right = (own > scores.sum(axis=(2, 3)) - own).mean(axis=1) * 100
+    units = {record["id"]: {"own_pairs": float(value)} for record, value in zip(records, right, strict=True)}
+    return {"score": float(right.mean()), "interval": intervals(units, dict)["own_pairs"]}
 
 
 def _over_trials(
@@ -232,4 +253,11 @@ def timestep_markdown(results: dict[str, Any]) -> str:
             spread = f" ± {table['spread'][column]:.2f}" if table["spread"] else ""
             cells.append(f"{table['mean'][column]:.2f}{spread}")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    if own := results["own_pairs"]:
+        low, high = own["interval"]
+        lines += [
+            "",
+            f"Both matching pairs together score higher than both others: {own['score']:.2f} [{low:.2f}, {high:.2f}] "
+            "(chance 50; levels of images and texts cancel)",
+        ]
     return "\n".join(lines) + "\n"

@@ -1,19 +1,15 @@
-"""The benchmarks' scores as modules of the `evaluate` library: `evaluate.load(str(metric_path("mmvp")))`.
+"""The benchmarks' scores as a module of the `evaluate` library, one configuration per benchmark.
 
-`evaluate` copies a module's file to its own cache before importing it, so these files use absolute imports.
+`sdllava evaluate` and `sdllava match` use the same benchmark classes, so the scores are those of a run.
 """
 
 from pathlib import Path
 
-METRICS = ("mmvp", "naturalbench", "winoground", "captions")
 
+def metric_path() -> Path:
+    """The folder to pass to `evaluate.load`, with the benchmark as configuration.
 
-def metric_path(name: str) -> Path:
-    """The folder to pass to `evaluate.load`.
-
-    Raises:
-        ValueError: The metric does not exist.
+    Example:
+        `evaluate.load(str(metric_path()), "mmvp").compute(predictions=replies, references=references)`
     """
-    if name not in METRICS:
-        raise ValueError(f"Unknown metric {name!r}. Choose one of {', '.join(METRICS)}.")
-    return Path(__file__).parent / name
+    return Path(__file__).parent / "benchmark_score"

@@ -1,1 +1,0 @@
-"""The `evaluate` module in this folder: `evaluate.load(str(metric_path("naturalbench")))`."""
