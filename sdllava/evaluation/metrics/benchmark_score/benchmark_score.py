@@ -9,12 +9,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from sdllava.evaluation.benchmarks import (
-    BENCHMARKS,
-    MATCHING_BENCHMARKS,
-    get_benchmark,
-    get_matching_benchmark,
-)
+from sdllava.evaluation.benchmarks import BENCHMARKS, MATCHING_BENCHMARKS, get_benchmark, get_matching_benchmark
 from sdllava.evaluation.benchmarks.base import Sample
 from sdllava.evaluation.benchmarks.matching_base import MatchingItem
 from sdllava.evaluation.runner import make_record

@@ -1,0 +1,127 @@
+"""Documented commands and Python examples run as printed, where they need neither the Hub nor a server."""
+
+import functools
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from fixtures_evaluation import make_image
+from typer.testing import CliRunner
+
+from sdllava.analysis.loading import load_analysis_model
+from sdllava.commands.main import app
+from sdllava.miniature import mini_path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```", re.M | re.S)
+INLINE = re.compile(r"`(sdllava [^`]+)`")
+
+SKIPPED = {
+    "a repository of the Hub": r"(?<![-\w./])(?!(?:runs|images|results|cache|own-data|coco)/)[A-Za-z][\w-]*/[\w.-]+",
+    "a server": r"^sdllava (?:serve|demo)\b|127\.0\.0\.1|--judge",
+    "data that is downloaded": r"--benchmark (?!mini)|data (?:prepare|verify)|val2014|results/[AB]\b|coco/",
+    "training, which tests/test_train_*.py run": r"^sdllava (?:train|cache|merge|convert|compose|push)\b",
+    "an ellipsis or a placeholder": r"\.\.\.|…|[<>]|\b(?:MODEL|FOLDER\w*|DATA|NAME|OUTPUT|PATH|FILE|COMMAND|RECIPE)\b",
+    "the result of a skipped command": r"runs/(?!own-merged)|--model my-\w+|captions\.jsonl",
+}
+"""Why a command is not run here: what it needs, and how that is recognised."""
+
+
+def commands_of(page: Path) -> list[str]:
+    """The commands of a page in order: lines of blocks, joined where they continue; in the text, those with files."""
+    text, found = page.read_text(encoding="utf-8"), []
+    for match in BLOCK.finditer(text):
+        if match[2] == "bash":
+            lines = re.sub(r"\\\n\s*", " ", match[3]).splitlines()
+            found += [line.strip() for line in lines]
+        elif match[2] == "console":
+            found += [line.strip()[2:] for line in match[3].splitlines() if line.strip().startswith("$ ")]
+    found += [command for command in INLINE.findall(BLOCK.sub("", text)) if re.search(r"\.\w{3,5}\b|/", command)]
+    return [" ".join(shlex.split(line, comments=True, posix=False)) for line in found if _is_command(line)]
+
+
+def _is_command(line: str) -> bool:
+    try:
+        shlex.split(line, comments=True)
+    except ValueError:
+        return False  # part of a here-document
+    return line.startswith("sdllava ")
+
+
+def reason_to_skip(command: str) -> str | None:
+    return next((reason for reason, pattern in SKIPPED.items() if re.search(pattern, command)), None)
+
+
+def commands_to_run() -> dict[str, list[str]]:
+    """The commands of each page that run here, each on the first page that has it."""
+    found: dict[str, str] = {}
+    for page in PAGES:
+        for command in commands_of(page):
+            if reason_to_skip(command) is None:
+                found.setdefault(command, page.name)
+    pages = dict.fromkeys(found.values())
+    return {page: [command for command, first in found.items() if first == page] for page in pages}
+
+
+RUN = commands_to_run()
+
+
+def test_the_pages_have_commands_to_run():
+    inspected = {command.split()[2] for command in RUN["inspect.md"] if command.startswith("sdllava inspect ")}
+    assert inspected == {"attention", "features", "delta", "similarity", "cka", "sweep"}
+    assert any(command.startswith("sdllava ask") for command in RUN["README.md"])
+    assert sum(map(len, RUN.values())) >= 12
+
+
+@pytest.fixture(scope="module")
+def documented_files(tmp_path_factory) -> Path:
+    """The files that the documentation names: scenes, photographs, questions, and a trained model."""
+    folder = tmp_path_factory.mktemp("documented")
+    scenes = folder / "scenes"
+    scenes.mkdir()
+    for seed in range(4):
+        CliRunner().invoke(app, ["mini", "scene", str(scenes / f"{seed}.png"), "--seed", str(seed)])
+    for name in ("scene.png", "demo-scene.png", "1.png", "2.png"):
+        shutil.copy(scenes / "0.png", folder / name)
+    for name in ("photo.jpg", "a.jpg", "b.jpg"):
+        make_image(len(name), (64, 64)).save(folder / name)
+    for name in ("photos", "pairs", "images"):
+        shutil.copytree(scenes, folder / name)
+    (folder / "own.jsonl").write_text('{"image": "1.png", "question": "How many objects are there?", "answer": "2"}\n')
+    (folder / "runs").mkdir()
+    for name in ("M", "YOUR_CHECKPOINT", "runs/own-merged"):
+        (folder / name).symlink_to(mini_path())
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN)
+def test_documented_commands_run(page, documented_files, monkeypatch):
+    monkeypatch.chdir(documented_files)
+    monkeypatch.setattr("sdllava.evaluation.bootstrap.REPLICATES", 20)
+    monkeypatch.setattr("sdllava.analysis.loading.load_analysis_model", functools.cache(load_analysis_model))
+    for command in RUN[page]:
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code == 0, f"{page}: {command}\n{result.output[-1500:]}{result.exception!r}"
+
+
+PYTHON_NEEDS = re.compile(r"me/my-model|llava-hf/|openai|YOUR_CHECKPOINT|vllm|datasets|http")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_python_runs(page, documented_files, monkeypatch):
+    """The blocks of a page run one after the other, in one namespace."""
+    blocks = [match[3] for match in BLOCK.finditer(page.read_text(encoding="utf-8")) if match[2] == "python"]
+    blocks = [block for block in blocks if not PYTHON_NEEDS.search(block)]
+    if not blocks:
+        pytest.skip("no Python that runs offline")
+    monkeypatch.chdir(documented_files)
+    if any("features/" in block for block in blocks):
+        CliRunner().invoke(app, ["inspect", "sweep", "photos", "-o", "features", "--taps", "U-L1-R1-B0-Cross-Q"])
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), namespace)
