@@ -61,6 +61,10 @@ def checkpoint(tmp_path) -> Path:
     return folder
 
 
+ADDED = ("README.md", "handler.py", "requirements.txt")
+"""What a push makes, in addition to the checkpoint and its code."""
+
+
 def run_push(hub, home: Path, *arguments, token: str | None = "hf_loopback") -> subprocess.CompletedProcess:
     command = [*PUSH, *map(str, arguments)]
     return subprocess.run(command, env=hub.environment(home, token), capture_output=True, text=True, timeout=120)
@@ -82,7 +86,7 @@ def test_a_push_uploads_the_checkpoint_bitwise_and_nothing_else(hub, checkpoint,
     files = hub.files("tester/model")
     kept = [name for name in before if not name.startswith(("checkpoint-4", "optimizer", "training_args", "run.json"))]
     kept = [name for name in kept if name not in ("notes.txt", "modeling_sdllava.py", "expected.json")]
-    assert set(files) == {*kept, *(path.name for path in travelling_files()), "README.md"}
+    assert set(files) == {*kept, *(path.name for path in travelling_files()), *ADDED}
     assert {name: hashlib.sha256(files[name]).hexdigest() for name in kept} == {name: before[name] for name in kept}
     code = Path(__file__).parents[1] / "sdllava" / "modeling_sdllava.py"
     assert files["modeling_sdllava.py"] == code.read_bytes()

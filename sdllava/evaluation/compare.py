@@ -22,7 +22,7 @@ class Run:
 
     @property
     def blind_scores(self) -> dict[str, float]:
-        """The scores with grey images, empty where they were not measured. A blind run itself has `"blind": true`."""
+        """The scores with grey images, empty where they were not measured. In a blind run, `blind` itself is true."""
         blind = self.results.get("blind")
         return blind["scores"] if isinstance(blind, dict) else {}
 

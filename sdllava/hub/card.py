@@ -20,6 +20,14 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.parquet)(?<!\.arrow)(?<!\.tar)")
 """A repository on the Hub, owner/name, without a revision. A path that ends like a data file does not match."""
 
+WIDGET = [
+    {
+        "src": "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg",
+        "text": "What is the animal doing?",
+    }
+]
+"""The example of a model of published parts, in the form of the Hub's widget for visual question answering."""
+
 _SETTINGS = {
     "diffusion_prompt": "prompt of the diffusion model",
     "prompt_dropout": "probability of an empty prompt",
@@ -56,6 +64,7 @@ class CardMetadata:
     license: str | None = None
     license_name: str | None = None
     model_index: list[dict] | None = None
+    widget: list[dict] | None = None
 
     def validate_identifiers(self) -> None:
         """Check repository ids and language codes."""
@@ -76,6 +85,12 @@ class CardMetadata:
             raise ValueError(
                 f"license_name: {self.license_name!r} with license {self.license!r}. Give a name with 'other' only."
             )
+
+    def validate_widget(self) -> None:
+        """Check that every example has the address of an image and a question, and nothing else but an output."""
+        for example in self.widget or ():
+            if not {"src", "text"} <= example.keys() <= {"src", "text", "example_title", "output"}:
+                raise ValueError(f"widget: {example!r} is not an example. Give src and text.")
 
     def validate_results(self) -> None:
         """Check that every result has a data set and a number."""
@@ -180,6 +195,7 @@ def _metadata(records: Records, name: str, tags: Sequence[str]) -> ModelCardData
         "base_model": base,
         "language": language,
         "datasets": datasets,
+        "widget": records.author.get("widget", WIDGET if base and not adapter else []),
         **_licence(records, components),
     }
     if adapter:

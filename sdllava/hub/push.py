@@ -14,7 +14,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..remote_code import save_code
+from . import endpoint
 from .card import HUB_ID, is_by_hand, make_card
+from .eval_results import FOLDER as EVAL_RESULTS
+from .eval_results import eval_result_files
 from .records import AUTHOR_FILE, TRAINING_FILE, Records, read_records, without_paths
 
 UPLOADED = (
@@ -34,6 +37,7 @@ UPLOADED = (
     "diffusion_tokenizer*/*",
     "LICENSE*",
     "NOTICE*",
+    f"{EVAL_RESULTS}/*.yaml",
     TRAINING_FILE,
     AUTHOR_FILE,
 )
@@ -72,11 +76,14 @@ def collect(
             files[name] = path
     if records.config is not None:
         files |= _code()
+        files["handler.py"] = Path(endpoint.__file__)
+        files["requirements.txt"] = endpoint.REQUIREMENTS.encode()
     if records.stages:
         files["recipe.yaml"] = _recipe(records)
     for number, evaluation in enumerate(records.results, 1):
         name = f"results/{number:02}-{evaluation['benchmark']}/results.json"
         files[name] = json.dumps(evaluation, indent=2).encode() + b"\n"
+    files = {**eval_result_files(records.results), **files}
     card = root / "README.md"
     if card.is_file() and is_by_hand(card.read_text(encoding="utf-8")):
         files["README.md"] = card
@@ -87,7 +94,7 @@ def collect(
 
 def _is_own(name: str) -> bool:
     """Whether a path belongs to the checkpoint itself, not to a checkpoint inside a run's folder."""
-    return "/" not in name or name.startswith("diffusion_tokenizer")
+    return "/" not in name or name.startswith(("diffusion_tokenizer", EVAL_RESULTS))
 
 
 def _check_weights(root: Path) -> None:

@@ -17,8 +17,17 @@ from ..version import installed_versions
 
 TRAINING_FILE = "training.json"
 AUTHOR_FILE = "card.json"
-AUTHOR_FIELDS = {"name": str, "summary": str, "license": str, "language": list, "datasets": list, "limits": list}
-"""The fields of `card.json`: name, summary, licence identifier, language codes, data sets, further limits."""
+AUTHOR_FIELDS = {
+    "name": str,
+    "summary": str,
+    "license": str,
+    "language": list,
+    "datasets": list,
+    "limits": list,
+    "widget": list,
+}
+"""The fields of `card.json`: name, summary, licence identifier, language codes, data sets, further limits, and example
+questions as objects with `src`, the address of an image, and `text`."""
 
 
 @dataclass
