@@ -63,6 +63,22 @@ def train(
 
 
 @app.command()
+def smol(
+    out: Annotated[Path, typer.Option(help="Folder of the base, the data and both stages. Resumes an earlier run.")],
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2, of one conversation each.")] = 400,
+    ship: Annotated[Path | None, typer.Option(help="Also write the adapter in half precision to this folder.")] = None,
+) -> None:
+    """Compose, initialise, align and fine-tune sdllava-smol, the miniature's encoders with SmolLM2."""
+    with _without_traceback():
+        from .smol import train_smol, write_adapter
+
+        adapter = train_smol(out, max_steps=max_steps)
+        if ship is not None:
+            write_adapter(adapter, ship)
+        typer.echo(f"Wrote the adapter to {ship or adapter}")
+
+
+@app.command()
 def study(
     source: Annotated[
         Path, typer.Option("--from", help="Folder of a finished training. Results are saved in its study/.")

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .. import mini_path, register
+from .. import register
+from ..miniature.shipped import shipped_model
 from ..pipeline import CachedEncodings
 from ..repositories import require_safetensors
 from .benchmarks.base import Sample, blank_image, open_image
@@ -21,8 +22,8 @@ def load_model(
     """Load a model, in evaluation mode, and its processor.
 
     Args:
-        name: Folder or Hub id of this package's models, or of any image-text-to-text model of transformers. "mini" is
-            the embedded miniature.
+        name: Folder or Hub id of this package's models, or of any image-text-to-text model of transformers. "mini" and
+            "smol" are the models that the package ships.
         revision: Branch, tag or commit on the Hub.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: For example "cuda:1". None uses this process's accelerator, or the CPU.
@@ -34,7 +35,7 @@ def load_model(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"Unknown dtype {dtype!r}. Choose auto, float32, bfloat16 or float16.")
     register()  # the command line delays this until it needs a model
-    path = str(mini_path()) if name == "mini" else name
+    path = shipped_model(name) or name
     require_safetensors(f"{path}@{revision}" if revision else path)
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, revision=revision, dtype=dtype)

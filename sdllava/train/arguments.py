@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from ..configuration import SDLlavaConfig, SDLlavaDiffusionConfig
 from ..data.prompts import PromptOptions, read_pseudo_captions
 from ..data.sources import DataSource
-from ..miniature import mini_path
+from ..miniature.shipped import shipped_model
 
 Class = TypeVar("Class", bound=type)
 
@@ -92,7 +92,8 @@ class ModelArguments:
         metadata={"help": "Samples per optimizer step over all processes; sets gradient_accumulation_steps."},
     )
     init_from: str | None = field(
-        default=None, metadata={"help": "An SDLlava checkpoint, an adapter of one, a LLaVA, or mini, to continue from."}
+        default=None,
+        metadata={"help": "An SDLlava checkpoint, an adapter of one, a LLaVA, mini or smol, to continue from."},
     )
     diffusion: str | None = field(
         default=None, metadata={"help": "Repository, repository@revision or folder of the diffusion model."}
@@ -108,8 +109,8 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.init_from == "mini":
-            self.init_from = str(mini_path())
+        if self.init_from is not None:
+            self.init_from = shipped_model(self.init_from) or self.init_from
 
     def overrides(self) -> dict[str, Any]:
         """The fields of both configurations that the run sets."""

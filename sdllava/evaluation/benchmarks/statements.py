@@ -127,8 +127,8 @@ def read_shapes(folder: Path, split: str) -> list[tuple[Callable[[], Image.Image
 class NLVR(Statements):
     """NLVR's development set: statements about three boxes of shapes, six orders of the boxes each (P17-2034).
 
-    The labels of the test set that the papers report are hidden, and those of the training set are large to download,
-    so half of the development set can serve for training: that of the sentences with an odd number.
+    The training set is a large download, so half of the development set can serve for training: that of the sentences
+    with an odd number.
     """
 
     name = "nlvr"

