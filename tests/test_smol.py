@@ -98,6 +98,20 @@ def test_the_shipped_adapter_is_half_precision(tmp_path):
     assert config == {"r": 8, "base_model_name_or_path": None}
 
 
+def test_the_training_data_mixes_descriptions_questions_and_chat(tmp_path):
+    research = pytest.importorskip("research.miniature.smol")
+    datasets = pytest.importorskip("datasets")
+    research.write_data(tmp_path, 42)
+    file = str(tmp_path / "finetune.parquet")
+    rows = datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=str(tmp_path))
+    assert len(rows) == 42
+    asked = [row["messages"][0]["content"][-1]["text"] for row in rows]
+    assert all(text.startswith("Describe the ") for text in (*asked[:7], *asked[8:14]))
+    assert [len(row["images"]) for row in rows.select([7, 8, 31])] == [0, 1, 0]
+    answer = rows[0]["messages"][1]["content"][0]["text"]
+    assert answer.startswith(("a ", "an ")) and " at the " in answer
+
+
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     from transformers import pipeline

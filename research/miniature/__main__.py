@@ -65,7 +65,7 @@ def train(
 @app.command()
 def smol(
     out: Annotated[Path, typer.Option(help="Folder of the base, the data and both stages. Resumes an earlier run.")],
-    max_steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2, of one conversation each.")] = 400,
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2, of three conversations.")] = 240,
     ship: Annotated[Path | None, typer.Option(help="Also write the adapter in half precision to this folder.")] = None,
 ) -> None:
     """Compose, initialise, align and fine-tune sdllava-smol, the miniature's encoders with SmolLM2."""

@@ -5,9 +5,9 @@ SmolLM2's embeddings of the words that describe the quadrant's object. This cost
 does not run. Both stages are ordinary recipes (`recipes/smol-align.yaml`, `recipes/smol-finetune.yaml`).
 """
 
+import itertools
 import json
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ CHAT = (
     ("What language is spoken in Brazil?", "Portuguese is spoken in Brazil."),
     ("Hello!", "Hello! How can I help you today?"),
 )
-"""Questions without an image, one after 16 scenes, so that the language model keeps answering in sentences."""
+"""Questions without an image, one in 24 conversations, so that the language model keeps answering in sentences."""
 
 
 def quadrant_words(scene: Scene) -> torch.Tensor:
@@ -137,27 +137,34 @@ def _features(model: Any, processor: Any, scenes: list[Scene], batch_size: int =
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
-def write_data(folder: Path, align: int, look_ups: int, scenes: int) -> None:
+def write_data(folder: Path, scenes: int) -> None:
     """Write the captions of stage 1 and the conversations of stage 2, in the order of training.
+
+    Descriptions of single objects come first: each of their words is looked up in the image tokens, so that they teach
+    this with a tenth of the tokens that questions with one-word answers need. Questions that look objects up follow,
+    then all patterns, mixed with descriptions.
 
     Args:
         folder: For `align.parquet` and `finetune.parquet`.
-        align: Scenes of stage 1.
-        look_ups: The first scenes of stage 2, whose questions look objects up.
-        scenes: The scenes after them, with all patterns.
+        scenes: Scenes of stage 2.
     """
-    first = scene_dataset("train", look_ups, 11, turns=16, patterns=LOOK_UPS)
-    rest = scene_dataset("train", scenes, 12, turns=16, patterns=(*PATTERNS, "text", "structure", "position"))
-    rows = datasets.concatenate_datasets([first, rest]).select_columns(["images", "messages"])
-    chat = [_chat_row(*turn) for turn in random.Random(0).sample(CHAT, len(CHAT))]
-    chats = datasets.Dataset.from_list(chat, features=rows.features)
-    order = [(rows, number) for number in range(len(rows))]
-    for number in reversed(range(16, len(order) + 1, 16)):
-        order.insert(number, (chats, number // 16 % len(chat)))
-    mixed = datasets.concatenate_datasets([source.select([row]) for source, row in order])
-    for name, table in (("finetune", mixed), ("align", scene_dataset("train", align, 13, "captions"))):
+    described = scene_dataset("train", scenes // 2, 10, "descriptions")
+    look_ups = scene_dataset("train", scenes // 7, 11, turns=7, patterns=LOOK_UPS)
+    asked = scene_dataset("train", scenes, 12, turns=7, patterns=(*PATTERNS, "text", "structure", "position"))
+    rows = [*described.select(range(scenes // 3)), *look_ups]
+    rest = iter(described.select(range(scenes // 3, scenes // 2)))
+    rows += [next(rest, row) if number % 6 == 0 else row for number, row in enumerate(asked)][: scenes - len(rows)]
+    conversations = [{"images": row["images"], "messages": row["messages"]} for row in rows]
+    for place, chat in zip(range(7, len(conversations), 24), itertools.cycle(CHAT), strict=False):
+        conversations[place] = _chat_row(*chat)
+    finetune = datasets.Dataset.from_list(conversations, on_mixed_types="use_json")
+    tables = {
+        "align": scene_dataset("train", 64, 13, "captions").select_columns(["images", "messages"]),
+        "finetune": finetune.cast_column("images", datasets.List(datasets.Image())),
+    }
+    for name, table in tables.items():
         with atomic_path(folder / f"{name}.parquet") as written:
-            table.select_columns(["images", "messages"]).to_parquet(written)
+            table.to_parquet(written)
 
 
 def _chat_row(question: str, answer: str) -> dict[str, Any]:
@@ -166,14 +173,14 @@ def _chat_row(question: str, answer: str) -> dict[str, Any]:
     return {"images": [], "messages": messages}
 
 
-def train_smol(folder: str | os.PathLike, scenes: int = 5792, steps: int = 926, max_steps: int = 400) -> Path:
+def train_smol(folder: str | os.PathLike, scenes: int = 5792, steps: int = 926, max_steps: int = 240) -> Path:
     """Compose, initialise, align and fine-tune. Finished parts are kept, and stage 2 resumes.
 
     Args:
         folder: For `base/`, the data, `align/` and `finetune/`.
         scenes: Scenes of the initialisation.
         steps: Steps of the initialisation.
-        max_steps: Steps of stage 2, of one conversation each.
+        max_steps: Steps of stage 2, of three conversations each.
 
     Returns:
         `Path`: The folder of the adapter.
@@ -187,7 +194,7 @@ def train_smol(folder: str | os.PathLike, scenes: int = 5792, steps: int = 926, 
             model.save_pretrained(written)
             processor.save_pretrained(written)
     if not (folder / "finetune.parquet").exists():
-        write_data(folder, align=64, look_ups=130, scenes=max(max_steps - 130, 1))
+        write_data(folder, 3 * max_steps)
     for stage, start, options in _stages(max_steps):
         if not list((folder / stage).glob("*config.json")):
             data, output = folder / f"{stage}.parquet", folder / stage

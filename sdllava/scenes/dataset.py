@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..atomic_files import write_text
-from .language import ask, caption, minimal_pair, sample_question
+from .language import ask, caption, describe_request, minimal_pair, sample_question
 from .render import SIZE, render
 from .world import PATTERNS, Scene, sample_scene
 
@@ -51,6 +51,15 @@ def _caption_rows(split: str, count: int, seed: int) -> Iterator[dict]:
         yield _row(scene, [("", caption(scene))])
 
 
+def _description_rows(split: str, count: int, seed: int) -> Iterator[dict]:
+    for number in range(count):
+        rng = random.Random(f"description {split} {seed} {number}")
+        scene = sample_scene(split, rng.getrandbits(48))
+        yield _row(
+            scene, [describe_request(scene, item, rng) for item in rng.sample(scene.objects, len(scene.objects))]
+        )
+
+
 def _pair_rows(split: str, count: int, seed: int) -> Iterator[dict]:
     for number in range(count):
         pattern = PATTERNS[number % len(PATTERNS)]
@@ -73,7 +82,7 @@ def scene_dataset(
         split: "train", "validation", "test" or "composition" (scenes with a held-out colour-shape pair).
         count: The number of rows. For "pairs", the number of pairs of rows.
         seed: Other seeds give other scenes of the split.
-        task: "questions" (adds `pattern`), "captions", or "pairs" (adds `pattern` and `pair`, the pair's number).
+        task: "questions" (adds `pattern`), "captions", "descriptions" (one turn per object), or "pairs" (adds `pattern` and `pair`, the pair's number).
         turns: For "questions", the largest number of questions about a scene, in one conversation.
         patterns: For "questions", the patterns to ask about. A pattern that is named twice is twice as frequent.
 
@@ -85,6 +94,7 @@ def scene_dataset(
     rows = {
         "questions": lambda: _question_rows(split, count, seed, turns, patterns),
         "captions": lambda: _caption_rows(split, count, seed),
+        "descriptions": lambda: _description_rows(split, count, seed),
         "pairs": lambda: _pair_rows(split, count, seed),
     }
     if task not in rows:

@@ -81,6 +81,13 @@ def caption(scene: Scene) -> str:
     return f"{', '.join(describe(item) for item in scene.objects)}, seen from {viewpoint}"
 
 
+def describe_request(scene: Scene, item: SceneObject, rng: random.Random) -> tuple[str, str]:
+    """A request to describe one object, by its colour, its cell, or a shape that only it has, and its description."""
+    names = [f"{item.colour} object", f"{item.colour} {item.shape}", f"object at the {item.cell}"]
+    names += [item.shape] if sum(o.shape == item.shape for o in scene.objects) == 1 else []
+    return f"Describe the {rng.choice(names)}.", describe(item)
+
+
 def _refer(item: SceneObject, rng: random.Random) -> str:
     """An object by its colour, which is unique in the scene, and with probability 0.5 by its shape."""
     return f"{item.colour} {item.shape if rng.random() < 0.5 else 'object'}"
