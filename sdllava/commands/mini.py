@@ -18,6 +18,7 @@ class Task(StrEnum):
 
     questions = "questions"
     captions = "captions"
+    descriptions = "descriptions"
     pairs = "pairs"
 
 
@@ -25,7 +26,9 @@ class Task(StrEnum):
 def scenes(
     out: Annotated[Path, typer.Argument(help="A Parquet file to write.")],
     split: SplitOption = "train",
-    task: Annotated[Task, typer.Option(help="Questions, captions, or minimal pairs.")] = Task.questions,
+    task: Annotated[
+        Task, typer.Option(help="Questions, captions, descriptions of objects, or minimal pairs.")
+    ] = Task.questions,
     count: Annotated[int, typer.Option(min=1, help="Number of rows; for pairs, of pairs of rows.")] = 1000,
     turns: Annotated[int, typer.Option(min=1, help="Maximum number of questions per scene.")] = 1,
     seed: Annotated[int, typer.Option(help="Each seed gives other scenes of the split.")] = 0,

@@ -82,7 +82,8 @@ def scene_dataset(
         split: "train", "validation", "test" or "composition" (scenes with a held-out colour-shape pair).
         count: The number of rows. For "pairs", the number of pairs of rows.
         seed: Other seeds give other scenes of the split.
-        task: "questions" (adds `pattern`), "captions", "descriptions" (one turn per object), or "pairs" (adds `pattern` and `pair`, the pair's number).
+        task: "questions" (adds `pattern`), "captions", "descriptions" (one turn per object), or "pairs" (adds `pattern`
+            and `pair`, the pair's number).
         turns: For "questions", the largest number of questions about a scene, in one conversation.
         patterns: For "questions", the patterns to ask about. A pattern that is named twice is twice as frequent.
 
