@@ -96,9 +96,10 @@ class SDLlavaDiffusionConfig(VersionedConfig):
             the timestep then only enters its embedding.
         noise_seed (`int`): Seed of the one noise map that evaluation uses for every image, timestep and prompt.
         conditioning (`str`): What the model was trained to be conditioned on: `"question"`, `"caption"`, or `"none"`,
-            which keeps the prompt empty whatever is given.
+            which keeps the prompt empty whatever is given. The first two are a record: inference encodes the prompt
+            that it is given, and `sdllava evaluate --diffusion-prompt` chooses which one that is.
         implicit_caption_tokens (`int`): Number of prompt tokens that the implicit captioner computes from the vision
-            encoder's global image feature (S4, 6.1); 0 turns it off.
+            encoder's global image feature (S4, introduction); 0 turns it off.
         null_input_ids, null_input_ids_2, null_input_ids_3 (`list[int]`, *optional*): The empty prompt as each
             tokenizer pads it.
         use_t5 (`bool`): False leaves out Stable Diffusion 3's T5 encoder, 4.8 billion parameters; its part of the

@@ -118,7 +118,7 @@ def test_a_half_precision_cache_is_written_and_used_by_the_commands(work, tmp_pa
     assert {tensor.dtype for tensor in tensors(tmp_path).values()} == {torch.bfloat16}
 
 
-def test_a_sample_that_the_cache_left_out_is_bad_in_training(work, tmp_path):
+def test_a_sample_that_the_cache_left_out_is_bad_in_training(work, tmp_path, capsys):
     """Without a vision tower no image is opened in training, so only the cache can tell."""
     samples = json.loads((work / "data" / "colours.json").read_text())[:4]
     (work / "data" / "images" / "broken.png").write_bytes(b"x")
@@ -130,6 +130,10 @@ def test_a_sample_that_the_cache_left_out_is_bad_in_training(work, tmp_path):
     rows = load_data([DataSource(str(data))])
     plain = SDLlavaCollator(processor, skip_bad_samples=True, fixed_noise=True)
     assert write_cache(model, plain, rows, tmp_path, "latents", "float32", 8) == 3
+    assert "1 of 4 samples were skipped, because they cannot be used" in capsys.readouterr().out
+    strict = SDLlavaCollator(processor, skip_bad_samples=True, max_bad_samples=0.0, fixed_noise=True)
+    with pytest.raises(ValueError, match=r"1 of 4 samples were skipped because they cannot be used, more than 0\.00%"):
+        write_cache(model, strict, rows, tmp_path / "strict", "latents", "float32", 8)
     cached = SDLlavaCollator(processor, skip_bad_samples=True, fixed_noise=True, cache=FeatureCache(tmp_path))
     batches = [collator([rows[i] for i in range(4)]) for collator in (plain, cached)]
     assert torch.equal(batches[0]["labels"], batches[1]["labels"])

@@ -151,37 +151,67 @@ def write_cache(
     found = FeatureCache(folder).record if (folder / RECORD).exists() else None
     record = {**cache_record(model, collator.processor, kind, dtype, found), "tensors": names}
     cache = begin_cache(folder, record | {"model": model.config._name_or_path or "assembled from parts"})
-    items = {item.key: item for item in _items(rows, collator, kind)}
+    skipped = SkippedSamples(collator)
+    items = {item.key: item for item in _items(rows, collator, kind, skipped)}
     own = sorted(items)[process::num_processes]  # independent of what other processes have written by now
     missing = {key for key in own if key not in cache}
     if not missing:
         return 0
     batches = [[items[key] for key in own[start : start + batch_size]] for start in range(0, len(own), batch_size)]
     batches = [batch for batch in batches if any(item.key in missing for item in batch)]
-    first = next(_compute(model, collator, [batches[0][:1]], names, dtype), [])
+    first = next(_compute(model, collator, [batches[0][:1]], names, dtype, SkippedSamples(collator)), [])
     if first:
         size = sum(tensor.numel() * tensor.element_size() for tensor in first[0][1].values())
         print(
             f"{len(items)} keys of {size / 1024:.1f} KiB, {len(items) * size / 1024**3:.3f} GiB in total; "
             f"{len(missing)} left for process {process} of {num_processes}"
         )
-    computed = _compute(model, collator, batches, names, dtype)
+    computed = _compute(model, collator, batches, names, dtype, skipped)
     progress = tqdm(computed, desc="cache", total=len(batches), unit="batch", disable=process > 0)
     wanted = ([entry for entry in batch if entry[0] in missing] for batch in progress)
-    return write_shards(folder, wanted, process, shard_bytes)
+    written = write_shards(folder, wanted, process, shard_bytes)
+    if skipped.names:
+        print(f"{len(skipped.names)} of {skipped.seen} samples were skipped, because they cannot be used")
+    return written
+
+
+class SkippedSamples:
+    """Counts the samples that cannot be used, and compares them with the limit of the run.
+
+    Args:
+        collator: Whether samples are skipped, and the largest share.
+    """
+
+    def __init__(self, collator: SDLlavaCollator):
+        self.collator, self.names, self.seen = collator, set[str](), 0
+
+    def add(self, name: str, error: RecordError) -> None:
+        """Count a sample.
+
+        Raises:
+            ValueError: Samples are not skipped, or too many of them.
+        """
+        if not self.collator.skip_bad_samples:
+            raise ValueError(f"{name} {error}") from error
+        logger.warning(f"Skipped: {name} {error}")
+        self.names.add(name)
+        self.collator.check_skipped(len(self.names), self.seen)
 
 
 def _scales(model: Any) -> list[float]:
     return model.config.diffusion_config.guidance_scales
 
 
-def _items(rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, kind: str) -> Iterator[CacheItem]:
+def _items(
+    rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, kind: str, skipped: SkippedSamples
+) -> Iterator[CacheItem]:
     folders: dict[str, str | None] = {}
     for number, row in enumerate(rows):
+        skipped.seen += 1
         try:
             record: Record = collator.record(row, number)
         except RecordError as error:
-            _skip(collator, row.get("name") or f"sample {number}", error)
+            skipped.add(row.get("name") or f"sample {number}", error)
             continue
         prompts = possible_prompts(record, collator.prompts)
         for image, possible in zip(record["images"], prompts, strict=True):
@@ -197,10 +227,15 @@ def _items(rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, kind: s
 
 @torch.no_grad()
 def _compute(
-    model: Any, collator: SDLlavaCollator, batches: list[list[CacheItem]], names: list[str], dtype: str
+    model: Any,
+    collator: SDLlavaCollator,
+    batches: list[list[CacheItem]],
+    names: list[str],
+    dtype: str,
+    skipped: SkippedSamples,
 ) -> Iterator[list[tuple[str, dict[str, torch.Tensor]]]]:
     for batch in batches:
-        opened = [(item, _open(item, collator)) for item in batch]
+        opened = [(item, _open(item, skipped)) for item in batch]
         kept = [(item, image) for item, image in opened if image is not None]
         if not kept:
             continue
@@ -233,18 +268,12 @@ def _encode(model: Any, inputs: Mapping[str, torch.Tensor], names: list[str]) ->
     return {name: found[name] for name in names}
 
 
-def _open(item: CacheItem, collator: SDLlavaCollator) -> PIL.Image.Image | None:
+def _open(item: CacheItem, skipped: SkippedSamples) -> PIL.Image.Image | None:
     try:
         return open_image(item.image, item.folder)
     except RecordError as error:
-        _skip(collator, item.name, error)
+        skipped.add(item.name, error)
         return None
-
-
-def _skip(collator: SDLlavaCollator, name: str, error: RecordError) -> None:
-    if not collator.skip_bad_samples:
-        raise ValueError(f"{name} {error}") from error
-    logger.warning(f"Skipped: {name} {error}")
 
 
 def _earlier_fingerprint(module: nn.Module) -> str:
