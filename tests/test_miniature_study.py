@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from research.miniature.__main__ import app
 from research.miniature.stages import RECIPES, STAGES
-from research.miniature.study import captions, guidance, matching, questions, similarity, taps
+from research.miniature.study import captions, guidance, matching, questions, similarity, systems, taps
 from research.miniature.study.claims import claim, sentence, verdict
 from research.miniature.study.page import cell, page
 from research.miniature.study.readout import answer_units, auc, fit_readout, one_hot, ordered_pairs, shares
@@ -226,3 +226,20 @@ def test_the_whole_study_goes_through_training_and_evaluation(parts, monkeypatch
     rows = finished_part(parts, "c")["rows"]
     assert set(rows["cross-attention, s = 4"]["prompts"]) == {"own question", "empty prompt", "wrong question"}
     assert set(rows["cross-attention, s = 0"]["prompts"]) == {"own question"}
+
+
+@pytest.mark.slow
+def test_fusions_and_systems_of_the_workshop_paper_train_in_small(parts, monkeypatch):
+    """A fusion, an ensemble, noisy captions with two halves, UNet LoRA, and the implicit captioner."""
+    for name, count in {"QUESTIONS": 54, "COMPOSITIONS": 27, "PAIRS_PER_PATTERN": 1, "CAPTIONS": 4}.items():
+        monkeypatch.setattr(mini, name, count)
+    monkeypatch.setattr(bootstrap, "REPLICATES", 50)
+    names = {systems.BASE, "multi-level", "scales 0, 1, 4 selected per token", systems.NO_CAPTION, systems.GT_CAPTION}
+    names |= {"noisy caption, both halves (SDXL-LLaVA-c)", "no caption, UNet LoRA", "implicit captioner"}
+    monkeypatch.setattr(systems, "SYSTEMS", [system for system in systems.SYSTEMS if system.name in names])
+    arguments = ["study", "--from", str(parts), "--out", str(parts / "docs-g"), "--scale", "smoke", "--part", "g"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    rows = finished_part(parts, "g")["rows"]
+    assert set(rows) == names | {f"{systems.GT_CAPTION}, pseudo-captions"}
+    assert "## (g) Fusions" in (parts / "docs-g" / "study.md").read_text()

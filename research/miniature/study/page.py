@@ -28,6 +28,7 @@ TITLES = {
     "d": "(d) Captions, guidance and leakage (S3, Figure 6 and Table 5)",
     "e": "(e) Guidance ensembles (S3, section 6)",
     "f": "(f) Similarity and CKA (S3, Figures 2c, 5c and 9)",
+    "g": "(g) Fusions, guidance ensembles and S4's systems (S3, section 6; S4, 6.1)",
 }
 HEAD = """# The papers' tables on the miniature
 
@@ -234,6 +235,26 @@ def _similarity(found: Numbers) -> list[str]:
     ]
 
 
+def _systems(found: Numbers) -> list[str]:
+    parts = ("questions", "compositions", "pairs")
+    rows = [
+        [name, row["source"], *(cell(row["scores"].get(part), row["intervals_95"].get(part)) for part in parts)]
+        for name, row in found["rows"].items()
+    ]
+    passes = [
+        [name, *(cell(value, run["intervals_95"].get(metric)) for metric, value in run["scores"].items())]
+        for name, run in found["captions"].items()
+    ]
+    metrics = list(next(iter(found["captions"].values()))["scores"])
+    return [
+        "All systems have the training of (c), with one seed. Those of S3 use CLIP and the diffusion model at s = 4 or "
+        "at several scales, those of S4 only the diffusion model at s = 1 unless stated. Accuracy in percent:",
+        table(["system", "source", *parts], rows),
+        "Captions after stage 1 with ground-truth captions, refined: each reply is the next prompt (S4, 5):",
+        table(["", *metrics], passes),
+    ]
+
+
 def _mean(entry: Numbers) -> str:
     return cell(entry["mean"], entry["interval"], digits=3)
 
@@ -245,6 +266,7 @@ SECTIONS = {
     "d": _captions,
     "e": _guidance,
     "f": _similarity,
+    "g": _systems,
 }
 
 

@@ -181,6 +181,8 @@ def draw(found: dict[str, dict], folder: Path) -> dict[str, str]:
     """
     names = {}
     for part, numbers in found.items():
+        if part not in PICTURES:
+            continue
         name, figure_of = PICTURES[part]
         save_figure(figure_of(numbers), folder / f"{name}.png")
         names[part] = f"{name}.png"

@@ -110,7 +110,7 @@ def _answer(
     return found
 
 
-def _parts_of(folder: Path) -> dict[str, Units]:
+def units_of_part(folder: Path) -> dict[str, Units]:
     """The units of a finished run, separately for pairs and questions."""
     units = get_benchmark("mini").units(read_records(folder / "samples.jsonl"))
     return {
@@ -149,7 +149,7 @@ def _claims(answers: Path) -> list[dict[str, Any]]:
     scores = get_benchmark("mini").scores
 
     def units(variant: str, choice: str, part: str) -> Units:
-        return _parts_of(answers / folder_name(variant) / choice)[part]
+        return units_of_part(answers / folder_name(variant) / choice)[part]
 
     found = []
     for part in ("pairs", "questions"):

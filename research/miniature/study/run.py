@@ -28,12 +28,14 @@ class StudyPart:
         budgets: The fields of its budgets in [`~research.miniature.study.scales.StudyScale`].
         weights: The miniature's parts that it reads.
         more_noise: The number of further noise maps with which its claims are measured.
+        named_only: Whether it only runs where it is named, because it takes many hours.
     """
 
     module: str
     budgets: tuple[str, ...]
     weights: tuple[str, ...] = ("diffusion/vae", "diffusion/unet", "diffusion/text_encoder", "clip")
     more_noise: int = 0
+    named_only: bool = False
 
 
 TRAINED_ON = (*StudyPart.weights, "llm")
@@ -44,6 +46,7 @@ PARTS = {
     "d": StudyPart("captions", ("captions", "described", "leakage"), TRAINED_ON),
     "e": StudyPart("guidance", ("answers",), more_noise=2),
     "f": StudyPart("similarity", ("pairs", "groups", "group_size"), more_noise=2),
+    "g": StudyPart("systems", ("align", "finetune", "questions", "described", "heads"), TRAINED_ON, named_only=True),
 }
 
 
@@ -125,7 +128,7 @@ def run_study(
         folder: The folder of the miniature's parts. Numbers are saved in its `study/`.
         out: The folder of `study.md`, `study.json` and `figures/`.
         scale: One of [`~research.miniature.study.scales.STUDY_SCALES`].
-        parts: Some of [`PARTS`]. Empty for all.
+        parts: Some of [`PARTS`]. Empty for all that do not have to be named.
 
     Returns:
         `Path`: The page.
@@ -139,7 +142,7 @@ def run_study(
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"Part {unknown[0]!r} of the study is unknown. Use one of {', '.join(PARTS)}.")
     folder = Path(folder)
-    chosen = parts or tuple(PARTS)
+    chosen = parts or tuple(part for part in PARTS if not PARTS[part].named_only)
     on_page = [part for part in PARTS if part in chosen or finished_part(folder, part)]
     settings = {part: _settings(PARTS[part], folder, scale) for part in on_page}
     for part in on_page:
