@@ -70,8 +70,9 @@ class SDLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP)
         ):
             self.image_model = SDLlavaImageModel(config).eval().requires_grad_(False)
             tower = self.image_model.diffusion_tower
-            if tower is not None and tower.config.vae_in_fp32:
-                tower.vae.float()
+            vae = getattr(tower.backbone, "vae", None) if tower is not None and tower.config.vae_in_fp32 else None
+            if vae is not None:
+                vae.float()
         text_config.tie_word_embeddings = config.tie_word_embeddings
         text_config.architectures = text_config.architectures or [
             MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]
