@@ -79,6 +79,27 @@ def smol(
 
 
 @app.command()
+def asking(
+    out: Annotated[Path, typer.Option(help="Folder of runs and of asking.md. Resumes an earlier call.")],
+    variant: Annotated[list[str] | None, typer.Option(help="Only these rows of the table. Repeatable.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pairs of runs per variant.")] = 3,
+    scenes: Annotated[int, typer.Option(min=1, help="Training scenes of stage 2.")] = 12_000,
+    limit: Annotated[int | None, typer.Option(min=1, help="Approximate number of evaluated questions.")] = None,
+) -> None:
+    """Train variants of the miniature with and without the question, and write what the question gains."""
+    with _without_traceback():
+        from .asking import VARIANTS, measure
+        from .scales import StageBudget
+
+        names = variant or list(VARIANTS)
+        if unknown := next((name for name in names if name not in VARIANTS), None):
+            raise ValueError(f"Unknown variant {unknown!r}. Use one of {', '.join(map(repr, VARIANTS))}.")
+        align, finetune = StageBudget(max(scenes // 3, 1), 2, 32), StageBudget(scenes, 2, 32)
+        measure(out, names, seeds, align, finetune, limit)
+        typer.echo((out / "asking.md").read_text(encoding="utf-8"))
+
+
+@app.command()
 def study(
     source: Annotated[
         Path, typer.Option("--from", help="Folder of a finished training. Results are saved in its study/.")
