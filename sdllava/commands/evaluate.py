@@ -1,4 +1,4 @@
-"""The commands `evaluate` and `match`. Heavy imports happen inside the commands."""
+"""The command `evaluate`, and what it shares with `match`. Heavy imports happen inside the commands."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,15 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import AutoDType, DType, check_device, check_outputs, parse_integers, parse_numbers, split_names
+from ..evaluation.benchmarks import BENCHMARKS, check_name
+from .options import (
+    AutoDType,
+    check_device,
+    check_outputs,
+    check_source,
+    parse_numbers,
+    split_names,
+)
 from .reporting import progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.compare import Comparison
     from ..evaluation.evaluate import EvaluationOptions
     from ..evaluation.judge import Judge
-    from ..evaluation.match import Matcher
-    from ..evaluation.matching import MatchingOptions
 
 PANEL_DATA, PANEL_DIFFUSION, PANEL_JUDGE, PANEL_OTHER = "Data", "Diffusion prompt", "Judge", "Instead of scoring"
 
@@ -117,36 +123,6 @@ HeatmapOption = Annotated[
         help="With --compare: draw scores by tap and timestep (.png, .svg, .pdf).", rich_help_panel=PANEL_OTHER
     ),
 ]
-MatchModelsOption = Annotated[
-    list[str],
-    typer.Option(
-        "--model", help="Diffusers repository or folder, 'mini', CLIP-style model, or open_clip:ARCH/PRETRAINED."
-    ),
-]
-MatchBenchmarkOption = Annotated[
-    str | None, typer.Option(help="Names, comma-separated: mmvp_vlm, winoground, sugarcrepe, mini_pairs.")
-]
-ImageOption = Annotated[list[Path] | None, typer.Option(help="Instead of a benchmark: images ...")]
-TextOption = Annotated[list[str] | None, typer.Option(help="... and texts. Every text is scored with every image.")]
-MatchDataOption = Annotated[str | None, typer.Option(help="Folder in the published layout, or a Hub id.")]
-MatchRevisionOption = Annotated[str | None, typer.Option(help="Hub revision of the data.")]
-MatchLimitOption = Annotated[int | None, typer.Option(help="Approximate number of items, spread evenly.")]
-StepsOption = Annotated[int, typer.Option(help="Number of timesteps, by the released rule. The papers use 5 and 10.")]
-TimestepsOption = Annotated[str | None, typer.Option(help="Timesteps instead of --steps, comma-separated: 89,489.")]
-ScoreOption = Annotated[str, typer.Option(help="attention, attention-relative (to the empty prompt), or denoising.")]
-ReadingOption = Annotated[
-    str,
-    typer.Option(help="How attention is pooled: as the released code does, or as S3 or S4 describes (code, s3, s4)."),
-]
-LayersOption = Annotated[
-    str | None, typer.Option(help="last, all, or Cross-Q taps, comma-separated. Default: those of --reading.")
-]
-UnconditionalOption = Annotated[bool, typer.Option(help="Average attention with the pass with the empty prompt.")]
-TokensOption = Annotated[str, typer.Option(help="Keys to pool: all, no_padding or text.")]
-BiasOption = Annotated[bool, typer.Option(help="Add the released code's difference of noise errors.")]
-TrialsOption = Annotated[int, typer.Option(min=1, help="Noise draws.")]
-PrefixOption = Annotated[str | None, typer.Option(help="Put before every text. Default: the benchmark's own.")]
-MatchDtypeOption = Annotated[DType, typer.Option(help="Type of the diffusion model's weights.")]
 
 
 def evaluate(
@@ -203,6 +179,7 @@ def evaluate(
         )
     leakage_scales = swept_scales or parse_numbers(scales, "--scales") or []
     names = split_names(benchmark)
+    check_named(BENCHMARKS, names, model)
     if device is not None:
         check_device(device)
     from ..evaluation.evaluate import EvaluationOptions
@@ -223,7 +200,7 @@ def evaluate(
     )
     _check_names(names, options, model, write_pseudo_captions, passes, leakage)
     load = {"revision": model_revision, "dtype": dtype.value, "device": device}
-    with _leaving_process_group():
+    with leaving_process_group():
         if leakage:
             _leakage(model, names, output, options, leakage_scales, all_donor_captions, load)
         elif write_pseudo_captions:
@@ -244,7 +221,7 @@ def _parse_sweep(sweep: str | None) -> list[float]:
 
 
 @contextmanager
-def _leaving_process_group() -> Iterator[None]:
+def leaving_process_group() -> Iterator[None]:
     """Leave the group of processes of `accelerate launch` at the end, so that the process exits cleanly."""
     try:
         yield
@@ -253,6 +230,15 @@ def _leaving_process_group() -> Iterator[None]:
             from ..evaluation.processes import leave_group
 
             leave_group()
+
+
+def check_named(benchmarks: dict[str, tuple[str, str]], names: Sequence[str], models: Sequence[str]) -> None:
+    """Check the names of benchmarks and models without importing or loading them."""
+    for name in names:
+        check_name(benchmarks, name)
+    for model in models:
+        if model not in ("mini", "smol") and not model.startswith("open_clip:"):
+            check_source(model, "a model")
 
 
 def _check_names(
@@ -307,11 +293,12 @@ def _score(
                 else:
                     finished = [folder] if evaluate(loaded, name, folder, options, judge, progress) else []
             if finished:
-                _print_comparison(finished)
+                print_comparison(finished)
                 typer.echo(f"Results: {folder}")
 
 
-def _print_comparison(paths: Sequence[Path]) -> "list[Comparison]":
+def print_comparison(paths: Sequence[Path]) -> "list[Comparison]":
+    """Print the tables of finished runs, and return their comparisons."""
     from ..evaluation.compare import compare, markdown
 
     comparisons = compare(paths)
@@ -325,7 +312,7 @@ def _compare(runs: Sequence[Path], plot: Path | None, heatmap: Path | None) -> N
         raise ValueError("Name the results folders to compare: sdllava evaluate --compare A B.")
     for option, picture in (("--plot", plot), ("--heatmap", heatmap)):
         check_outputs([picture] if picture else [], option, (".png", ".svg", ".pdf"))
-    comparisons = _print_comparison(runs)
+    comparisons = print_comparison(runs)
     if plot:
         from ..evaluation.plots import plot_parts
 
@@ -385,102 +372,3 @@ def _leakage(
         plot_leakage(result, folder / "leakage.png")
         typer.echo(leakage_markdown(result))
         typer.echo(f"Results: {folder}")
-
-
-def match(
-    model: MatchModelsOption,
-    benchmark: MatchBenchmarkOption = None,
-    image: ImageOption = None,
-    text: TextOption = None,
-    output: OutputOption = Path("results"),
-    data: MatchDataOption = None,
-    revision: MatchRevisionOption = None,
-    limit: MatchLimitOption = None,
-    model_revision: ModelRevisionOption = None,
-    steps: StepsOption = 5,
-    timesteps: TimestepsOption = None,
-    score: ScoreOption = "attention",
-    reading: ReadingOption = "code",
-    layers: LayersOption = None,
-    unconditional: UnconditionalOption = True,
-    tokens: TokensOption = "all",
-    bias: BiasOption = False,
-    trials: TrialsOption = 3,
-    seed: SeedOption = 0,
-    prefix: PrefixOption = None,
-    batch_size: BatchSizeOption = 8,
-    dtype: MatchDtypeOption = DType.float32,
-    device: DeviceOption = None,
-) -> None:
-    """Score images against texts by a diffusion model's attention or denoising error, or by a CLIP-style model."""
-    if bool(benchmark) == bool(image or text) or bool(image) != bool(text):
-        raise ValueError("Give a --benchmark, or at least one --image and one --text.")
-    given = parse_integers(timesteps, "--timesteps")
-    if device is not None:
-        check_device(device)
-    from ..evaluation.matching import READINGS, MatchingOptions, published_timesteps
-
-    if reading not in READINGS:
-        raise ValueError(f"Unknown reading {reading!r}. Choose one of {', '.join(READINGS)}.")
-    chosen = layers or READINGS[reading]["layers"]
-    options = MatchingOptions(
-        timesteps=tuple(sorted(given or published_timesteps(steps))),
-        score=score,
-        pooling=READINGS[reading]["pooling"],
-        layers=chosen if chosen in ("last", "all") else tuple(split_names(chosen)),
-        unconditional=unconditional,
-        tokens=tokens,
-        bias=bias,
-        trials=trials,
-        seed=seed,
-    )
-    names = split_names(benchmark or "")
-    if names:
-        from ..evaluation.benchmarks import get_matching_benchmark
-
-        for name in names:
-            get_matching_benchmark(name)
-    from ..evaluation.match import load_matcher
-
-    with _leaving_process_group():
-        for name in model:
-            matcher = load_matcher(name, options, model_revision, batch_size, dtype.value, device)
-            if names:
-                facts = {"id": name, "revision": model_revision, "dtype": dtype.value}
-                source = {"data": data, "revision": revision, "limit": limit, "prefix": prefix}
-                _match_benchmarks(matcher, facts, names, output, options, source)
-            else:
-                _match_files(matcher, image or [], text or [], prefix or "")
-
-
-def _match_benchmarks(
-    matcher: "Matcher",
-    model: dict[str, Any],
-    names: Sequence[str],
-    output: Path,
-    options: "MatchingOptions",
-    source: dict[str, Any],
-) -> None:
-    from ..evaluation.evaluate import run_name
-    from ..evaluation.match import match, timestep_markdown
-
-    for name in names:
-        folder = output / run_name(model["id"]) / name
-        with progress_bar(f"{model['id']} on {name}") as progress:
-            results = match(matcher, name, folder, model, options, **source, progress=progress)
-        if results:
-            typer.echo(timestep_markdown(results))
-            _print_comparison([folder])
-            typer.echo(f"Results: {folder}")
-
-
-def _match_files(matcher: "Matcher", images: Sequence[Path], texts: Sequence[str], prefix: str) -> None:
-    from ..evaluation.benchmarks.base import open_image
-
-    scores = matcher.score([open_image(path, str(path)) for path in images], [prefix + text for text in texts])
-    mean, spread = scores.mean(axis=1).mean(axis=0), scores.mean(axis=1).std(axis=0)
-    typer.echo("| text | " + " | ".join(path.name for path in images) + " |")
-    typer.echo("|---|" + "---|" * len(images))
-    for text, row, spreads in zip(texts, mean, spread, strict=True):
-        cells = [f"{value:.4f} ± {around:.4f}" for value, around in zip(row, spreads, strict=True)]
-        typer.echo(f"| {text} | " + " | ".join(cells) + " |")

@@ -12,8 +12,9 @@ from .convert import convert
 from .data import app as data_app
 from .demo import demo
 from .doctor import doctor
-from .evaluate import evaluate, match
+from .evaluate import evaluate
 from .inspect import app as inspect_app
+from .match import match
 from .mini import app as mini_app
 from .push import push
 from .recipes import recipes

@@ -64,11 +64,11 @@ def coco_rows(path: Path) -> list[dict[str, Any]] | None:
         One row per image, None if the file has other contents.
     """
     if path.suffix.lower() == ".jsonl":
-        rows = _json_lines(path)
-        first = next(rows, None)
+        lines = _json_lines(path)
+        first = next(lines, None)
         if not isinstance(first, dict) or not _sentences(first):
             return None
-        return [_row(row) for row in (first, *rows)]
+        return [_row(row) for row in (first, *lines)]
     with path.open(encoding="utf-8") as file:
         if file.read(1000).lstrip()[:1] != "{":  # LLaVA's training data is a list, and may be large
             return None
