@@ -170,3 +170,31 @@ def test_a_transformer_matches(build_once, score):
 
 def pick(prompts: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
     return {name: value[row : row + 1] for name, value in prompts.items()}
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "if"])
+def test_every_family_matches_by_denoising_error(build_once, kind):
+    """Families without layers of cross-attention, and one in pixel space; the attention scores say what to use."""
+    import tiny_families
+
+    from sdllava.evaluation.match import load_matcher
+
+    folder = build_once("deepfloyd_if" if kind == "if" else kind, getattr(tiny_families, f"save_{kind}"))
+    matcher = load_matcher(str(folder), MatchingOptions(timesteps=(489,), trials=1, score="denoising"))
+    image = tiny_families.noise_image()
+    found = matcher.score([image], ["a red dog"])
+    backbone = matcher.tower.backbone
+    with torch.no_grad():
+        latents, _ = matcher._encode([image])
+        generator = torch.Generator().manual_seed(0)
+        _, noise = (torch.randn(latents.shape[1:], generator=generator) for _ in range(2))
+        noisy = matcher.tower.add_noise(latents, 489, noise)
+        prompts, _ = matcher._prompts(["a red dog"])
+        target = backbone.prediction_target(latents, noise[None], 489)
+        own, empty = (
+            float((backbone.predict(noisy, 489, pick(prompts, row)) - target).square().mean()) for row in (0, 1)
+        )
+    assert found.shape == (1, 1, 1, 1)
+    assert found[0, 0, 0, 0] == pytest.approx(empty - own, abs=1e-5)
+    with pytest.raises(ValueError, match=r"has no layers of cross-attention .* with --score denoising"):
+        DiffusionMatcher(matcher.tower, matcher.tokenizers)
