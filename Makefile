@@ -46,6 +46,10 @@ fuzz: $(VENV)/.dev  ## 20,000 damaged images through the decoder, others for eac
 test-deepspeed: .venv-deepspeed/.done  ## ZeRO-2 and ZeRO-3 on two CPU processes, in an environment of their own
 	DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest -m "" tests/test_train_deepspeed.py
 
+release: wheel  ## packages in dist/, checked, and the notes of the version in dist/notes.md
+	$(BIN)/python -m twine check --strict dist/*.whl dist/*.tar.gz
+	$(BIN)/python scripts/release.py dist dist/notes.md
+
 $(VENV)/.docs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'

@@ -3,7 +3,7 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 CONFIGURATION_VERSION = 1
 """Raised when a saved configuration means something that an earlier version of the package would misread."""
