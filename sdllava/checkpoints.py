@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .backbones import load_backbone
 from .checkpoint_files import CheckpointError, check_files, compare_shapes, damage_reported
@@ -83,7 +84,9 @@ class CheckpointMixin:
         except OSError as error:
             if source is not None:
                 refuse_pickle(source, error, **kwargs)
-            raise
+            if source is None or isinstance(error, CheckpointError) or not os.path.isdir(source):
+                raise
+            raise CheckpointError.of(source, str(error).strip().splitlines()[0]) from error
         _require_frozen(source, loaded, info["missing_keys"])
         for module in loaded.modules():
             if isinstance(module, CheckpointMixin):
@@ -100,7 +103,7 @@ class CheckpointMixin:
         fields, shapes = found
         if fields.get("model_type") != kind.model_type or "quantization_config" in fields:
             return
-        with damage_reported(source, "the model's configuration"), torch.device("meta"):
+        with damage_reported(source, "the model's configuration"), torch.device("meta"), no_init_weights():
             built: Any = cls(kind.from_dict(fields))  # type: ignore[call-arg]  # of PreTrainedModel
         compare_shapes(source, {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, shapes)
         needed = built.state_dict().keys() - (built.all_tied_weights_keys or {}).keys() - shapes.keys()

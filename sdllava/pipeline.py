@@ -12,6 +12,7 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from .image_loading import load_rgb
+from .names import check_question
 from .outputs import SDLlavaImageEncodings
 from .prefix_cache import PrefixCache
 
@@ -63,20 +64,6 @@ class CachedEncodings:
             self._kept.move_to_end(key)
         while len(self._kept) > self.size:
             self._kept.popitem(last=False)
-
-
-def check_question(question: Any) -> str:
-    """Return a question that is text.
-
-    Raises:
-        TypeError: It is not a string.
-        ValueError: It is empty.
-    """
-    if not isinstance(question, str):
-        raise TypeError(f"Question {question!r} is not a string. Give text.")
-    if not question.strip():
-        raise ValueError(f"Question {question!r} is empty. Ask something about the image.")
-    return question
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):

@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from jinja2 import TemplateError
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import logging
 
 from .chat_templates import user_turn_markers
+from .checkpoint_files import damage_reported
 from .configuration import AUTO_MAP
 from .image_loading import ImageLike, load_rgb, pad_to_square
 from .parts import Parts, diffusion_image_processor, read_llava_parts, read_parts
@@ -117,6 +119,17 @@ class SDLlavaProcessor(ProcessorMixin):
     def from_llava_pretrained(cls, llava: str, diffusion: str | None = None, **config: Any) -> "SDLlavaProcessor":
         """The processor of an upgraded LLaVA; see [`~sdllava.parts.read_llava_parts`]."""
         return cls.from_parts(read_llava_parts(llava, diffusion, **config))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            CheckpointError: A file of the folder is damaged.
+            OSError: The folder or repository does not hold a processor.
+        """
+        with damage_reported(pretrained_model_name_or_path, "the processor"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -336,10 +349,19 @@ class SDLlavaProcessor(ProcessorMixin):
             question (`str` or `list[str]`): Instead of the conversation's; one for all images or one per image.
             processor_kwargs: For `__call__`.
             kwargs: As for `ProcessorMixin.apply_chat_template`.
+
+        Raises:
+            ValueError: The template is not valid, does what the sandbox forbids, or rejects the conversation.
         """
         if question is not None:
             processor_kwargs = {**(processor_kwargs or {}), "question": question}
-        return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
+        try:
+            return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
+        except (TemplateError, OverflowError) as error:
+            raise ValueError(
+                f"The chat template failed: {error} ({type(error).__name__}). Correct the conversation, or "
+                "chat_template.jinja of the model's folder."
+            ) from error
 
     def _multimodal_inputs_from_conversations(self, conversations: Any, *args: Any, **kwargs: Any) -> Any:
         images, videos, audios, extra = super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)

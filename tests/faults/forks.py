@@ -4,10 +4,15 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # the default lock is shared by processes, and a killed one keeps it
 
 
 def start(work: Callable[[], object], log: Path, largest_file: int | None = None) -> int:
@@ -28,15 +33,16 @@ def start(work: Callable[[], object], log: Path, largest_file: int | None = None
     try:
         os.setpgid(0, 0)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        output = descriptor if largest_file is None else os.open(os.devnull, os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         work()
         status = 0
     except BaseException:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        os.write(2, traceback.format_exc().encode())
+        os.write(descriptor, traceback.format_exc().encode())
     finally:
         os._exit(status)
 

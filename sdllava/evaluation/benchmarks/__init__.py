@@ -3,9 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .base import Benchmark, Sample
-
 if TYPE_CHECKING:
+    from .base import Benchmark
     from .matching_base import MatchingBenchmark
 
 # name on the command line -> (module, class)
@@ -31,7 +30,7 @@ MATCHING_BENCHMARKS = {
 }
 
 
-def get_benchmark(name: str, protocol: str = "default", **options: Any) -> Benchmark:
+def get_benchmark(name: str, protocol: str = "default", **options: Any) -> "Benchmark":
     """The question benchmark with that name.
 
     Args:
@@ -54,11 +53,24 @@ def get_matching_benchmark(name: str) -> "MatchingBenchmark":
     return _load(MATCHING_BENCHMARKS, name)()
 
 
-def _load(table: dict[str, tuple[str, str]], name: str) -> Any:
+def check_name(table: dict[str, tuple[str, str]], name: str) -> None:
+    """Check that a benchmark exists, without importing it.
+
+    Args:
+        table: `BENCHMARKS` or `MATCHING_BENCHMARKS`.
+        name: The benchmark's name.
+
+    Raises:
+        ValueError: It does not exist.
+    """
     if name not in table:
         raise ValueError(f"Unknown benchmark {name!r}. Choose one of {', '.join(table)}.")
+
+
+def _load(table: dict[str, tuple[str, str]], name: str) -> Any:
+    check_name(table, name)
     module, attribute = table[name]
     return getattr(importlib.import_module(f".{module}", __name__), attribute)
 
 
-__all__ = ["BENCHMARKS", "MATCHING_BENCHMARKS", "Benchmark", "Sample", "get_benchmark", "get_matching_benchmark"]
+__all__ = ["BENCHMARKS", "MATCHING_BENCHMARKS", "check_name", "get_benchmark", "get_matching_benchmark"]
