@@ -7,7 +7,6 @@ import socket
 import tempfile
 from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,7 +171,7 @@ def test_the_space_folder_runs_the_same_page(tmp_path, composed, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-def test_the_events_of_a_session(engine, tmp_path):
+def test_the_events_of_a_session(engine):
     import gradio as gr
 
     from sdllava.demo.page import Page
@@ -180,12 +179,9 @@ def test_the_events_of_a_session(engine, tmp_path):
     page = Page(engine)
     with pytest.raises(gr.Error, match=r"No image is open\. Choose an example or upload one\."):
         page.ask(None, "Is it red?", 4.0)
-    (tmp_path / "bad.png").write_bytes(b"not an image")
     with pytest.raises(gr.Error, match=r"is not an image that Pillow can read\. Give PNG, JPEG or WebP\."):
-        page.upload(str(tmp_path / "bad.png"))
-    (tmp_path / "mine.png").write_bytes(png(noise(64, 40)))
-    _, _, encoded, current, picture, *_ = page.upload(str(tmp_path / "mine.png"))
-    assert list(tmp_path.iterdir()) == []  # uploads are read and deleted
+        page.upload(b"this is not a picture")
+    _, _, encoded, current, picture, *_ = page.upload(png(noise(64, 40)))
     assert current is None
     assert "your image, 64 x 40" in picture
 
@@ -289,8 +285,6 @@ def test_upload_ask_click_a_word_and_move_the_slider(open_browser, engine, tmp_p
     driver = open_browser()
     find(driver, "#upload input[type=file]")[0].send_keys(str(tmp_path / "mine.png"))
     wait(driver, lambda: "your image, 64 x 40" in find(driver, "#picture")[0].text)
-    kept = list(Path(tempfile.gettempdir()).glob("sdllava-demo-*/*/mine.png"))
-    assert kept == []  # the upload was read and deleted
 
     ask(driver, "Is it red?")
     wait(driver, lambda: len(rows(driver)) == 1)

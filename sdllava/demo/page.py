@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +21,8 @@ from .guard import RejectURLFiles
 ALL_WORDS = -1
 MAX_SCALE = 8.0
 NUM_EXAMPLES = 6
+UPLOAD_SECONDS = 600
+"""How long an uploaded file is kept. Visitors who upload the same image at the same time share one file."""
 HISTORY_HEADERS = ["question", "s", "fused", "CLIP only"]
 CSS = """
 .picture { margin: 0; } .picture img { width: 100%; max-height: 420px; object-fit: contain; display: block; }
@@ -75,12 +76,10 @@ class Page:
         self.engine = engine
         self.examples = examples()
 
-    def upload(self, path: str | None) -> tuple:
-        """Read an uploaded file and delete it."""
-        if path is None:
+    def upload(self, data: bytes | None) -> tuple:
+        """Open an uploaded image."""
+        if data is None:
             return (gr.skip(),) * 9
-        data = Path(path).read_bytes()
-        Path(path).unlink()
         return (None, gr.skip(), *self._open(_or_error(open_upload, data, self.engine.limits), "your image"))
 
     def choose_example(self, event: gr.SelectData) -> tuple:
@@ -148,7 +147,7 @@ def _attention_html(attention: QuestionAttention, word: int) -> str:
 def build_page(engine: Engine) -> gr.Blocks:
     """The page of a loaded model."""
     page = Page(engine)
-    with gr.Blocks(title="sdllava", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
+    with gr.Blocks(title="sdllava", analytics_enabled=False, delete_cache=(60, UPLOAD_SECONDS)) as blocks:
         gr.Markdown(INTRODUCTION.format(name=engine.name))
         if engine.model.config.is_trained is False:
             gr.Markdown(f"**{UNTRAINED}**", elem_id="untrained")
@@ -164,7 +163,9 @@ def build_page(engine: Engine) -> gr.Blocks:
 def _image_components(page: Page) -> dict[str, Any]:
     return {
         "picture": gr.HTML("Choose an example or upload an image.", elem_id="picture"),
-        "upload": gr.File(label="Upload an image", file_types=["image"], height=130, elem_id="upload"),
+        "upload": gr.File(
+            label="Upload an image", file_types=["image"], type="binary", height=130, elem_id="upload"
+        ),
         "gallery": gr.Gallery(
             [image for image, _ in page.examples],
             label="Examples", columns=3, height=300, allow_preview=False, interactive=False, buttons=[],
@@ -220,7 +221,7 @@ def _connect(page: Page, c: SimpleNamespace) -> None:
 def launch(engine: Engine, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:
     """Serve the page until interrupted.
 
-    Uploads are written to a private folder, deleted as soon as they are read, and the folder is deleted at exit.
+    Uploads are written to a private folder and deleted after `UPLOAD_SECONDS`. The folder is deleted at exit.
 
     Args:
         engine: The loaded model.

@@ -29,7 +29,7 @@ Ask about an image. The page shows the answer, the attention map of each word of
 cross-attention, and the effect of the question on its features. The model is
 [{model}](https://huggingface.co/{model}).
 
-Uploads are limited in size, deleted as soon as they are read, and never stored.
+Uploads are limited in size, and deleted after ten minutes.
 """
 
 
