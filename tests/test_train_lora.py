@@ -148,6 +148,11 @@ def test_adapters_that_could_not_be_used_raise(work, base, fields, reason):
         language_lora(base, AdapterArguments(lora_r=4), run)
 
 
+def test_projector_and_fusion_can_stay_as_they_are(work, base):
+    run = ModelArguments(init_from=str(work / "trained"))
+    assert language_lora(base, AdapterArguments(lora_r=4, train_projector=False), run).modules_to_save == []
+
+
 def test_training_checks_its_adapter(work):
     with pytest.raises(ValueError, match=r"cannot be trained\. Set lora_r"):
         train(command(work, "unfit", init_from=work / "trained", load_in_4bit="true", **SHORT))

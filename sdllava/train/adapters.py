@@ -70,7 +70,9 @@ def language_lora(
         target_modules=targets,
         rank_pattern=ranks,
         alpha_pattern=scales,
-        modules_to_save=[name for name in SAVED_MODULES if getattr(model.model, name) is not None],
+        modules_to_save=[
+            name for name in SAVED_MODULES if arguments.train_projector and getattr(model.model, name) is not None
+        ],
         task_type="CAUSAL_LM",
     )
 

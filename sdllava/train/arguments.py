@@ -132,6 +132,12 @@ class AdapterArguments:
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model."})
     lora_alpha: int = field(default=256, metadata={"help": "Scale of LoRA on the language model; divided by its rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of both adapters."})
+    train_projector: bool = field(
+        default=True,
+        metadata={
+            "help": "With LoRA on the language model: also train projector and fusion, at the same learning rate."
+        },
+    )
     unet_lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the UNet's cross-attention (S4, 6.1)."})
     unet_lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA on the UNet; divided by its rank."})
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: load the language model in 4 bits."})
