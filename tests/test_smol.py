@@ -90,12 +90,23 @@ def test_words_of_quadrants():
 def test_the_shipped_adapter_is_half_precision(tmp_path):
     research = pytest.importorskip("research.miniature.smol")
     (tmp_path / "run").mkdir()
-    save_file({"a.b": torch.tensor([1.5, 2.0])}, tmp_path / "run" / "adapter_model.safetensors")
+    (tmp_path / "base").mkdir()
+    save_file({"a.lora_A": torch.tensor([1.5, 2.0])}, tmp_path / "run" / "adapter_model.safetensors")
+    base = {"model.fusion.w": torch.tensor([1.0]), "model.language_model.w": torch.tensor([2.0])}
+    save_file(base, tmp_path / "base" / "model.safetensors")
     (tmp_path / "run" / "adapter_config.json").write_text('{"r": 8, "base_model_name_or_path": "/home/me/base"}')
-    research.write_adapter(tmp_path / "run", tmp_path / "shipped")
-    assert load_file(tmp_path / "shipped" / "adapter_model.safetensors")["a.b"].dtype == torch.float16
+    research.write_adapter(tmp_path / "run", tmp_path / "base", tmp_path / "shipped")
+    tensors = load_file(tmp_path / "shipped" / "adapter_model.safetensors")
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "a.lora_A": torch.float16,
+        "base_model.model.model.fusion.w": torch.float16,
+    }
     config = json.loads((tmp_path / "shipped" / "adapter_config.json").read_text())
-    assert config == {"r": 8, "base_model_name_or_path": None}
+    assert config == {
+        "r": 8,
+        "base_model_name_or_path": None,
+        "modules_to_save": ["multi_modal_projector", "fusion"],
+    }
 
 
 def test_the_training_data_mixes_descriptions_questions_and_chat(tmp_path):

@@ -64,17 +64,17 @@ def train(
 
 @app.command()
 def smol(
-    out: Annotated[Path, typer.Option(help="Folder of the base, the data and both stages. Resumes an earlier run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the base, the data and the run. Resumes an earlier run.")],
     max_steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2, of three conversations.")] = 240,
     ship: Annotated[Path | None, typer.Option(help="Also write the adapter in half precision to this folder.")] = None,
 ) -> None:
-    """Compose, initialise, align and fine-tune sdllava-smol, the miniature's encoders with SmolLM2."""
+    """Compose, initialise and fine-tune sdllava-smol, the miniature's encoders with SmolLM2."""
     with _without_traceback():
         from .smol import train_smol, write_adapter
 
         adapter = train_smol(out, max_steps=max_steps)
         if ship is not None:
-            write_adapter(adapter, ship)
+            write_adapter(adapter, out / "base", ship)
         typer.echo(f"Wrote the adapter to {ship or adapter}")
 
 

@@ -1,19 +1,19 @@
-"""`sdllava-smol`: the miniature's encoders with SmolLM2-135M, initialised, aligned and fine-tuned, then shipped.
+"""`sdllava-smol`: the miniature's encoders with SmolLM2-135M, initialised, fine-tuned, then shipped.
 
-The projector is initialised by regression, before the two stages: the token of each quadrant is to be the sum of
-SmolLM2's embeddings of the words that describe the quadrant's object. This costs minutes, because the language model
-does not run. Both stages are ordinary recipes (`recipes/smol-align.yaml`, `recipes/smol-finetune.yaml`).
+The projector is aligned by regression instead of on captions: the token of each quadrant is to be the sum of SmolLM2's
+embeddings of the words that describe the quadrant's object. This costs minutes, because the language model does not
+run. LoRA on the language model is then an ordinary recipe (`recipes/smol-finetune.yaml`), which keeps the projector.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdllava import SDLlavaForConditionalGeneration, mini_path
@@ -138,14 +138,14 @@ def _features(model: Any, processor: Any, scenes: list[Scene], batch_size: int =
 
 
 def write_data(folder: Path, scenes: int) -> None:
-    """Write the captions of stage 1 and the conversations of stage 2, in the order of training.
+    """Write the conversations of stage 2 in the order of training, `finetune.parquet`.
 
     Descriptions of single objects come first: each of their words is looked up in the image tokens, so that they teach
     this with a tenth of the tokens that questions with one-word answers need. Questions that look objects up follow,
     then all patterns, mixed with descriptions.
 
     Args:
-        folder: For `align.parquet` and `finetune.parquet`.
+        folder: Where the file is written.
         scenes: Scenes of stage 2.
     """
     described = scene_dataset("train", scenes // 2, 10, "descriptions")
@@ -158,13 +158,8 @@ def write_data(folder: Path, scenes: int) -> None:
     for place, chat in zip(range(7, len(conversations), 24), itertools.cycle(CHAT), strict=False):
         conversations[place] = _chat_row(*chat)
     finetune = datasets.Dataset.from_list(conversations, on_mixed_types="use_json")
-    tables = {
-        "align": scene_dataset("train", 64, 13, "captions").select_columns(["images", "messages"]),
-        "finetune": finetune.cast_column("images", datasets.List(datasets.Image())),
-    }
-    for name, table in tables.items():
-        with atomic_path(folder / f"{name}.parquet") as written:
-            table.to_parquet(written)
+    with atomic_path(folder / "finetune.parquet") as written:
+        finetune.cast_column("images", datasets.List(datasets.Image())).to_parquet(written)
 
 
 def _chat_row(question: str, answer: str) -> dict[str, Any]:
@@ -174,10 +169,10 @@ def _chat_row(question: str, answer: str) -> dict[str, Any]:
 
 
 def train_smol(folder: str | os.PathLike, scenes: int = 5792, steps: int = 926, max_steps: int = 240) -> Path:
-    """Compose, initialise, align and fine-tune. Finished parts are kept, and stage 2 resumes.
+    """Compose, initialise and fine-tune. Finished parts are kept, and the recipe resumes.
 
     Args:
-        folder: For `base/`, the data, `align/` and `finetune/`.
+        folder: For `base/`, the data and `finetune/`.
         scenes: Scenes of the initialisation.
         steps: Steps of the initialisation.
         max_steps: Steps of stage 2, of three conversations each.
@@ -195,34 +190,30 @@ def train_smol(folder: str | os.PathLike, scenes: int = 5792, steps: int = 926, 
             processor.save_pretrained(written)
     if not (folder / "finetune.parquet").exists():
         write_data(folder, 3 * max_steps)
-    for stage, start, options in _stages(max_steps):
-        if not list((folder / stage).glob("*config.json")):
-            data, output = folder / f"{stage}.parquet", folder / stage
-            paths = {"init_from": folder / start, "train_data": data, "output_dir": output}
-            train(["--config", str(RECIPES / f"smol-{stage}.yaml"), *_words(paths), *options])
-    return folder / "finetune"
+    output = folder / "finetune"
+    if not (output / "adapter_config.json").exists():
+        options = {"init_from": folder / "base", "train_data": folder / "finetune.parquet", "output_dir": output}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        train(["--config", str(RECIPES / "smol-finetune.yaml"), *words, "--max_steps", str(max_steps)])
+    return output
 
 
-def write_adapter(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Write the adapter that the package ships: in float16, without paths of this machine.
+def write_adapter(source: str | os.PathLike, base: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Write the adapter that the package ships: LoRA, projector and fusion in float16, without paths of this machine.
 
     Args:
-        source: An adapter of stage 2, also a checkpoint.
+        source: The adapter of stage 2, also a checkpoint.
+        base: The checkpoint that it was trained on, whose projector and fusion stay as they are.
         target: The folder, `sdllava/miniature/sdllava-smol`.
     """
     config = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = None
+    config |= {"base_model_name_or_path": None, "modules_to_save": ["multi_modal_projector", "fusion"]}
     tensors = load_file(Path(source) / "adapter_model.safetensors")
+    kept = ("model.multi_modal_projector.", "model.fusion.")
+    with safe_open(Path(base) / "model.safetensors", "pt") as weights:
+        names = [name for name in weights.keys() if name.startswith(kept)]  # noqa: SIM118  # not a dict
+        tensors |= {f"base_model.model.{name}": weights.get_tensor(name) for name in names}
     with atomic_path(target) as written:
         written.mkdir()
         save_file({name: tensor.half() for name, tensor in tensors.items()}, written / "adapter_model.safetensors")
         write_json(written / "adapter_config.json", config)
-
-
-def _stages(max_steps: int) -> Iterator[tuple[str, str, list[str]]]:
-    yield "align", "base", []
-    yield "finetune", "align", ["--max_steps", str(max_steps)]
-
-
-def _words(options: dict[str, Path]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
