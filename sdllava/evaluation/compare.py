@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .benchmarks import BENCHMARKS, Benchmark, get_benchmark, get_matching_benchmark
+from .benchmarks import BENCHMARKS, get_benchmark, get_matching_benchmark
+from .benchmarks.base import Benchmark
 from .benchmarks.matching_base import MatchingBenchmark
 from .bootstrap import difference
 from .published import PublishedRow, published_rows
