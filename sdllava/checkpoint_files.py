@@ -185,10 +185,10 @@ def _check_sizes(path: str, config: dict[str, Any], shapes: Shapes) -> None:
     limits = {**dict.fromkeys(LAYER_FIELDS, len(shapes)), **dict.fromkeys(SIZE_FIELDS, largest)}
 
     def check(name: str, value: Any) -> None:
-        if isinstance(value, int) and not 0 <= value <= limits[name]:
+        if value is not None and not (isinstance(value, int) and 0 <= value <= limits[name]):
             raise CheckpointError.of(
                 path,
-                f"{name} is {value}, and the weights have {len(shapes)} tensors with a largest dimension of {largest}",
+                f"{name} is {value!r}, and the weights have {len(shapes)} tensors, a largest dimension of {largest}",
             )
 
     _walk(config, lambda name, value: check(name, value) if name in limits else None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..presets import PRESETS, find_preset
 from .options import DType, check_finite, check_source, model_path
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def compose(
     guidance: Annotated[
         list[float] | None, typer.Option(help="Guidance scale of the features, default 4. Repeatable.")
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Tap and timestep of a published model, see `sdllava taps --presets`.")
+    ] = None,
     field: Annotated[
         list[str] | None, typer.Option(help="Any other field, as NAME=JSON, such as grid_size=16. Repeatable.")
     ] = None,
@@ -70,6 +74,9 @@ def compose(
     check_finite(guidance or (), "--guidance")
     given = {"fusion": fusion and fusion.value, "taps": tap, "timesteps": timestep, "guidance_scales": guidance}
     fields = {name: value for name, value in given.items() if value} | _json_fields(field or [])
+    if preset is not None:
+        chosen = find_preset(preset)
+        diffusion, fields = diffusion or chosen.diffusion, {**chosen.values, **fields}
     parts = {"diffusion": diffusion, "vision": vision, "language_model": language_model, "llava": llava}
     sources = {name: part for name, part in parts.items() if part}
     for name, source in sources.items():
@@ -81,8 +88,10 @@ def _json_fields(entries: list[str]) -> dict[str, Any]:
     fields = {}
     for entry in entries:
         name, found, value = entry.partition("=")
-        if not found:
-            raise ValueError(f"--field {entry!r} has no '='. Write NAME=VALUE, such as grid_size=16.")
+        if not found or not name:
+            raise ValueError(
+                f"--field {entry!r} has no {'name' if found else repr('=')}. Write NAME=VALUE, such as grid_size=16."
+            )
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -153,9 +162,15 @@ def taps(
         str | None,
         typer.Argument(help="Diffusion model or sdllava checkpoint: repository id or folder. Default: SD 2.1-base."),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the model's own, at most 512.")] = None,
+    presets: Annotated[bool, typer.Option("--presets", help="List recommended taps with their sources.")] = False,
+    image_size: Annotated[
+        int | None, typer.Option(min=8, help="Pixels. Default: the model's own, at most 512.")
+    ] = None,
 ) -> None:
     """List every tap of a denoiser, with its size and module."""
+    if presets:
+        _print_presets()
+        return
     if model is not None:
         check_source(model, "the diffusion model")
     from rich.console import Console
@@ -168,6 +183,19 @@ def taps(
     for tap in _tower_config(model and model_path(model), image_size).all_taps():
         table.add_row(tap.name, str(tap.height), str(tap.width), str(tap.channels), tap.module_path)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _print_presets() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("preset", "repository", "taps", "timesteps", "source", box=None)
+    for name, found in PRESETS.items():
+        fields = "".join(f", {key}={value}" for key, value in found.fields.items())
+        timesteps = ", ".join(map(str, found.timesteps))
+        table.add_row(name, found.diffusion, ", ".join(found.taps), f"{timesteps}{fields}", found.source)
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+    print("None of these was tested here with real weights.")
 
 
 def _tower_config(model: str | None, image_size: int | None = None) -> "SDLlavaDiffusionConfig":

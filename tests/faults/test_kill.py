@@ -177,7 +177,7 @@ def test_a_read_only_folder_raises_one_error(works, name):
 
 
 @pytest.mark.parametrize("name", ["train", "cache", "evaluate", "sweep"])
-def test_a_second_process_is_refused_until_the_first_one_is_killed(works, name, tmp_path):
+def test_a_second_process_raises_until_the_first_one_is_killed(works, name, tmp_path):
     def hold() -> None:
         with locked(tmp_path / "out"):
             time.sleep(600)
