@@ -61,10 +61,11 @@ docs: $(VENV)/.docs  ## the documentation, in build/docs; broken links and missi
 notebooks: $(VENV)/.dev  ## every notebook, executed on the miniature
 	$(BIN)/python -m pytest -m "" tests/test_notebooks.py
 
-audit:  ## the versions of constraints.txt in the database of pip-audit
+audit:  ## known vulnerabilities of the versions in constraints.txt; skipped without network
 	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/python -m pip install -q pip-audit
-	.venv-audit/bin/pip-audit --no-deps -r constraints.txt
+	@if .venv-audit/bin/python -m pip install -q --upgrade pip-audit; \
+	then .venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt; \
+	else echo "Skipped: pip-audit cannot be installed without network."; fi
 
 wheel: $(VENV)/.dev  ## dist/*.whl; two builds of a commit are equal
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --wheel --no-isolation
