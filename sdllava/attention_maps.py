@@ -195,7 +195,8 @@ class AttentionCapture:
             # the given prompt's half comes last: after the empty prompt's in one batch, or in a pass of its own
             chosen = slice(-self._rows, None)
             inputs = self._inputs.pop(name)
-            text, mask = inputs.get("encoder_hidden_states"), inputs.get("attention_mask")
+            text: Any = inputs.get("encoder_hidden_states")
+            mask = inputs.get("attention_mask")
             text = None if text is None else text[chosen]
             if getattr(attention, "added_kv_proj_dim", None) is not None or tap.after_text:
                 num_text = query.shape[1] - tap.height * tap.width if text is None else text.shape[1]

@@ -218,7 +218,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return self.backbone.encode_image(pixel_values if device.type == "meta" else pixel_values.to(device))
 
     @torch.no_grad()
-    def encode_prompts(self, *input_ids: torch.Tensor | None) -> Prompts:
+    def encode_prompts(self, *input_ids: Any) -> Prompts:
         """Conditioning of n prompts, from token ids `(n, tokens)` of each tokenizer.
 
         See `DiffusionBackbone.encode_prompts`.

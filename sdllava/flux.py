@@ -104,7 +104,8 @@ class FluxBackbone(FlowBackbone):
 
         FLUX.1-dev also reads the guidance scale that it was distilled with, `distilled_guidance`.
         """
-        dtype, device, config = dtype_of(denoiser), latents.device, denoiser.config
+        config: Any = denoiser.config
+        dtype, device = dtype_of(denoiser), latents.device
         rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
         text = prompts["encoder_hidden_states"].to(dtype)
         guidance = None

@@ -23,6 +23,9 @@ T5_LENGTH = 256
 class StableDiffusion3Backbone(FlowBackbone):
     """`transformer`, `vae`, two CLIPs in `text_encoder` and `text_encoder_2`, and T5 in `text_encoder_3` if used."""
 
+    text_encoder: CLIPTextModelWithProjection
+    text_encoder_2: CLIPTextModelWithProjection
+
     def __init__(self, config: SDLlavaDiffusionConfig):
         super().__init__(config)
         self.transformer = self._build_denoiser()

@@ -46,7 +46,11 @@ class ImageFiles(Sequence[PromptedImage]):
 
     def __init__(self, files: Sequence[tuple[str, Path]], prompts: str | Sequence[str | None] | None):
         self.files = list(files)
-        self.prompts = list(prompts) if isinstance(prompts, list | tuple) else [prompts] * len(self.files)
+        self.prompts: list[str | None] = []
+        if prompts is None or isinstance(prompts, str):
+            self.prompts = [prompts] * len(self.files)
+        else:
+            self.prompts = list(prompts)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -200,7 +200,7 @@ def _claims(answers: Path, names: Sequence[str]) -> list[dict[str, Any]]:
         if name == base or base not in names:
             continue
         for part in ("questions", "pairs"):
-            pair = [units_of_part(answers / folder_name(one) / "question")[part] for one in (base, name)]
+            lower, higher = (units_of_part(answers / folder_name(one) / "question")[part] for one in (base, name))
             trend = f"{part}: {name} is more accurate than {base} ({sources[name]})"
-            found.append(claim(trend, *pair, scores=scores, metric=part))
+            found.append(claim(trend, lower, higher, scores=scores, metric=part))
     return found

@@ -48,7 +48,8 @@ class EasyVQA(Benchmark):
             folder: The published folder `data`, with `test/questions.json` and `test/images/`.
         """
         rows = json.loads(inside(folder, "test/questions.json").read_text(encoding="utf-8"))
-        return [self._sample(number, *row, folder / "test" / "images") for number, row in enumerate(rows)]
+        images = folder / "test" / "images"
+        return [self._sample(n, question, answer, image, images) for n, (question, answer, image) in enumerate(rows)]
 
     def _sample(self, number: int, question: str, answer: str, image: int, images: Path) -> Sample:
         return Sample(
