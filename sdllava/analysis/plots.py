@@ -1,10 +1,11 @@
-"""Matplotlib figures of attention, features and similarities.
+"""Matplotlib figures of attention and features, sized to fit a page.
 
 Maps use viridis and cividis, which colour-blind readers can order. Lines use the palette of Okabe and Ito.
 """
 
 import os
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ..atomic_files import atomic_path
-from ..image_loading import pad_to_square
 from .attention import HeatMap, QuestionAttention, map_onto_image
 from .features import DeltaMap, PCAMap, RegisterReport
-from .similarity import CKAResult, SimilarityGrid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +25,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 HEAT = "viridis"
 LONGEST_SIDE = 512
 """Longer side, in pixels, of images in figures. It suffices for a panel and keeps an SVG small."""
-PADDING_COLOUR = (122, 116, 104)
-"""CLIP's mean colour."""
+PAGE = (10.0, 13.0)
+"""Width and height, in inches, that the panels of a figure may fill."""
+LARGEST_PANEL = 1.7
+LABEL_HEIGHT = 0.45
+"""Height of a panel's label, in inches."""
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
@@ -75,6 +77,51 @@ def save_figure(figure: "Figure", path: str | os.PathLike) -> None:
         figure.savefig(written, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
 
 
+def few_samples(count: int, least: int, what: str) -> str:
+    """A warning that a statistic has too few samples, empty where it has enough.
+
+    Args:
+        count: The number of samples.
+        least: The number from which on there is no warning.
+        what: What the samples are, in the plural.
+    """
+    return "" if count >= least else f"Only {count} {what}: the estimate is noisy. Use at least {least}."
+
+
+def layout(blocks: int, panels: int) -> tuple[int, int, float]:
+    """How blocks of panels are arranged to fit a page.
+
+    Args:
+        blocks: The number of blocks.
+        panels: The number of panels in a block, side by side.
+
+    Returns:
+        `tuple[int, int, float]`: Rows and columns of blocks, and the side of a panel in inches, as large as possible.
+    """
+
+    def side(columns: int) -> float:
+        rows = ceil(blocks / columns)
+        return min(LARGEST_PANEL, PAGE[0] / (columns * panels), PAGE[1] / rows - LABEL_HEIGHT)
+
+    columns = max(range(1, blocks + 1), key=lambda n: (round(side(n), 3), -n))
+    return ceil(blocks / columns), columns, max(side(columns), 0.2)
+
+
+def _blocks(blocks: int, panels: int, title: str) -> tuple["Figure", list[list["Axes"]]]:
+    """A figure with the axes of each block; what is left over is invisible."""
+    rows, columns, side = layout(blocks, panels)
+    figure = new_figure(columns * panels * side + 0.3, rows * (side + LABEL_HEIGHT) + 0.6, title)
+    axes = figure.subplots(rows, columns * panels, squeeze=False).reshape(rows * columns, panels)
+    for number, axis in enumerate(axes.flat):
+        axis.set_anchor("N")  # below its label, also where the panels of a row have different heights
+        axis.set_visible(number < blocks * panels)
+    return figure, [list(line) for line in axes[:blocks]]
+
+
+def _label_block(axes: "Axes", label: str) -> None:
+    axes.set_title(label, fontsize=6.5, loc="left")
+
+
 def _bare(axes: "Axes") -> "Axes":
     axes.set_xticks([])
     axes.set_yticks([])
@@ -87,6 +134,27 @@ def _small(image: Image.Image) -> Image.Image:
     small = image.copy()
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return small
+
+
+def draw_colours(axes: "Axes", colours: np.ndarray, image: Image.Image) -> None:
+    """Draw a map of colours with the image's aspect ratio: the padding of the square is not visible.
+
+    Args:
+        axes: The axes to draw on. Its coordinates are the image's pixels.
+        colours (`np.ndarray` of shape `(side, side, 3)`): Over the padded square, in [0, 1].
+        image: Upright RGB, not padded.
+    """
+    width, height = image.size
+    left, top = _padding(image)
+    place = (-left, width + left, height + top, -top)
+    _bare(axes).imshow(colours, interpolation="nearest", extent=place)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+
+
+def _padding(image: Image.Image) -> tuple[float, float]:
+    """The padding at the left and at the top of an image's square, in its pixels."""
+    side = max(image.size)
+    return (side - image.width) / 2, (side - image.height) / 2
 
 
 def overlay(axes: "Axes", image: Image.Image, grid: np.ndarray, low: float, high: float, title: str = "") -> Any:
@@ -140,18 +208,19 @@ def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) 
     """The attention to each word of a question, one row per layer or timestep (S3, Figures 4 and 11).
 
     The shares of attention differ much between words, so each map is drawn relative to its mean, which is printed above
-    it.
+    it. The words of a single row are wrapped to fit a page.
 
     Args:
         rows: The label and the attention of each row.
         title: Title of the figure.
     """
     words = [i for i, word in enumerate(rows[0][1].words) if not word.special]
-    width, height = rows[0][1].image.size
-    panel = 1.5 * min(2.0, max(0.6, width / height))
-    figure = new_figure(panel * (len(words) + 1) + 1.2, 1.75 * len(rows) + 0.6, title)
-    axes = figure.subplots(len(rows), len(words) + 1, squeeze=False)
-    for line, (label, attention) in zip(axes, rows, strict=True):
+    if len(rows) == 1:
+        figure, blocks = _blocks(len(words) + 1, 1, title)
+        lines = [[axis for block in blocks for axis in block]]
+    else:
+        figure, lines = _rows(len(rows), len(words) + 1, title)
+    for line, (label, attention) in zip(lines, rows, strict=True):
         _bare(line[0]).imshow(_small(attention.image))
         line[0].set_ylabel(label, fontsize=7)
         means = attention.maps.mean(axis=(1, 2), keepdims=True)
@@ -159,8 +228,15 @@ def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) 
         for axis, i, grid in zip(line[1:], words, relative, strict=True):
             label = f"{attention.words[i].text}\n{means[i].item():.1%}"
             drawn = overlay(axis, attention.image, grid, float(relative.min()), float(relative.max()), label)
-        colour_bar(figure, drawn, line.tolist(), "share of attention\nrelative to its mean (above)")
+        colour_bar(figure, drawn, line, "share of attention\nrelative to its mean (above)")
     return figure
+
+
+def _rows(count: int, panels: int, title: str) -> tuple["Figure", list[list["Axes"]]]:
+    """A figure with the axes of rows that are compared by column."""
+    side = min(LARGEST_PANEL, PAGE[0] / panels, PAGE[1] / count - LABEL_HEIGHT)
+    figure = new_figure(panels * side + 1.5, count * (side + LABEL_HEIGHT) + 0.6, title)
+    return figure, [list(line) for line in figure.subplots(count, panels, squeeze=False)]
 
 
 def _label(tap: str, timestep: int, scale: float | None) -> str:
@@ -170,31 +246,41 @@ def _label(tap: str, timestep: int, scale: float | None) -> str:
 def pca_figure(
     images: Sequence[Image.Image], maps: Sequence[PCAMap], title: str, registers: Sequence[RegisterReport] = ()
 ) -> "Figure":
-    """Feature maps as colours, one row per map and one column per image (S3, Figure 2).
+    """Feature maps as colours, one block per map with one panel per image (S3, Figure 2). The first has the images.
 
     Args:
-        images: Upright RGB. They are drawn padded to squares, as the model reads them.
+        images: Upright RGB.
         maps: From [`~sdllava.analysis.features.pca_maps`].
         title: Title of the figure.
         registers: Registers of the same taps, timesteps and scales, whose positions are circled.
     """
     circled = {(r.tap, r.timestep, r.guidance_scale): r.outlying for r in registers}
-    figure = new_figure(1.7 * len(images) + 1.2, 1.75 * (len(maps) + 1) + 0.6, title)
-    axes = figure.subplots(len(maps) + 1, len(images), squeeze=False)
-    for axis, image in zip(axes[0], images, strict=True):
-        _bare(axis).imshow(_small(pad_to_square(image, PADDING_COLOUR)))
-    for line, pca_map in zip(axes[1:], maps, strict=True):
+    figure, blocks = _blocks(len(maps) + 1, len(images), title)
+    for axis, image in zip(blocks[0], images, strict=True):
+        _bare(axis).imshow(_small(image))
+    for block, pca_map in zip(blocks[1:], maps, strict=True):
         variance = " ".join(f"{share:.0%}" for share in pca_map.pca.explained_variance_ratio)
-        label = _label(pca_map.tap, pca_map.timestep, pca_map.guidance_scale)
-        line[0].set_ylabel(f"{label}\nvariance {variance}", fontsize=6.5)
+        setting = _label(pca_map.tap, pca_map.timestep, pca_map.guidance_scale)
+        _label_block(block[0], f"{setting}\nvariance {variance}")
         found = circled.get((pca_map.tap, pca_map.timestep, pca_map.guidance_scale or 0.0))
-        for i, axis in enumerate(line):
-            _bare(axis).imshow(pca_map.colours[i], interpolation="nearest")
+        for i, (axis, image) in enumerate(zip(block, images, strict=True)):
+            draw_colours(axis, pca_map.colours[i], image)
             if found is not None:
-                rows, columns = np.nonzero(found[i])
-                axis.scatter(columns, rows, s=40, facecolors="none", edgecolors="white", linewidths=1)
-    figure.supxlabel("red, green, blue: principal components 1, 2, 3 (1st to 99th percentile)", fontsize=7)
+                _circle(axis, found[i], image)
+    figure.supxlabel(
+        "red, green, blue: principal components 1, 2, 3 (1st to 99th percentile), with their shares of the variance",
+        fontsize=7,
+    )
     return figure
+
+
+def _circle(axes: "Axes", found: np.ndarray, image: Image.Image) -> None:
+    """Circle positions of a grid over the padded square of an image."""
+    rows, columns = np.nonzero(found)
+    token = max(image.size) / len(found)
+    left, top = _padding(image)
+    places = (columns + 0.5) * token - left, (rows + 0.5) * token - top
+    axes.scatter(*places, s=40, facecolors="none", edgecolors="white", linewidths=1)
 
 
 def delta_figure(
@@ -203,99 +289,24 @@ def delta_figure(
     """The effect of each question: |X_c - X_u| over its image, and the PCA of X_c - X_u (S3, Figures 5, 7 and 12).
 
     Args:
-        images: Upright RGB, one per column.
-        questions: One per column.
-        deltas: From [`~sdllava.analysis.features.delta_maps`], with images in the order of the columns.
+        images: Upright RGB, one per question.
+        questions: What each image is conditioned on.
+        deltas: From [`~sdllava.analysis.features.delta_maps`], with images in the order of the questions.
         title: Title of the figure.
     """
-    figure = new_figure(1.9 * len(images) + 2.2, 1.9 * (2 * len(deltas) + 1) + 0.6, title)
-    axes = figure.subplots(2 * len(deltas) + 1, len(images), squeeze=False)
-    for axis, image, question in zip(axes[0], images, questions, strict=True):
-        _bare(axis).imshow(_small(image))
-        axis.set_title(question, fontsize=7, wrap=True)
-    for i, delta in enumerate(deltas):
-        heat, colours = axes[2 * i + 1], axes[2 * i + 2]
-        heat[0].set_ylabel(f"{_label(delta.tap, delta.timestep, None)}\n|X_c - X_u|", fontsize=6.5)
-        colours[0].set_ylabel("PCA of X_c - X_u", fontsize=6.5)
+    figure, blocks = _blocks(len(deltas) + 1, 2 * len(images), title)
+    for i, (image, question) in enumerate(zip(images, questions, strict=True)):
+        _bare(blocks[0][2 * i]).imshow(_small(image))
+        blocks[0][2 * i].set_title(question, fontsize=7, loc="left", wrap=True)
+        blocks[0][2 * i + 1].set_visible(False)
+    for block, delta in zip(blocks[1:], deltas, strict=True):
         low, high = float(delta.heat.min()), float(delta.heat.max())
+        _label_block(block[0], f"{_label(delta.tap, delta.timestep, None)}, {low:.2f} to {high:.2f}")
         pca = delta.pca()
-        for j, image in enumerate(images):
-            drawn = overlay(heat[j], image, delta.heat[j], low, high)
-            _bare(colours[j]).imshow(pca.colours[j], interpolation="nearest")
-        colour_bar(figure, drawn, heat.tolist(), "relative to the mean |X_u|")
+        for i, image in enumerate(images):
+            overlay(block[2 * i], image, delta.heat[i], low, high)
+            draw_colours(block[2 * i + 1], pca.colours[i], image)
+    figure.supxlabel(
+        "left: |X_c - X_u| relative to the mean |X_u|, in the range of the label; right: PCA of X_c - X_u", fontsize=7
+    )
     return figure
-
-
-def _matrix(axes: "Axes", values: np.ndarray, rows: Sequence[str], columns: Sequence[str], low: float) -> Any:
-    """Annotated values in [low, 1]."""
-    drawn = axes.imshow(values, cmap="cividis", vmin=low, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, fontsize=7, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows, fontsize=7)
-    for (i, j), value in np.ndenumerate(values):
-        colour = "black" if np.isfinite(value) and value > (1 + low) / 2 else "white"
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
-    return drawn
-
-
-def similarity_figure(grid: SimilarityGrid, references: dict[str, float], title: str) -> "Figure":
-    """Mean cosine similarity of image pairs over taps and timesteps, one panel per guidance scale (S3, Figure 2c).
-
-    Args:
-        grid: From [`~sdllava.analysis.similarity.similarity_grid`].
-        references: The similarity of the same pairs for other encoders by name, drawn as additional rows.
-        title: Title of the figure.
-    """
-    panels = len(grid.guidance_scales)
-    rows = [*grid.taps, *references]
-    figure = new_figure((0.7 * len(grid.timesteps) + 1) * panels + 3, 0.32 * len(rows) + 1.6, title)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    others = np.repeat(np.array(list(references.values()))[:, None], len(grid.timesteps), axis=1)
-    low = float(np.floor(10 * min(0.9, grid.positions.min(), *references.values())) / 10)
-    for i, axis in enumerate(axes):
-        values = np.concatenate([grid.positions[:, :, i], others.reshape(-1, len(grid.timesteps))])
-        drawn = _matrix(axis, values, rows if i == 0 else [""] * len(rows), [str(t) for t in grid.timesteps], low)
-        axis.set_title(f"s = {grid.guidance_scales[i]:g}", fontsize=8)
-        axis.set_xlabel("timestep", fontsize=7)
-    colour_bar(figure, drawn, axes.tolist(), "mean cosine similarity of a pair")
-    return figure
-
-
-def cka_figure(result: CKAResult, title: str) -> "Figure":
-    """CKA between taps (S3, Figure 9), and of each guidance scale with s = 0 (S3, Figure 5c).
-
-    Args:
-        result: From [`~sdllava.analysis.similarity.cka`].
-        title: Title of the figure.
-    """
-    settings = list(dict.fromkeys(key[1:] for key in result.keys))
-    taps = list(dict.fromkeys(key[0] for key in result.keys))
-    guided = [(t, s) for t, s in settings if s != 0 and (taps[0], t, 0.0) in result.keys]
-    side = 0.45 * len(taps) + 1.2
-    figure = new_figure(side * len(settings) + 3 + 3.5 * bool(guided), side + 1.3, title)
-    widths = [1.0] * len(settings) + [1.2] * bool(guided)
-    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    low = min(0.0, float(np.nanmin(result.matrix)))
-    for i, (timestep, scale) in enumerate(settings):
-        axis = axes[i]
-        names, matrix = result.between_taps(timestep, scale)
-        drawn = _matrix(axis, matrix, names if i == 0 else [""] * len(names), names, low)
-        axis.set_title(f"t = {timestep}, s = {scale:g}", fontsize=8)
-    colour_bar(figure, drawn, axes[: len(settings)].tolist(), "linear CKA")
-    if guided:
-        _scale_lines(axes[-1], result, taps, list(dict.fromkeys(t for t, _ in guided)))
-    return figure
-
-
-def _scale_lines(axes: "Axes", result: CKAResult, taps: Sequence[str], timesteps: Sequence[int]) -> None:
-    for i, tap in enumerate(taps):
-        for j, timestep in enumerate(timesteps):
-            scales, values = result.with_unconditional(tap, timestep)
-            label = tap if len(timesteps) == 1 else f"{tap}, t = {timestep}"
-            style: dict[str, Any] = {
-                "linestyle": ("-", "--", ":", "-.")[j % 4],
-                "marker": "os^Dv"[i // len(COLOURS) % 5],
-            }
-            axes.plot(scales, values, color=COLOURS[i % len(COLOURS)], markersize=3, label=label, **style)
-    axes.set_xlabel("guidance scale s", fontsize=8)
-    axes.set_ylabel("linear CKA with s = 0", fontsize=8)
-    axes.legend(fontsize=6)

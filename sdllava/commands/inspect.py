@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from ..analysis.features import RegisterReport
 
+LEAST_PAIRS, LEAST_IMAGES = 5, 30
+"""Below these numbers, similarity and CKA print a warning, and draw it."""
+
 app = typer.Typer(
     no_args_is_help=True, help="Analyse the diffusion model: attention and features, drawn or as numbers."
 )
@@ -235,10 +238,13 @@ def similarity(
         references[encoder.name] = sum(float(p.positions[0]) for p in pairs) / len(pairs)
         pooled[encoder.name] = sum(float(p.pooled[0]) for p in pairs) / len(pairs)
 
-    def draw() -> "Figure":
-        from ..analysis.plots import similarity_figure
+    warning = _warn_of_few(grid.num_pairs, LEAST_PAIRS, "pairs")
 
-        return similarity_figure(grid, references, f"Similarity of {grid.num_pairs} image pair(s)\n{source.model}")
+    def draw() -> "Figure":
+        from ..analysis.similarity_plots import similarity_figure
+
+        title = f"Similarity of {grid.num_pairs} image pair(s)\n{source.model}"
+        return similarity_figure(grid, references, f"{title}{warning}")
 
     axes = {"taps": grid.taps, "timesteps": grid.timesteps, "guidance_scales": grid.guidance_scales}
     others = {"references": references, "references_pooled": pooled, "num_pairs": grid.num_pairs}
@@ -275,7 +281,7 @@ def cka(
     result = compute(source.features, batch_size, cast(Literal["minibatch", "full"], method))
 
     def draw() -> "Figure":
-        from ..analysis.plots import cka_figure
+        from ..analysis.similarity_plots import cka_figure
 
         return cka_figure(result, f"Linear CKA ({method}) over {result.num_images} images\n{source.model}")
 
@@ -317,6 +323,16 @@ def sweep(
 
     written = write_sweep(loaded, opened, selection, folder, batch_size, process, num_processes, progress)
     typer.echo(f"wrote {written} images to {folder}", err=True)
+
+
+def _warn_of_few(count: int, least: int, what: str) -> str:
+    """Print a warning where a statistic has too few samples, and return it as a line of a title."""
+    from ..analysis.plots import few_samples
+
+    warning = few_samples(count, least, what)
+    if warning:
+        typer.secho(f"Warning: {warning}", fg="yellow", err=True)
+    return f"\n{warning}" if warning else ""
 
 
 def _has_cuda() -> bool:

@@ -60,6 +60,19 @@ def difference(first: Units, second: Units, scores: Scores, metric: str, seed: i
     }
 
 
+def wilson(percentage: float, count: int) -> tuple[float, float]:
+    """The 95% Wilson interval of a share of right answers, in percent. It has a width also at 0 and 100%.
+
+    Args:
+        percentage: The share, in percent.
+        count: The number of answers, above 0.
+    """
+    z, share = 1.96, percentage / 100
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
 def _table(units: Units) -> tuple[list[str], np.ndarray]:
     keys = sorted({key for values in units.values() for key in values})
     return keys, np.array([[values.get(key, 0.0) for key in keys] for values in units.values()], dtype=np.float64)

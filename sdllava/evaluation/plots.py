@@ -5,7 +5,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .compare import Comparison
+from .benchmarks.groups import group_counts
+from .bootstrap import wilson
+from .compare import Comparison, Run
 from .published import PublishedRow
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+LEAST_SAMPLES = 10
+"""Bars with fewer samples are named in the title."""
 PAPER_ROWS = {
     "blink": ("S4 Table 8", ("CLIP-LLaVA-v1.5-7B", "SDXL-LLaVA; no-caption PT")),
     "mmvp_vlm": ("S3 Table 1", ("OpenAI ViT-L-14, 336", "SD-v2.1-base, five timesteps")),
@@ -51,7 +55,9 @@ def save(figure: "Figure", path: str | Path) -> None:
 
 
 def plot_parts(comparison: Comparison, path: str | Path) -> None:
-    """Plot grouped bars by task or pattern, sorted by the first run, with intervals, the papers' rows and chance.
+    """Plot grouped bars by task or pattern, sorted by the first run, with the papers' rows and chance.
+
+    Bars of this package's runs have 95% Wilson intervals, and their label has the number of samples.
 
     Raises:
         ValueError: The benchmark has no tasks or patterns, or the suffix of the file is unknown.
@@ -63,40 +69,54 @@ def plot_parts(comparison: Comparison, path: str | Path) -> None:
         )
     first = comparison.runs[0].results["scores"]
     parts = sorted(parts, key=lambda part: -first[part])
-    figure, axes = pyplot().subplots(figsize=(max(7, 0.9 * len(parts)), 4.2))
+    counts = part_counts(comparison.runs[0])
+    bars = len(comparison.runs) + len(_paper_rows(comparison))
+    height = max(2.5, len(parts) * (0.12 + 0.15 * bars)) + 1.5
+    figure, axes = pyplot().subplots(figsize=(8, height), layout="constrained")
     _draw_bars(axes, comparison, parts)
     _mark_chance(axes, comparison, parts)
-    axes.set_xticks(range(len(parts)), [part.replace("_", " ") for part in parts], rotation=35, ha="right")
-    axes.set_ylabel("score (%)")
-    axes.set_title(
-        f"{comparison.benchmark}: by {'task' if comparison.benchmark == 'blink' else 'pattern'}, 95% intervals"
-    )
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    labels = [f"{part.replace('_', ' ')}, n = {counts[part]}" if part in counts else part for part in parts]
+    axes.set_yticks(range(len(parts)), labels, fontsize=8)
+    axes.set(xlabel="score (%)", xlim=(0, 100), ylim=(len(parts) - 0.5, -0.5))
+    title = f"{comparison.benchmark}: by {'task' if comparison.benchmark == 'blink' else 'pattern'}, 95% intervals"
+    few = [part for part in parts if counts.get(part, LEAST_SAMPLES) < LEAST_SAMPLES]
+    if few:
+        title += f"\n{len(few)} of {len(parts)} bars have fewer than {LEAST_SAMPLES} samples and say little"
+    axes.set_title(title, fontsize=9)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     save(figure, path)
+
+
+def part_counts(run: Run) -> dict[str, int]:
+    """The number of samples (or pairs) of each task or pattern of a run."""
+    return group_counts(run.scorer().units(run.records).values())
 
 
 def _draw_bars(axes: "Axes", comparison: Comparison, parts: Sequence[str]) -> None:
     papers = _paper_rows(comparison)
-    width = 0.8 / (len(comparison.runs) + len(papers))
+    height = 0.8 / (len(comparison.runs) + len(papers))
     for number, run in enumerate(comparison.runs):
         scores = [run.results["scores"].get(part, 0.0) for part in parts]
-        intervals = run.results.get("intervals_95", {})
-        spans = [intervals.get(part, [score, score]) for part, score in zip(parts, scores, strict=True)]
+        counts, intervals = part_counts(run), run.results.get("intervals_95", {})
+        spans = [
+            wilson(score, counts[part]) if part in counts else intervals.get(part, (score, score))
+            for part, score in zip(parts, scores, strict=True)
+        ]
         errors = [
             [max(0.0, score - low) for score, (low, _) in zip(scores, spans, strict=True)],
             [max(0.0, high - score) for score, (_, high) in zip(scores, spans, strict=True)],
         ]
         style: dict[str, Any] = {
             "color": COLOURS[number % len(COLOURS)],
-            "yerr": errors,
+            "xerr": errors,
             "ecolor": "#555555",
             "capsize": 2,
         }
-        axes.bar(_positions(number, width, len(parts)), scores, width, label=run.label, **style)
+        axes.barh(_positions(number, height, len(parts)), scores, height, label=run.label, **style)
     for number, row in enumerate(papers, len(comparison.runs)):
         scores = [row.scores.get(part, 0.0) for part in parts]
         style = {"color": "white", "edgecolor": "#555555", "hatch": ("//", "..")[number % 2]}
-        axes.bar(_positions(number, width, len(parts)), scores, width, label=f"{row.model} ({row.source})", **style)
+        axes.barh(_positions(number, height, len(parts)), scores, height, label=f"{row.model} ({row.source})", **style)
 
 
 def _positions(number: int, width: float, count: int) -> list[float]:
@@ -113,7 +133,7 @@ def _mark_chance(axes: "Axes", comparison: Comparison, parts: Sequence[str]) -> 
     for x, part in enumerate(parts):
         level = chance.get(part, chance.get("average"))
         if level is not None:
-            axes.hlines(
+            axes.vlines(
                 level, x - 0.42, x + 0.42, colors="black", linestyles="dotted", label="chance" if x == 0 else ""
             )
 

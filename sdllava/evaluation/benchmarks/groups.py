@@ -1,5 +1,6 @@
 """Numbers by group (task, pattern, category), stored as the named numbers that scores are computed from."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 COUNT = "count"
@@ -27,6 +28,16 @@ def group_means(means: Mapping[str, float], number: str) -> dict[str, float]:
     prefix = _key(COUNT, "")
     counts = {name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)}
     return {group: means[_key(number, group)] / count for group, count in counts.items() if count > 0}
+
+
+def group_counts(units: Iterable[Mapping[str, float]]) -> dict[str, int]:
+    """Group -> its number of units.
+
+    Args:
+        units: The named numbers of each unit.
+    """
+    prefix = _key(COUNT, "")
+    return dict(Counter(name.removeprefix(prefix) for unit in units for name in unit if name.startswith(prefix)))
 
 
 def _key(number: str, group: str) -> str:

@@ -1,0 +1,69 @@
+"""Figures fit a page, maps and images share an aspect ratio, bars have Wilson intervals, small samples a warning."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from sdllava.analysis.features import PCA, PCAMap
+from sdllava.analysis.plots import LABEL_HEIGHT, PAGE, draw_colours, few_samples, layout, new_figure, pca_figure
+from sdllava.analysis.similarity import SimilarityGrid
+from sdllava.analysis.similarity_plots import similarity_figure
+from sdllava.evaluation.benchmarks.groups import group_counts, in_groups
+from sdllava.evaluation.bootstrap import wilson
+
+WIDE = PIL.Image.new("RGB", (200, 100), (200, 30, 30))
+
+
+@pytest.mark.parametrize(("blocks", "panels"), [(1, 1), (3, 2), (66, 1), (66, 2), (20, 8), (5, 24)])
+def test_panels_fit_a_page_and_are_as_large_as_possible(blocks, panels):
+    rows, columns, side = layout(blocks, panels)
+    assert rows * columns >= blocks
+    assert (rows - 1) * columns < blocks
+    assert columns * panels * side <= PAGE[0] + 1e-6
+    assert rows * (side + LABEL_HEIGHT) <= PAGE[1] + 1e-6
+    assert side > 0.35
+
+
+def test_few_maps_stay_below_each_other():
+    assert layout(3, 2)[:2] == (3, 1)
+
+
+def test_a_map_of_the_padded_square_is_cropped_to_the_image():
+    axes = new_figure(4.5, 3, "").subplots()
+    draw_colours(axes, np.zeros((4, 4, 3)), WIDE)
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 200), (100, 0))
+    assert axes.images[0].get_extent() == [0, 200, 150, -50]
+
+
+def test_many_maps_become_a_grid():
+    colours = np.zeros((2, 4, 4, 3))
+    pca = PCA(np.zeros(3), np.zeros((3, 3)), np.array([0.5, 0.3, 0.1]), np.zeros(3), np.ones(3))
+    maps = [PCAMap(f"U-L0-R{i}-B0-Out", 50, 0.0, colours, pca) for i in range(40)]
+    figure = pca_figure([WIDE, WIDE], maps, "title")
+    width, height = figure.get_size_inches()
+    assert (width <= PAGE[0] + 1, height <= PAGE[1] + 1) == (True, True)
+    assert 0.4 < width / height < 2
+    assert sum(axes.get_visible() for axes in figure.axes) == 82
+
+
+def test_similarity_at_one_timestep_is_drawn_as_bars():
+    grid = SimilarityGrid(["a", "b"], [50], [0.0], np.array([[[0.5]], [[0.9]]]), np.zeros((2, 1, 1)), 3)
+    (axes,) = similarity_figure(grid, {"CLIP": 0.2}, "title").axes
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.9, 0.2]
+
+
+def test_few_samples_are_named():
+    assert few_samples(4, 30, "images") == "Only 4 images: the estimate is noisy. Use at least 30."
+    assert few_samples(30, 30, "images") == ""
+
+
+@pytest.mark.parametrize(
+    ("percentage", "count", "low", "high"), [(100.0, 1, 20.65, 100.0), (0.0, 1, 0.0, 79.35), (50.0, 100, 40.38, 59.62)]
+)
+def test_wilson_intervals(percentage, count, low, high):
+    assert wilson(percentage, count) == pytest.approx((low, high), abs=0.01)
+
+
+def test_group_counts():
+    units = [in_groups(["x"], correct=1.0), in_groups(["x", "y"], correct=0.0)]
+    assert group_counts(units) == {"x": 2, "y": 1}
