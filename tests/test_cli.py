@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import sdllava
-from sdllava import SDLlavaForConditionalGeneration
+from sdllava import SDLlavaConfig, SDLlavaForConditionalGeneration
 from sdllava.commands.main import app
 from sdllava.commands.options import check_device, parse_integers, parse_numbers
 from sdllava.commands.reporting import require_packages
@@ -122,6 +122,20 @@ def test_taps_lists_the_papers_model_and_any_folder(published, composed):
     assert line.split()[1:4] == ["16", "16", "1280"]
     assert "U-L0-R0-B2-Out" in run("taps", published["sdxl"]).stdout
     assert "U-L1-R1-B0-Cross-Q" in run("taps", composed).stdout
+
+
+def test_presets_are_listed_and_used(published, tmp_path):
+    listed = run("taps", "--presets").stdout
+    assert "T-B28-Norm" in listed
+    assert "arXiv 2505.18584" in listed
+    assert "None of these was tested here with real weights." in listed
+    parts = ("--diffusion", published["sd1"], "--language-model", published["llm"])
+    fields = ("--field", "fusion=none", "--field", "image_size=64", "--field", "grid_size=4")
+    done = run("compose", tmp_path / "model", "--preset", "cleandift-sd15", *parts, *fields)
+    assert done.exit_code == 0, done.stderr
+    tower = SDLlavaConfig.from_pretrained(tmp_path / "model").diffusion_config
+    assert (tower.taps, tower.timesteps, tower.add_noise) == (["U-L1-Up-Out"], [261], False)
+    assert "There is no preset 'x'. Use one of sd21" in run("compose", tmp_path / "y", "--preset", "x").stderr
 
 
 def test_the_version_is_printed():

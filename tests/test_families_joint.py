@@ -14,6 +14,7 @@ from diffusers import (
 )
 from safetensors import safe_open
 from torch.nn import functional as F
+from train_fixtures import command, weights
 from transformers import AutoTokenizer, BitsAndBytesConfig, CLIPTokenizer
 from typer.testing import CliRunner
 
@@ -458,3 +459,16 @@ def test_four_bits_are_for_language_models_and_t5(folders, published, tmp_path, 
     ids = prompt_ids(folders["sd3"], "sd3")
     features = tower(torch.zeros(3, 3, 64, 64), *ids).last_hidden_state
     assert features.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_stages_train(folders, work, kind):
+    from sdllava.train.run import train
+
+    parts = {"diffusion": folders[kind], "taps": TAPS[kind]}
+    train(command(work, "align", stage="align", **parts, max_steps=2, save_strategy="no"))
+    train(command(work, "finetune", init_from=work / "align", stage="finetune", max_steps=2, save_strategy="no"))
+    before, after = weights(work / "align"), weights(work / "finetune")
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])} - {"weight"}
+    assert changed == {"fusion", "multi_modal_projector", "language_model"}

@@ -25,6 +25,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from sdllava import SDLlavaDiffusionConfig
+
 T5 = {
     "vocab_size": 128,
     "d_model": 32,
@@ -35,6 +37,7 @@ T5 = {
     "feed_forward_proj": "gated-gelu",
 }
 PIXART = {
+    "patch_size": 2,
     "sample_size": 8,
     "num_layers": 3,
     "num_attention_heads": 2,
@@ -100,6 +103,8 @@ FLOW_VAE = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+FLUX_CLASS = "FluxTransformer2DModel"
+IF_SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range", "thresholding": True}
 LINEAR_SCHEDULE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
 
 
@@ -162,7 +167,41 @@ def save_if(folder: Path, **fields: Any) -> Path:
     UNet2DConditionModel(**{**IF, **fields}).save_pretrained(folder / "unet")
     T5EncoderModel(T5Config(**T5)).save_pretrained(folder / "text_encoder")
     t5_tokenizer().save_pretrained(folder / "tokenizer")
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True)
-    scheduler.save_pretrained(folder / "scheduler")
+    DDPMScheduler(**IF_SCHEDULE).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "IFPipeline"}))
     return folder
+
+
+def diffusion_config(kind: str, **fields: Any) -> SDLlavaDiffusionConfig:
+    """A tiny tower of another family, deep enough for the taps of its presets."""
+    t5, clip = T5Config(**T5).to_diff_dict(), dict(tiny.TEXT_ENCODER)
+    wide = {**t5, "d_model": 64}
+    parts: dict[str, dict[str, Any]] = {
+        "pixart": {
+            "transformer_config": {**PIXART, "num_layers": 15, "_class_name": "PixArtTransformer2DModel"},
+            "vae_config": tiny.VAE,
+            "text_encoder_config": t5,
+            "scheduler_config": LINEAR_SCHEDULE,
+        },
+        "sd3": {
+            "transformer_config": {**SD3, "num_layers": 14, "_class_name": "SD3Transformer2DModel"},
+            "vae_config": FLOW_VAE,
+            "text_encoder_config": clip,
+            "text_encoder_2_config": clip,
+            "text_encoder_3_config": wide,
+            "scheduler_config": {"shift": 3.0},
+            "null_input_ids_2": tiny.NULL_IDS,
+            "null_input_ids_3": [1],
+        },
+        "flux": {
+            "transformer_config": {**FLUX, "num_layers": 19, "num_single_layers": 10, "_class_name": FLUX_CLASS},
+            "vae_config": FLOW_VAE,
+            "text_encoder_config": clip,
+            "text_encoder_2_config": t5,
+            "scheduler_config": {"shift": 3.0},
+            "null_input_ids_2": [1],
+        },
+        "if": {"unet_config": IF, "text_encoder_config": t5, "scheduler_config": IF_SCHEDULE},
+    }
+    defaults = {"null_input_ids": [1] if kind in ("pixart", "if") else tiny.NULL_IDS, "image_size": 64, "grid_size": 4}
+    return SDLlavaDiffusionConfig(**{**parts[kind], **defaults, **fields})

