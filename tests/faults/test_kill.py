@@ -18,9 +18,7 @@ import pytest
 
 pytest.importorskip("trl", reason="the extra train is not installed")
 import forks
-import huggingface_hub.constants
 import numpy as np
-from loopback_hub import LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file
 from train_fixtures import command
@@ -30,7 +28,6 @@ from sdllava.analysis.loading import load_analysis_model
 from sdllava.analysis.sweep import select_features, write_sweep
 from sdllava.atomic_files import NotWrittenError
 from sdllava.evaluation.evaluate import EvaluationOptions, evaluate
-from sdllava.hub.push import push_folder
 from sdllava.run_records import is_lock, locked
 from sdllava.train import run as train_run
 
@@ -109,35 +106,6 @@ def test_a_killed_command_ends_with_the_bytes_of_an_undisturbed_one(works, name,
         if (kills := kills + 1) == KILLS:
             break
     assert kills
-
-
-def test_a_killed_push_leaves_no_part_of_a_commit(tmp_path):
-    checkpoint = Path(__file__).parents[1] / "data" / "earlier-version"
-    source, log = random.Random(0), tmp_path / "log"
-    with LoopbackHub().running() as hub:
-
-        def push(repository: str) -> None:
-            hub_constants = huggingface_hub.constants
-            hub_constants.HF_HUB_OFFLINE, hub_constants.HF_HUB_DISABLE_XET = False, True
-            hub_constants.ENDPOINT = hub.endpoint
-            push_folder(checkpoint, repository, token="hf_loopback")
-
-        def pushed(repository: str) -> dict[str, str]:
-            found = hub.repositories.get(repository)
-            commit = found and found.resolve("main")
-            return {name: file.oid for name, file in found.commits[commit].items()} if commit else {}
-
-        seconds = forks.run(partial(push, "tester/whole"), log)
-        expected = pushed("tester/whole")
-        assert "model.safetensors" in expected
-        for i in range(KILLS):
-            repository = f"tester/killed-{i}"
-            forks.kill(partial(push, repository), log, seconds, source)
-            assert set(pushed(repository)) in (set(expected), {".gitattributes"}, set())
-            forks.run(partial(push, repository), log)
-            found = pushed(repository)
-            assert found.keys() == expected.keys()
-            assert {name for name in found if found[name] != expected[name]} <= {"README.md"}  # names the repository
 
 
 @pytest.mark.parametrize("name", ["train", "cache", "evaluate", "sweep"])

@@ -18,11 +18,11 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
 def test_two_builds_give_the_same_wheel(tmp_path):
     """In other folders, with other times of the files and another order of hashes."""
     wheels = []
+    shutil.copytree(ROOT / "sdllava", tmp_path / "0" / "sdllava", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in SOURCES:
+        shutil.copy(ROOT / name, tmp_path / "0")
     for number in (1, 2):
-        folder = tmp_path / str(number)
-        shutil.copytree(ROOT / "sdllava", folder / "sdllava", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in SOURCES:
-            shutil.copy(ROOT / name, folder)
+        folder = shutil.copytree(tmp_path / "0", tmp_path / str(number))
         for path in folder.rglob("*"):
             os.utime(path, (number * 10**9, number * 10**9))
         environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "PYTHONHASHSEED": str(number)}
