@@ -28,7 +28,6 @@ extensions = [
 ]
 
 myst_heading_anchors = 4
-myst_enable_extensions = ["colon_fence", "dollarmath"]
 
 autodoc_mock_imports = ["deepspeed", "lmms_eval", "open_clip"]
 autodoc_default_options = {"members": True, "show-inheritance": True}
@@ -54,6 +53,7 @@ html_theme_options = {
 }
 html_show_sphinx = False
 copybutton_prompt_text = "$ "
+toc_object_entries_show_parents = "hide"
 
 
 API = ROOT / "docs" / "api"
