@@ -103,8 +103,8 @@ def test_every_tap_equals_a_hook_on_the_whole_stock_model(folders, towers, kind)
     for tap, features in zip(taps, read, strict=True):
         assert features.shape == (3, tap.height * tap.width, tap.channels) == (3, 16, 32)
         assert torch.equal(features, image_part(kind, tap.name, outputs[tap.name])), tap
-        alone = tower.backbone.read(noisy, 260, prompts, [tap])[0]
-        assert torch.equal(alone, features)
+        single = tower.backbone.read(noisy, 260, prompts, [tap])[0]
+        assert torch.equal(single, features)
 
 
 def test_taps_are_named_by_their_block():

@@ -183,9 +183,9 @@ def test_model_and_processor_have_what_serving_engines_require(checkpoint):
     assert counts.num_image_patches == [1, 1, 1]
     with torch.no_grad():
         features = model.get_image_features(**images).pooler_output
-        alone = model.get_image_features(**{name: rows[1:2] for name, rows in images.items()}).pooler_output
+        single = model.get_image_features(**{name: rows[1:2] for name, rows in images.items()}).pooler_output
     assert [len(rows) for rows in features] == counts.num_image_tokens
-    torch.testing.assert_close(alone[0], features[1])
+    torch.testing.assert_close(single[0], features[1])
     assert model.get_encoder("image") is not None
     assert model.model.language_model is not None
     assert (inputs["input_ids"] == processor.image_token_id).sum() == sum(counts.num_image_tokens)
@@ -246,23 +246,23 @@ def answers(worker, requests: list[Asked]) -> list[tuple]:
 
 
 def test_requests_that_wait_are_answered_together_as_alone(worker, batches):
-    alone = [answers(worker, [request])[0] for request in REQUESTS]
+    single = [answers(worker, [request])[0] for request in REQUESTS]
     assert batches == [1] * len(REQUESTS)
     batches.clear()
-    assert answers(worker, REQUESTS) == alone
+    assert answers(worker, REQUESTS) == single
     assert batches == [len(REQUESTS)]
-    assert [answer.completion_tokens for answer, _ in alone[:4]] == [TOKENS, 5, TOKENS, TOKENS]
-    assert [answer.finish_reason for answer, _ in alone[:2]] == ["length", "length"]
-    assert "e" not in alone[4][0].text
-    assert all(answer.text == text for answer, text in alone)
-    assert len({answer.text for answer, _ in alone}) > 3
+    assert [answer.completion_tokens for answer, _ in single[:4]] == [TOKENS, 5, TOKENS, TOKENS]
+    assert [answer.finish_reason for answer, _ in single[:2]] == ["length", "length"]
+    assert "e" not in single[4][0].text
+    assert all(answer.text == text for answer, text in single)
+    assert len({answer.text for answer, _ in single}) > 3
 
 
 def test_sampling_and_beam_searches_are_answered_one_by_one(worker, batches):
     others = [asked("What is left?", IMAGE, temperature=1.0, seed=3), asked("What is left?", IMAGE, num_beams=2)]
-    alone = [answers(worker, [request])[0] for request in others]
+    single = [answers(worker, [request])[0] for request in others]
     batches.clear()
-    assert answers(worker, [REQUESTS[0], *others, REQUESTS[1]])[1:3] == alone
+    assert answers(worker, [REQUESTS[0], *others, REQUESTS[1]])[1:3] == single
     assert batches == [2, 1, 1]
 
 

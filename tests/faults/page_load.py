@@ -1,7 +1,7 @@
 """Visitors of the demo page at the same time: `python tests/faults/page_load.py --model mini --visitors 100`.
 
 Each uploads an image, asks about it and reads both answers, as a browser does; one of twenty uploads a bad file.
-Prints, as JSON, the number of each outcome, the seconds, and the largest position in the queue that was shown. Answers
+Prints, as JSON, the number of each outcome, the seconds, and the largest displayed position in the queue. Answers
 must equal those of the model without the page.
 """
 
