@@ -52,6 +52,7 @@ html_theme_options = {
     "source_directory": "",
 }
 html_show_sphinx = False
+html_show_copyright = False
 copybutton_prompt_text = "$ "
 toc_object_entries_show_parents = "hide"
 
