@@ -30,6 +30,9 @@ SELECTED = {
     "ensemble_top_k": 2,
 }
 SEVERAL = {"guidance_scales": [0, 1, 4]}
+ONE_WIDTH = {"taps": ["U-L1-R1-B0-Cross-Q"], **SEVERAL}
+"""Selection between scales, and attention over them, need taps of one width."""
+
 LORA = {"unet_lora_r": 16, "unet_lora_alpha": 32}
 
 
@@ -72,12 +75,12 @@ BASE, NO_CAPTION, GT_CAPTION = "cross-attention", "no caption", "ground-truth ca
 SYSTEMS = (
     _fused(BASE, "cross_attention"),
     _fused("concat", "concat"),
-    _fused("concat tokens", "concat_tokens"),
+    _fused("concat tokens", "concat_tokens", spatial_merge_size=1),
     _fused("gated", "gated"),
     _fused("multi-level", "multi_level", grid_size=16, **LEVELS),
     _fused("feature selection, 2 of 4 taps", "cross_attention", **SELECTED),
-    _fused("scales 0, 1, 4 selected per token", "cross_attention", **SEVERAL, ensemble="select"),
-    _fused("attention over scales 0, 1, 4", "attention_over_maps", **SEVERAL),
+    _fused("scales 0, 1, 4 selected per token", "cross_attention", **ONE_WIDTH, ensemble="select"),
+    _fused("attention over scales 0, 1, 4", "attention_over_maps", **ONE_WIDTH),
     _fused("scales 0, 1, 4 concatenated", "cross_attention", **SEVERAL, ensemble="concat"),
     _s4(NO_CAPTION, "none", ("vision", "conditional")),
     _s4(GT_CAPTION, "caption", ("conditional", "conditional")),
