@@ -174,6 +174,9 @@ def write_merged(folder: str | os.PathLike, adapter: str | os.PathLike) -> None:
     language_model_file()
     from peft import PeftModel
 
+    from ..registration import register
+
+    register()
     model, processor = compose_smol()
     with atomic_path(folder) as written:
         merged: Any = PeftModel.from_pretrained(model, os.fspath(adapter)).merge_and_unload()
