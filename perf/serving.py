@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
+import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -42,8 +43,8 @@ SERVERS = {
 
 
 @contextmanager
-def running(arguments: Sequence[str], start_seconds: float) -> Iterator[str]:
-    """A server's address, once it answers.
+def running(arguments: Sequence[str], start_seconds: float) -> Iterator[tuple[str, psutil.Process]]:
+    """A server's address and process, once it answers.
 
     Raises:
         SystemExit: It ends, or does not answer in time.
@@ -66,10 +67,16 @@ def running(arguments: Sequence[str], start_seconds: float) -> Iterator[str]:
                 if server.poll() is not None or time.monotonic() > end:
                     raise SystemExit(f"{' '.join(command)!r} did not start. Run it by itself to see why.") from None
                 time.sleep(0.5)
-        yield address
+        yield address, psutil.Process(server.pid)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
+
+
+def cpu_seconds(server: psutil.Process) -> float:
+    """CPU time of a server and of the processes that it started."""
+    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 
 def request(seed: int, model: str, max_tokens: int) -> dict[str, Any]:
@@ -115,15 +122,18 @@ def main(
     rows: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for name, arguments in SERVERS.items():
-        with running(arguments, start_seconds) as address:
+        with running(arguments, start_seconds) as (address, server):
             model = httpx.get(f"{address}/v1/models", trust_env=False).json()["data"][0]["id"]
             bodies = [request(seed, model, max_tokens) for seed in range((rounds + 1) * requests)]
             load(address, bodies[:clients], clients)  # warm-up
+            before = cpu_seconds(server)
             measured = [load(address, bodies[i * requests :][:requests], clients) for i in range(1, rounds + 1)]
+            used = cpu_seconds(server) - before
         latencies = sorted(latency for _, some, _ in measured for latency in some)
         rows[name] = {
             "requests_per_second": statistics.median(requests / seconds for seconds, _, _ in measured),
             "rounds": [requests / seconds for seconds, _, _ in measured],
+            "cpu_seconds_per_request": used / (rounds * requests),
             "median_seconds": statistics.median(latencies),
             "p95_seconds": latencies[int(0.95 * len(latencies))],
         }
@@ -131,9 +141,10 @@ def main(
     first, second = rows.values()
     ratio = second["requests_per_second"] / first["requests_per_second"]
     equal = statistics.mean(a == b for a, b in zip(*answers.values(), strict=True))
-    table = Table(f"{clients} clients", "requests/s", "median s", "p95 s", box=None)
+    table = Table(f"{clients} clients", "requests/s", "CPU s per request", "median s", "p95 s", box=None)
     for name, row in rows.items():
-        numbers = (row[key] for key in ("requests_per_second", "median_seconds", "p95_seconds"))
+        keys = ("requests_per_second", "cpu_seconds_per_request", "median_seconds", "p95_seconds")
+        numbers = (row[key] for key in keys)
         table.add_row(name, *(f"{x:.3g}" for x in numbers))
     Console().print(table)
     load_average = os.getloadavg()[0]
