@@ -90,7 +90,7 @@ def train_run(work: Path, name: str, asks: bool, seed: int, align: StageBudget, 
     model |= TOWER | {"guidance_scales": variant.guidance if asks else 0.0}
     stages: Sequence[tuple[str, StageBudget, dict[str, Any]]] = (
         ("align", align, parts | model),
-        ("finetune", finetune, {"init_from": output / "align", **adapter}),
+        ("finetune", finetune, {"init_from": output / "align"} | model | adapter),
     )
     for stage, budget, options in stages:
         if (output / stage / "config.json").exists():
