@@ -82,7 +82,7 @@ def check_files(source: str | os.PathLike, options: dict[str, Any]) -> tuple[dic
     shapes: Shapes = {}
     for file in files:
         shapes |= read_shapes(file)
-    if "quantization_config" not in config:  # whose tensors have shapes of their own
+    if "quantization_config" not in config and not config.get("left_out"):  # whose weights have other shapes, or miss
         _check_sizes(path, config, shapes)
     return config, shapes
 

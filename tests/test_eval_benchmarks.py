@@ -273,8 +273,6 @@ def test_renamed_column(tmp_path):
 @pytest.mark.parametrize(
     ("name", "files", "sentence"),
     [
-        ("captions", {"dataset_coco.json": '{"pictures": []}'}, "has no images with sentences and split"),
-        ("captions", {"dataset_coco.json": '{"images": [{"split": "test", "raw": []}]}'}, "no images with sentences"),
         (
             "captions",
             {"a.jpg": "", "c.jsonl": '{"image": "a.jpg", "captions": ["x"]}\n{"captions": ["x"]}'},
@@ -288,6 +286,13 @@ def test_renamed_field_of_a_later_or_nested_row(tmp_path, name, files, sentence)
         (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=f"{sentence}.* is missing"):
         get_benchmark(name).read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"pictures": []}', '{"images": [{"split": "test", "raw": []}]}'])
+def test_a_file_that_is_not_karpathys_raises(tmp_path, text):
+    (tmp_path / "dataset_coco.json").write_text(text)
+    with pytest.raises(ValueError, match=r"dataset_coco.json' has no images with sentences and split\. Use Karpathy"):
+        get_benchmark("captions").read(tmp_path)
 
 
 def test_mmvp_vlm_id_that_is_not_a_number(tmp_path):

@@ -127,7 +127,7 @@ def test_impossible_options_fail_before_anything_is_written(published, composed,
             ("--diffusion-prompt", "other", "--write-pseudo-captions", tmp_path / "c.jsonl"),
             "--diffusion-prompt 'other' cannot be used for captioning. Choose question or none.",
         ),
-        (tmp_path / "no-model", (), "no-model' could not be loaded"),
+        (tmp_path / "no-model", (), "no-model' is neither a folder nor a repository id"),
     ):
         output = run("evaluate", "--model", model, *common, *options, code=1)
         assert message in " ".join(output.split())

@@ -41,7 +41,9 @@ RATES = (
 ERRORS = "raises `ValueError`; returns HTTP 400 with a message"
 RULES = [
     # `static_norm` is a key of saved checkpoints, `html_static_path` an option of Sphinx
-    Rule("static", r"\bstatic (encoders?|features?|towers?|tokens?|maps?|(?!norm|path)\w+ ?=)|\bhas static\b", "vision"),
+    Rule(
+        "static", r"\bstatic (encoders?|features?|towers?|tokens?|maps?|(?!norm|path)\w+ ?=)|\bhas static\b", "vision"
+    ),
     Rule(
         "asked",
         r"\b(is|are|was|were|be|been|being) asked\b|\basked (of|about|with|for|features)\b",

@@ -145,7 +145,7 @@ def test_the_cpu_time_includes_stopped_runs(parts, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--part", "g"], "Part 'g' of the study is unknown. Use one of a, b, c, d, e, f."),
+        (["--part", "h"], "Part 'h' of the study is unknown. Use one of a, b, c, d, e, f, g."),
         (["--scale", "gpu"], "'gpu' is not one of 'smoke', 'mini'"),
         (["--part", "a"], "does not contain the trained part 'diffusion/vae'."),
     ],

@@ -222,7 +222,7 @@ def test_the_dataset_is_in_trls_format():
     ("arguments", "sentence"),
     [
         ({"split": "dev"}, "Split 'dev' is unknown. Use one of train, validation, test, composition."),
-        ({"task": "answers"}, "Task 'answers' is unknown. Use one of questions, captions, pairs."),
+        ({"task": "answers"}, "Task 'answers' is unknown. Use one of questions, captions, descriptions, pairs."),
         ({"count": 0}, "Count 0 with 1 turns gives no rows. Use positive numbers."),
         ({"turns": -1}, "Count 1 with -1 turns gives no rows. Use positive numbers."),
     ],

@@ -130,7 +130,7 @@ def test_a_stop_within_a_save_leaves_no_checkpoint(work, monkeypatch):
     with pytest.raises(StoppedError):
         train(command(work, "stopped-save", init_from=work / "trained", max_steps=1, save_steps=1))
     assert checkpoints(work / "stopped-save") == []
-    assert (work / "stopped-save" / UNFINISHED).exists()
+    assert not (work / "stopped-save" / UNFINISHED).exists()
 
 
 def test_other_settings_raise(work):

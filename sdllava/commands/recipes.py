@@ -135,7 +135,8 @@ def train_help(names: Iterable[str]) -> str:
     """
     families: dict[str, list[str]] = {}
     for folder in sorted({name.partition("/")[0] for name in names}):
-        families.setdefault("-".join(folder.split("-")[:2]), []).append(folder)
+        words = folder.split("-")
+        families.setdefault("-".join(words[:2]) if words[0] in ("clip", "sd21") else words[0], []).append(folder)
     entries = [f"{family}* ({len(found)})" if found[1:] else found[0] for family, found in families.items()]
     lines = [TRAIN_HELP, "Recipes: `sdllava recipes [WORDS]` lists them by paper row, backbone and fusion."]
     wrapper = textwrap.TextWrapper(80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)

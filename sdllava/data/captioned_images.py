@@ -78,6 +78,8 @@ def coco_rows(path: Path) -> list[dict[str, Any]] | None:
         return None
     if "sentences" in images[0]:
         return [{**row, "sentences": [sentence["raw"] for sentence in row["sentences"]]} for row in images]
+    if not all("id" in row and "file_name" in row for row in images):
+        return None
     captions: dict[int, list[str]] = {}
     for annotation in contents.get("annotations", ()):
         captions.setdefault(annotation["image_id"], []).append(annotation.get("caption", ""))

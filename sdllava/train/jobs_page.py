@@ -7,8 +7,8 @@ INTRODUCTION = """\
 
 This page is generated from `sdllava/train/recipe_table.py`: `python -m sdllava.train.jobs_page > docs/jobs.md`.
 
-Each line below trains one recipe with [Hugging Face Jobs](https://huggingface.co/docs/hub/jobs) on 4 GPUs and pushes the
-model to a repository of yours. The commands were checked with `hf jobs run --dry-run`. **No job was run.**
+Each line below trains one recipe with [Hugging Face Jobs](https://huggingface.co/docs/hub/jobs) on 4 GPUs and pushes
+the model to a repository of yours. The commands were checked with `hf jobs run --dry-run`. **No job was run.**
 
 1. Prepare the data of both stages once, and copy it to a bucket:
 
