@@ -25,6 +25,7 @@ SKIPPED = {
     "data that is downloaded": r"--benchmark (?!mini)|data (?:prepare|verify)|val2014|results/[AB]\b|coco/",
     "training, which tests/test_train_*.py run": r"^sdllava (?:train|cache|merge|convert|compose|push)\b",
     "an ellipsis or a placeholder": r"\.\.\.|…|[<>]|\b(?:MODEL|FOLDER\w*|DATA|NAME|OUTPUT|PATH|FILE|COMMAND|RECIPE)\b",
+    "seven minutes": r"--benchmark mini_pairs --limit 90",
     "the result of a skipped command": r"runs/(?!own-merged)|--model my-\w+|captions\.jsonl",
 }
 """Why a command is not run here: what it needs, and how that is recognised."""
@@ -108,7 +109,7 @@ def test_documented_commands_run(page, documented_files, monkeypatch):
         assert result.exit_code == 0, f"{page}: {command}\n{result.output[-1500:]}{result.exception!r}"
 
 
-PYTHON_NEEDS = re.compile(r"me/my-model|llava-hf/|openai|YOUR_CHECKPOINT|vllm|datasets|http")
+PYTHON_NEEDS = re.compile(r"me/my-model|llava-hf/|openai|YOUR_CHECKPOINT|flux-llava|prefix_cache|vllm|datasets|http")
 
 
 @pytest.mark.slow

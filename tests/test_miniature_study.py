@@ -239,7 +239,7 @@ def test_fusions_and_systems_of_the_workshop_paper_train_in_small(parts, monkeyp
     monkeypatch.setattr(systems, "SYSTEMS", [system for system in systems.SYSTEMS if system.name in names])
     arguments = ["study", "--from", str(parts), "--out", str(parts / "docs-g"), "--scale", "smoke", "--part", "g"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output[-1500:]
     rows = finished_part(parts, "g")["rows"]
     assert set(rows) == names | {f"{systems.GT_CAPTION}, pseudo-captions"}
     assert "## (g) Fusions" in (parts / "docs-g" / "study.md").read_text()

@@ -107,7 +107,7 @@ def study(
     out: Annotated[
         Path, typer.Option(help="Folder of study.md, study.json and figures/.", show_default="research/miniature")
     ] = Path(__file__).parent,
-    part: Annotated[list[str] | None, typer.Option(help="a to f, repeatable. Default: all.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="a to g, repeatable. Default: a to f.")] = None,
     scale: Annotated[StudyScaleName, typer.Option(help="Budgets of the measurements.")] = StudyScaleName.mini,
 ) -> None:
     """Measure the papers' tables on the miniature, part by part, and write the page. It can be stopped any time."""

@@ -128,10 +128,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_of_training_whole(work, tmp_path
         train_run.train(command(work, str(tmp_path / "out"), init_from=work / "trained", **settings))
 
     forks.run(partial(train, 2), tmp_path / "log")
-    before = {path: path.read_bytes() for path in (tmp_path / "out" / "checkpoint-2").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "checkpoint-2").rglob("*") if path.is_file()}
     assert forks.end(forks.start(partial(train, 4), tmp_path / "log", 20_000)) == 1
     assert "NotWrittenError" in (tmp_path / "log").read_text().strip().splitlines()[-1]
-    assert {path: path.read_bytes() for path in (tmp_path / "out" / "checkpoint-2").iterdir()} == before
+    assert {path: path.read_bytes() for path in before} == before
     forks.run(partial(train, 4), tmp_path / "log")
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
 
