@@ -213,9 +213,11 @@ def _items(
         except RecordError as error:
             skipped.add(row.get("name") or f"sample {number}", error)
             continue
-        prompts = possible_prompts(record, collator.prompts)
+        prompts: list[Any] = [[None]] * len(record["images"])
+        if kind == "conditional":
+            prompts = possible_prompts(record, collator.prompts)
         for image, possible in zip(record["images"], prompts, strict=True):
-            for prompt in possible if kind == "conditional" else [None]:
+            for prompt in possible:
                 key = image_key(image, prompt)
                 if folders.setdefault(key, record["folder"]) != record["folder"]:
                     raise ValueError(
