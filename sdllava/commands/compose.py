@@ -79,10 +79,10 @@ def compose(
         diffusion, fields = diffusion or chosen.diffusion, {**chosen.values, **fields}
     parts = {"diffusion": diffusion, "vision": vision, "language_model": language_model, "llava": llava}
     sources = {name: part for name, part in parts.items() if part}
-    if not llava and not language_model:
-        raise ValueError("The model needs a language model. Give --language-model or --llava.")
     for name, source in sources.items():
         check_source(source, f"the part --{name.replace('_', '-')}")
+    if not llava and not language_model:
+        raise ValueError("The model needs a language model. Give --language-model or --llava.")
     _compose_to_folder(output, sources, dtype.value, fields)
 
 
