@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; the workers share the cores
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as the commands: equal bits in every process
 
 import pytest
 import tiny

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from fixtures_evaluation import make_image, write_captions, write_mmvp, write_winoground
 from typer.testing import CliRunner
@@ -242,13 +241,8 @@ def test_two_processes_give_the_results_of_one(composed, published, mmvp_folder,
         for rank in (0, 1)
     ]
     assert [process.wait(timeout=400) for process in processes] == [0, 0]
-    for name in ("samples.jsonl", "blind/samples.jsonl"):
+    for name in ("samples.jsonl", "blind/samples.jsonl", "match/samples.jsonl"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    # scores of this process and of the two others may differ by rounding
-    matched = [read_records(tmp_path / name / "match" / "samples.jsonl") for name in ("1", "2")]
-    for first, second in zip(*matched, strict=True):
-        np.testing.assert_allclose(first.pop("scores"), second.pop("scores"), rtol=1e-4)
-        assert first == second
     one, two = (stored(tmp_path / name) for name in ("1", "2"))
     assert {k: v for k, v in one.items() if k != "command"} == {k: v for k, v in two.items() if k != "command"}
     assert not list((tmp_path / "2").glob("*partial*"))

@@ -65,6 +65,7 @@ def options(
 def main() -> None:
     """Run the command that the command line names."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # otherwise MKL's last bits depend on the alignment of memory
     quieten_libraries()
     app()
 
