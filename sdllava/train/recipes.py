@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .machine import fit_to_machine
-from .recipe_table import RECIPES, Recipe
+from .recipe_rows import Recipe
+from .recipe_table import RECIPES
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
