@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor, mini_path
-from sdllava.atomic_files import atomic_path, write_json
+from sdllava.atomic_files import atomic_path, write_json, write_text
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate_samples, load_samples
 from sdllava.miniature.smol import write_parts
 from sdllava.train.run import train
@@ -146,7 +146,7 @@ def measure(
                 found = evaluate_samples(model, benchmark, samples, source, folder / "answers", options)
                 rows[name][prompt].append(found["scores"])
         write_json(out / "asking.json", rows)
-        (out / "asking.md").write_text(table(rows), encoding="utf-8")
+        write_text(out / "asking.md", table(rows))
     return rows
 
 
