@@ -23,7 +23,7 @@ def hub():
 def run(hub, home: Path, *arguments, token: str | None = "hf_loopback") -> str:
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env={**hub.environment(home, token), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "2"},
+        env={**hub.environment(home, token), "PYTHONPATH": str(HERE)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -107,6 +107,9 @@ def test_parts_left_out_are_not_uploaded(pushed, hub):
 
 def test_a_trainers_push(hub, published, tmp_path):
     run(hub, tmp_path, HERE / "hub_train_script.py", tmp_path)
+    messages = hub.repositories["tester/trained"].messages.values()
+    pushes = ["Training in progress, step 1", "Training in progress, step 2", "End of training"]
+    assert [message for message in messages if message != "initial commit"] == pushes
     files = hub.files("tester/trained")
     assert {"model.safetensors", "config.json", "processor_config.json", "training.json"} <= set(files)
     assert {"modeling_sdllava.py", "generation_config.json"} <= set(files)

@@ -3,16 +3,21 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import forks
 import pytest
 import torch
+from train_and_die import train_and_die
 from train_fixtures import command, losses, weights
 from transformers import Trainer
 
 from sdllava.atomic_files import move_into_place
+from sdllava.train import trainer
 from sdllava.train.run import train
 from sdllava.train.trainer import UNFINISHED, SDLlavaTrainer
 
@@ -45,11 +50,20 @@ def stop(monkeypatch):
     return after
 
 
-def kill(arguments: list[str], die: str) -> None:
+def kill(arguments: list[str], die: str, log: Path) -> None:
+    """Train in a forked process that kills itself."""
+    assert forks.end(forks.start(partial(train_and_die, die, arguments), log)) == -signal.SIGKILL, log.read_text()
+
+
+def kill_new_process(arguments: list[str], die: str, log: Path) -> None:
+    """The same where nothing has registered the model yet."""
     script = Path(__file__).with_name("train_and_die.py")
-    environment = {**os.environ, "DIE": die, "PYTHONPATH": str(Path(__file__).parents[1])}
-    result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
-    assert result.returncode == -9, result.stderr[-3000:]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with log.open("wb") as output:
+        result = subprocess.run(
+            [sys.executable, script, die, *arguments], stdout=output, stderr=output, env=environment
+        )
+    assert result.returncode == -signal.SIGKILL, log.read_text()[-3000:]
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -97,23 +111,20 @@ def test_a_stopped_run_resumes(work, stop, name, steps, settings, file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "die", "settings", "last", "file"),
+    ("name", "killed", "die", "settings", "last", "file"),
     [
-        ("plain", "save:4", {}, "checkpoint-2", "model.safetensors"),
-        ("stream", "step:5", STREAMING, "checkpoint-4", "model.safetensors"),
-        ("lora", "step:3", LORA, "checkpoint-2", ADAPTER),
+        ("plain", kill_new_process, "save:4", {}, "checkpoint-2", "model.safetensors"),
+        ("stream", kill, "step:5", STREAMING, "checkpoint-4", "model.safetensors"),
+        ("lora", kill, "step:3", LORA, "checkpoint-2", ADAPTER),
     ],
 )
-def test_a_killed_run_resumes(work, name, die, settings, last, file):
-    """Within a save; while streaming, over the end of the data and shuffled; with LoRA on both models.
-
-    The killed process also shows that a run continues from a checkpoint where nothing has registered the model yet.
-    """
+def test_a_killed_run_resumes(work, name, killed, die, settings, last, file):
+    """Within a save; while streaming, over the end of the data and shuffled; with LoRA on both models."""
     settings = {**RANDOM, "init_from": work / "trained", **settings}
     whole = whole_run(work, name, **settings)
     folder = work / f"killed-{name}"
     arguments = command(work, folder.name, **settings)
-    kill(arguments, die)
+    killed(arguments, die, work / f"{name}.log")
     assert checkpoints(folder)[-1] == last
     assert (folder / UNFINISHED).exists() == die.startswith("save")
     train(arguments)
@@ -164,13 +175,14 @@ def test_checkpoints_rotate_name_the_best_and_are_pushed_when_complete(work, mon
     for name, text in {"run.json": '{"learning_rate": 7}', "model.safetensors": "old", "notes.txt": "old"}.items():
         (folder / name).write_text(text)
 
-    def push(self, folder):
-        pushed.append(Path(folder).relative_to(work))
-        assert Path(folder, "trainer_state.json").is_file()
+    def push(pushed_folder, repo_id, **options):
+        pushed.append(Path(pushed_folder).relative_to(work))
+        assert weights(Path(pushed_folder))
+        if len(pushed) == 2:
+            raise ConnectionError("no network")
 
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(trainer, "push_folder", push)
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self: None)
-    monkeypatch.setattr(SDLlavaTrainer, "push_to_hub", lambda self, **options: None)
     flags = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
     flags |= {"load_best_model_at_end": "true", "push_to_hub": "true", "learning_rate": None}
     flags["init_from"] = work / "trained"
@@ -187,4 +199,4 @@ def test_checkpoints_rotate_name_the_best_and_are_pushed_when_complete(work, mon
     assert best.parent == folder
     assert best in found
     assert len(found) == (1 if best == found[-1] else 2)
-    assert [str(path) for path in pushed] == [f"best/checkpoint-{step}" for step in (1, 2, 3)]
+    assert [str(path) for path in pushed] == [*(f"best/checkpoint-{step}" for step in (1, 2, 3)), "best"]

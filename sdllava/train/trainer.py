@@ -1,5 +1,6 @@
 """TRL's SFTTrainer with atomic checkpoints, evaluation with fixed noise, sample answers, and pushes without pickles."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length, rotate_checkpoints
 from trl import SFTTrainer
 
 from ..atomic_files import move_into_place, reported
@@ -24,6 +25,8 @@ from .adapters import merge_unet_lora, unet_adapter, write_unet_adapter
 from .callbacks import EpochCallback
 from .collator import SDLlavaCollator
 from .tokens import approximate_length
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
 """The folder within a run's folder that holds a checkpoint, or the final model, until it is complete."""
@@ -131,17 +134,23 @@ class SDLlavaTrainer(SFTTrainer):
             for parameter in model.parameters():
                 if parameter.requires_grad:  # float32 during training
                     parameter.data = parameter.data.to(dtype)
+        self._save_to_output_folder()
+        if self.args.should_save and self._is_sharded() and unet_adapter(model) is not None:
+            folder = self.args.output_dir
+            print(f"LoRA of the UNet is not merged. Merge it with: sdllava merge {folder} {folder}-merged")
+        if self.args.push_to_hub:
+            self._push(self.args.output_dir, "End of training")
+
+    def _save_to_output_folder(self) -> None:
+        """Save the model and its processor, each file whole or not at all."""
         unfinished = self._empty_folder(self.args.output_dir)
         with removed_on_failure(unfinished):
-            self.save_model(str(unfinished))
+            self.save_model(str(unfinished), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             for path in sorted(unfinished.iterdir()):
                 move_into_place(path, Path(self.args.output_dir, path.name))
             unfinished.rmdir()
-            if self._is_sharded() and unet_adapter(model) is not None:
-                folder = self.args.output_dir
-                print(f"LoRA of the UNet is not merged. Merge it with: sdllava merge {folder} {folder}-merged")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card from the run's records, once the output folder holds a model."""
@@ -159,14 +168,21 @@ class SDLlavaTrainer(SFTTrainer):
             token: The access token. Default: the training arguments'.
             options: Of [`~sdllava.hub.push.push_folder`]. Default: the training arguments'.
         """
+        self._save_to_output_folder()
+        return self._push(self.args.output_dir, commit_message, token=token or self.args.hub_token, **options)
+
+    def _push(self, folder: str, message: str, **options: Any) -> Any:
+        """Push a folder that holds a whole model, from the first process."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        options = {"private": self.args.hub_private_repo, "revision": self.args.hub_revision, **options}
+        shared = {
+            "private": self.args.hub_private_repo,
+            "revision": self.args.hub_revision,
+            "token": self.args.hub_token,
+        }
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        token = token or self.args.hub_token
-        return push_folder(self.args.output_dir, repo_id, commit_message=commit_message, token=token, **options)
+        return push_folder(folder, repo_id, commit_message=message, **{**shared, **options})
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint to a temporary folder and rename it, so that a folder `checkpoint-N` is always complete.
@@ -212,6 +228,14 @@ class SDLlavaTrainer(SFTTrainer):
         return trial.folder if isinstance(trial, UnfinishedCheckpoint) else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a complete checkpoint; an unfinished one is pushed after its rename."""
-        if Path(checkpoint_folder).parent.name != UNFINISHED:
-            super()._push_from_checkpoint(checkpoint_folder)
+        """Push a complete checkpoint; an unfinished one is pushed after its rename. Training waits for the upload.
+
+        Training does not depend on the Hub: a push that fails is logged.
+        """
+        is_complete = Path(checkpoint_folder).parent.name != UNFINISHED
+        if is_complete and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
+            step = self.state.global_step
+            try:
+                self._push(checkpoint_folder, f"Training in progress, step {step}")
+            except Exception as error:
+                logger.warning("The checkpoint of step %d was not pushed: %s", step, error)
