@@ -7,20 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl import SFTConfig
 from typer.testing import CliRunner
 
 from research.miniature.__main__ import app
 from research.miniature.stages import RECIPES, STAGES
-from research.miniature.study import captions, guidance, matching, questions, similarity, systems, taps
+from research.miniature.study import captions, guidance, matching, questions, similarity, systems, taps, training
 from research.miniature.study.claims import claim, sentence, verdict
 from research.miniature.study.page import cell, page
 from research.miniature.study.readout import answer_units, auc, fit_readout, one_hot, ordered_pairs, shares
 from research.miniature.study.run import PARTS, finished_part, run_study
+from research.miniature.study.scales import STUDY_SCALES
 from research.miniature.study.taps import quadrant_vectors
 from sdllava.evaluation import bootstrap
 from sdllava.evaluation.benchmarks import mini
 from sdllava.guidance import guide
 from sdllava.scenes.world import CELLS
+from sdllava.train.arguments import AdapterArguments, DataArguments, ModelArguments
+from sdllava.train.recipes import parse_arguments
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,7 @@ def parts(smoke_miniature, tmp_path):
 
 def test_a_finished_part_is_loaded_and_not_measured_again(parts, monkeypatch):
     monkeypatch.setitem(PARTS, "e", replace(PARTS["e"], more_noise=1))
-    written = run_study(parts, parts / "docs", "smoke", ("e",))
+    (written,) = run_study(parts, parts / "docs", "smoke", ("e",))
     text, numbers = written.read_text(), finished_part(parts, "e")
     for name, row in numbers["rows"].items():
         assert f"| {name} | {cell(row['scores']['mean'], row['intervals']['mean'])} |" in text
@@ -112,7 +116,7 @@ def test_a_finished_part_is_loaded_and_not_measured_again(parts, monkeypatch):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(guidance, "measure", measure)
-    assert run_study(parts, parts / "docs", "smoke", ("e",)).read_text() == text
+    assert run_study(parts, parts / "docs", "smoke", ("e",))[0].read_text() == text
     numbers["rows"]["s = 4"]["scores"]["mean"] = 12.3
     assert "| s = 4 | 12.3 [" in page({"e": numbers}, {})
     numbers["settings"]["weights"]["clip"] = "another"
@@ -139,13 +143,13 @@ def test_the_cpu_time_includes_stopped_runs(parts, monkeypatch):
         run_study(parts, parts / "docs", "smoke", ("e",))
     monkeypatch.setattr(guidance, "measure", lambda *_: {"rows": {}, "claims": []})
     monkeypatch.setattr("research.miniature.study.run.write_page", lambda found, out: found["e"]["cpu_seconds"])
-    assert run_study(parts, parts / "docs", "smoke", ("e",)) == 42
+    assert run_study(parts, parts / "docs", "smoke", ("e",)) == [42]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--part", "h"], "Part 'h' of the study is unknown. Use one of a, b, c, d, e, f, g."),
+        (["--part", "z"], "Part 'z' of the study is unknown. Use one of a, b, c, d, e, f, g, h, i, j, k."),
         (["--scale", "gpu"], "'gpu' is not one of 'smoke', 'mini'"),
         (["--part", "a"], "does not contain the trained part 'diffusion/vae'."),
     ],
@@ -157,6 +161,7 @@ def test_unusable_arguments_end_the_command_before_anything_is_written(options, 
     assert not any(tmp_path.iterdir())
 
 
+KINDS = (ModelArguments, AdapterArguments, DataArguments, SFTConfig)
 FOLDER = Path(guidance.__file__).parents[1]
 TRENDS = {
     "a": list(taps.TRENDS),
@@ -202,7 +207,7 @@ def test_every_stage_has_its_recipe():
 
 @pytest.mark.slow
 def test_the_whole_study_goes_through_training_and_evaluation(parts, monkeypatch):
-    for part in PARTS:
+    for part in "abcdef":
         monkeypatch.setitem(PARTS, part, replace(PARTS[part], more_noise=0))
     for name, count in {"QUESTIONS": 108, "COMPOSITIONS": 54, "PAIRS_PER_PATTERN": 3, "CAPTIONS": 20}.items():
         monkeypatch.setattr(mini, name, count)
@@ -228,14 +233,28 @@ def test_the_whole_study_goes_through_training_and_evaluation(parts, monkeypatch
     assert set(rows["cross-attention, s = 0"]["prompts"]) == {"own question"}
 
 
+def test_every_system_has_arguments_of_the_train_command(parts, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(training, "cache", lambda arguments, *_: given.append(arguments))
+    monkeypatch.setattr(training, "train", given.append)
+    monkeypatch.setattr(systems, "write_scenes", lambda *_: None)
+    for system in systems.SYSTEMS:
+        systems.train_system(parts, tmp_path, system, STUDY_SCALES["smoke"])
+    assert len(given) == 4 * len(systems.SYSTEMS)  # two stages, each with its cache
+    parsed = [parse_arguments(KINDS, [*arguments, "--use_cpu"]) for arguments in given]
+    for system, (model, adapter, *_) in zip(systems.SYSTEMS, parsed[3::4], strict=True):
+        assert (model.stage, model.fusion) == ("finetune", system.variant.fusion)
+        assert model.ensemble == system.both.get("ensemble")
+        assert adapter.unet_lora_r == system.finetune.get("unet_lora_r", AdapterArguments().unet_lora_r)
+
+
 @pytest.mark.slow
-def test_fusions_and_systems_of_the_workshop_paper_train_in_small(parts, monkeypatch):
-    """A fusion, an ensemble, noisy captions with two halves, UNet LoRA, and the implicit captioner."""
+def test_systems_of_the_workshop_paper_train_in_small(parts, monkeypatch):
+    """With cached conditional features and cached latents; pseudo-captions and refinement."""
     for name, count in {"QUESTIONS": 54, "COMPOSITIONS": 27, "PAIRS_PER_PATTERN": 1, "CAPTIONS": 4}.items():
         monkeypatch.setattr(mini, name, count)
     monkeypatch.setattr(bootstrap, "REPLICATES", 50)
-    names = {systems.BASE, "multi-level", "scales 0, 1, 4 selected per token", systems.NO_CAPTION, systems.GT_CAPTION}
-    names |= {"noisy caption, both halves (SDXL-LLaVA-c)", "no caption, UNet LoRA", "implicit captioner"}
+    names = {systems.BASE, systems.NO_CAPTION, systems.GT_CAPTION, "implicit captioner"}
     monkeypatch.setattr(systems, "SYSTEMS", [system for system in systems.SYSTEMS if system.name in names])
     arguments = ["study", "--from", str(parts), "--out", str(parts / "docs-g"), "--scale", "smoke", "--part", "g"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)

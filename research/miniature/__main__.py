@@ -45,6 +45,9 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Selects initial weights, scenes and noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    until: Annotated[
+        int | None, typer.Option(min=1, help="Stop the named parts at this step and write them as they are.")
+    ] = None,
 ) -> None:
     """Train the parts, each checked before the next one builds on it, then both stages. It can be stopped any time."""
     with _without_traceback():
@@ -53,13 +56,24 @@ def train(
         from .ship import write_checkpoint
         from .stages import STAGES, train_stage
 
-        checks = pretrain(scale.value, out, tuple(part or PARTS), seed, device)
+        if until and not part:
+            raise ValueError("--until stops a part before its budget ends. Name it with --part.")
+        checks = pretrain(scale.value, out, tuple(part or PARTS), seed, device, until)
         for stage in () if part else STAGES:
             train_stage(stage, scale.value, out, seed, device)
         for name, metrics in checks.items():
             typer.echo(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in metrics.items()))
         if not part:
             typer.echo(f"Wrote the model to {write_checkpoint(out)}")
+
+
+@app.command()
+def unpack(out: Annotated[Path, typer.Option(help="Folder of the parts.")]) -> None:
+    """Write the parts of the released checkpoint, to train the judge and the diffusion transformer on them."""
+    with _without_traceback():
+        from .unpack import unpack as write_parts
+
+        typer.echo(f"Wrote the parts to {write_parts(out)}")
 
 
 @app.command()
@@ -105,16 +119,17 @@ def study(
         Path, typer.Option("--from", help="Folder of a finished training. Results are saved in its study/.")
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder of study.md, study.json and figures/.", show_default="research/miniature")
+        Path, typer.Option(help="Folder of study.md, mmdit.md and figures/.", show_default="research/miniature")
     ] = Path(__file__).parent,
-    part: Annotated[list[str] | None, typer.Option(help="a to g, repeatable. Default: a to f.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="a to k, repeatable. Default: a to f.")] = None,
     scale: Annotated[StudyScaleName, typer.Option(help="Budgets of the measurements.")] = StudyScaleName.mini,
 ) -> None:
     """Measure the papers' tables on the miniature, part by part, and write the page. It can be stopped any time."""
     with _without_traceback():
         from .study.run import run_study
 
-        typer.echo(f"Wrote {run_study(source, out, scale.value, tuple(part or ()))}")
+        for page in run_study(source, out, scale.value, tuple(part or ())):
+            typer.echo(f"Wrote {page}")
 
 
 if __name__ == "__main__":

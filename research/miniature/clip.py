@@ -85,9 +85,12 @@ class ClipPart:
         """Write `clip/`: model, image processor and tokenizer, in transformers' layout."""
         folder = Path(folder) / "clip"
         self.model.save_pretrained(folder)
-        half = [0.5, 0.5, 0.5]
-        size = {"height": SIZE, "width": SIZE}
-        CLIPImageProcessor(
-            size={"shortest_edge": SIZE}, crop_size=size, image_mean=half, image_std=half
-        ).save_pretrained(folder)
+        image_processor().save_pretrained(folder)
         write_clip_tokenizer(folder, self.tokenizer.pad_token)
+
+
+def image_processor() -> CLIPImageProcessor:
+    """The image processor, which scales pixels to [-1, 1]."""
+    half = [0.5, 0.5, 0.5]
+    size = {"height": SIZE, "width": SIZE}
+    return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size, image_mean=half, image_std=half)

@@ -6,6 +6,8 @@ consists of weights and optimizer moments.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -171,6 +173,17 @@ class Run:
                 self.save()
         if len(progress):
             self.save()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights into the model while the context is open."""
+        weights = {name: self.parameters[name].detach().clone() for name in self.averages}
+        self.finish()
+        try:
+            yield
+        finally:
+            for name, weight in weights.items():
+                self.parameters[name].data.copy_(weight)
 
     def finish(self) -> None:
         """Load the averaged weights into the model, to check and to write it. Training cannot continue."""

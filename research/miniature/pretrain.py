@@ -24,12 +24,13 @@ from .images import contact_sheet
 from .judge import JudgePart
 from .llm import LlamaPart, llama_config
 from .loop import Run
+from .mmdit import MmditPart, StoredLatents, build_transformer, transformer_config
 from .prompts import PromptPart
-from .scales import PARTS, SCALES, Scale
+from .scales import OPTIONAL_PARTS, PARTS, SCALES, Scale
 from .unet import DenoiserPart, UnetPart, unet_config
 from .vae import VaePart
 
-AnyPart = JudgePart | VaePart | ClipPart | LlamaPart | PromptPart | DenoiserPart
+AnyPart = JudgePart | VaePart | ClipPart | LlamaPart | PromptPart | DenoiserPart | MmditPart
 
 
 class CheckFailedError(RuntimeError):
@@ -56,7 +57,18 @@ def build(name: str, scale: Scale, folder: Path, seed: int) -> AnyPart:
         return LlamaPart(llama_config(*scale.llm), scale.budgets["llm"].steps, seed)
     if name == "prompts":
         return PromptPart(CLIPTextModel.from_pretrained(folder / "clip"), seed)
+    if name == "mmdit":
+        return _build_mmdit(scale, folder, seed)
     return _build_unet(name, scale, folder, seed)
+
+
+def _build_mmdit(scale: Scale, folder: Path, seed: int) -> MmditPart:
+    """The diffusion transformer, with random weights, and the latents on which it is trained."""
+    vae = AutoencoderKL.from_pretrained(folder / "diffusion" / "vae")
+    text_encoder = CLIPTextModel.from_pretrained(folder / "prompts")
+    transformer = build_transformer(transformer_config(*scale.mmdit, text_encoder.config.hidden_size))
+    latents = StoredLatents(vae, scale.latent_scenes, folder / "state" / "latents.safetensors")
+    return MmditPart(vae, text_encoder, transformer, scale.budgets["mmdit"].steps, latents, seed=seed)
 
 
 def _build_unet(name: str, scale: Scale, folder: Path, seed: int) -> DenoiserPart:
@@ -73,15 +85,29 @@ def _build_unet(name: str, scale: Scale, folder: Path, seed: int) -> DenoiserPar
 def _check(part: AnyPart, scale: Scale, folder: Path, seed: int) -> dict[str, float]:
     """A part's metrics on held-out scenes. The UNet's samples are judged, and saved as `samples.png`."""
     count = scale.check_scenes[part.name]
-    if not isinstance(part, UnetPart):
+    if not isinstance(part, UnetPart | MmditPart):
         return part.check(count)
     judge = JudgePart(scale.judge_width, seed)
     Run(judge, scale.budgets["judge"], folder / "state", seed).finish()
     scenes = [sample_scene("validation", number) for number in range(count)]
     samples = part.sample([caption(scene) for scene in scenes], scale.sample_steps)
-    with atomic_path(folder / "samples.png") as written:
+    name = "samples.png" if part.name == "unet" else f"{part.name}-samples.png"
+    with atomic_path(folder / name) as written:
         contact_sheet(samples).save(written)
     return part.check(count) | judge.agreement(samples, scenes)
+
+
+def _train(run: Run, scale: Scale, folder: Path, seed: int, until: int) -> None:
+    """Train to a step. The transformer is checked on the way, in `state/mmdit-checks.jsonl`."""
+    if not isinstance(run.part, MmditPart):
+        run.train(until)
+        return
+    while run.step < until:
+        run.train(min(until, (run.step // scale.validate_every + 1) * scale.validate_every))
+        with run.averaged():
+            metrics = _check(run.part, scale, folder, seed)
+        with (folder / "state" / "mmdit-checks.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": run.step, **metrics}) + "\n")
 
 
 def _read_checks(folder: Path) -> dict[str, dict[str, float]]:
@@ -90,7 +116,7 @@ def _read_checks(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def train_part(
-    name: str, scale: Scale, folder: str | os.PathLike, seed: int = 0, device: str = "cpu"
+    name: str, scale: Scale, folder: str | os.PathLike, seed: int = 0, device: str = "cpu", until: int | None = None
 ) -> dict[str, float]:
     """Train one part to the end of its budget, check it, and write it. Resumes an earlier run.
 
@@ -100,6 +126,7 @@ def train_part(
         folder: The folder of checkpoints and finished parts.
         seed: Selects the initial weights and the data.
         device: Where the part is trained.
+        until: The step at which it is written as it is, without its gate. Default: the end of the budget.
 
     Returns:
         `dict[str, float]`: The metrics of its check.
@@ -111,9 +138,13 @@ def train_part(
     folder = Path(folder)
     part = build(name, scale, folder, seed)
     run = Run(part, scale.budgets[name], folder / "state", seed, device)
-    run.train()
+    _train(run, scale, folder, seed, min(until or run.budget.steps, run.budget.steps))
     run.finish()
     metrics = _check(part, scale, folder, seed)
+    if run.step < run.budget.steps:
+        if not isinstance(part, JudgePart):
+            part.write(folder)
+        return metrics
     gate = scale.gates.get(name)
     if gate and metrics[gate.metric] < gate.least:
         raise CheckFailedError(
@@ -127,7 +158,12 @@ def train_part(
 
 
 def pretrain(
-    scale: str, folder: str | os.PathLike, parts: tuple[str, ...] = PARTS, seed: int = 0, device: str = "cpu"
+    scale: str,
+    folder: str | os.PathLike,
+    parts: tuple[str, ...] = PARTS,
+    seed: int = 0,
+    device: str = "cpu",
+    until: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Train the parts that are not finished in the folder.
 
@@ -137,9 +173,10 @@ def pretrain(
         parts: The parts to train, in this order.
         seed: Selects the initial weights and the data.
         device: Where the parts are trained.
+        until: See [`train_part`].
 
     Returns:
-        `dict[str, dict[str, float]]`: The metrics of every finished part.
+        `dict[str, dict[str, float]]`: The metrics of every finished part, and of those that stopped at `until`.
 
     Raises:
         ValueError: The scale, a part or the device is unknown, or the folder has another scale or seed.
@@ -147,12 +184,14 @@ def pretrain(
     """
     if scale not in SCALES:
         raise ValueError(f"Scale {scale!r} of the miniature is unknown. Use one of {', '.join(SCALES)}.")
-    if unknown := [name for name in parts if name not in PARTS]:
-        raise ValueError(f"Part {unknown[0]!r} of the miniature is unknown. Use one of {', '.join(PARTS)}.")
+    known = (*PARTS, *OPTIONAL_PARTS)
+    if unknown := [name for name in parts if name not in known]:
+        raise ValueError(f"Part {unknown[0]!r} of the miniature is unknown. Use one of {', '.join(known)}.")
     check_device(device)
     folder = Path(folder)
     begin_run(folder / "settings.json", {"scale": scale, "seed": seed})
+    metrics = {}
     for name in parts:
         if name not in _read_checks(folder):
-            train_part(name, SCALES[scale], folder, seed, device)
-    return _read_checks(folder)
+            metrics[name] = train_part(name, SCALES[scale], folder, seed, device, until)
+    return _read_checks(folder) | metrics

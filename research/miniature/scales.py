@@ -11,8 +11,14 @@ from .loop import Budget
 
 TOWER = {"taps": ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"], "image_size": 64, "grid_size": 8}
 """Taps and sizes of the miniature's diffusion tower."""
+MMDIT_TOWER = TOWER | {"taps": ["T-B3-Norm", "T-B5-Norm"], "timesteps": [180]}
+"""The same for the diffusion transformer. Its timestep 180 has the noise of the UNet's timestep 50."""
+TOWERS = {"diffusion": TOWER, "mmdit": MMDIT_TOWER}
+"""The tower of each diffusion model, by its folder."""
 
 PARTS = ("judge", "vae", "clip", "llm", "prompts", "denoiser", "unet")
+OPTIONAL_PARTS = ("mmdit",)
+"""Parts that are only trained where they are named."""
 LETTERS_OFTEN = (*PATTERNS, *["text"] * 3)
 """The patterns of stage 2. Letters are four times as frequent, because they need the most examples."""
 
@@ -55,12 +61,15 @@ class Scale:
         clip: Width and layers of CLIP's vision encoder, width and layers of its text encoder.
         llm: Width, layers and heads of the Llama.
         unet_channels: Channels of the UNet's levels.
+        mmdit: Width, joint blocks and heads of the diffusion transformer.
         budgets: The budget of each part.
         gates: The check of each part that has one.
         check_scenes: The number of held-out scenes in each part's check.
         fusion_heads: Heads of the cross-attention fusion.
         stages: The budgets of both stages.
-        sample_steps: Denoising steps of the UNet's samples in its check.
+        sample_steps: Denoising steps of the samples in the checks of the UNet and the transformer.
+        latent_scenes: The number of scenes on whose stored latents the transformer is trained.
+        validate_every: Steps between two checks of the transformer while it is trained.
     """
 
     judge_width: int
@@ -68,12 +77,15 @@ class Scale:
     clip: tuple[int, int, int, int]
     llm: tuple[int, int, int]
     unet_channels: tuple[int, int, int, int]
+    mmdit: tuple[int, int, int]
     budgets: dict[str, Budget]
     gates: dict[str, Gate]
     check_scenes: dict[str, int]
     fusion_heads: int
     stages: dict[str, StageBudget]
     sample_steps: int = 25
+    latent_scenes: int = 8192
+    validate_every: int = 400
 
 
 _MINI = Scale(
@@ -82,6 +94,7 @@ _MINI = Scale(
     clip=(192, 4, 128, 3),
     llm=(160, 4, 4),
     unet_channels=(16, 48, 96, 128),
+    mmdit=(128, 6, 4),
     budgets={
         "judge": Budget(800, 64, 2e-3, warmup=50),
         "vae": Budget(1600, 32, 1.5e-3, ema=0.99),
@@ -90,6 +103,7 @@ _MINI = Scale(
         "prompts": Budget(1000, 64, 1.5e-3, warmup=50),
         "denoiser": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
         "unet": Budget(4800, 16, 1e-3, ema=0.995, save_every=100),
+        "mmdit": Budget(12000, 32, 1.5e-3, ema=0.997, warmup=200, save_every=50),
     },
     gates={
         "judge": Gate("accuracy", 0.97),
@@ -98,8 +112,18 @@ _MINI = Scale(
         "llm": Gate("accuracy", 0.95),
         "prompts": Gate("least", 0.9),
         "unet": Gate("object", 0.5),
+        "mmdit": Gate("object", 0.5),
     },
-    check_scenes={"judge": 512, "vae": 256, "clip": 512, "llm": 900, "prompts": 512, "denoiser": 64, "unet": 64},
+    check_scenes={
+        "judge": 512,
+        "vae": 256,
+        "clip": 512,
+        "llm": 900,
+        "prompts": 512,
+        "denoiser": 64,
+        "unet": 64,
+        "mmdit": 64,
+    },
     fusion_heads=6,
     stages={
         "align": StageBudget(scenes=8_000, epochs=4, batch_size=32),
@@ -114,17 +138,21 @@ SCALES = {
         clip=(32, 1, 32, 1),
         llm=(32, 1, 2),
         unet_channels=(8, 8, 16, 16),
+        mmdit=(32, 2, 2),
         budgets={
-            name: Budget(4, 2, 1e-3, ema=0.9 if name in ("judge", "unet") else 0.0, save_every=2) for name in PARTS
+            name: Budget(4, 2, 1e-3, ema=0.9 if name in ("judge", "unet", "mmdit") else 0.0, save_every=2)
+            for name in (*PARTS, *OPTIONAL_PARTS)
         },
         gates={},
-        check_scenes=dict.fromkeys(PARTS, 2),
+        check_scenes=dict.fromkeys((*PARTS, *OPTIONAL_PARTS), 2),
         fusion_heads=2,
         stages={
             "align": StageBudget(scenes=8, epochs=1, batch_size=4),
             "finetune": StageBudget(scenes=8, epochs=1, batch_size=4, turns=2),
         },
         sample_steps=2,
+        latent_scenes=4,
+        validate_every=2,
     ),
     "mini": _MINI,
     "gpu": replace(

@@ -72,25 +72,36 @@ def noise_scheduler(prediction_type: str) -> DDIMScheduler:
     )
 
 
-def prompt_for(scene: Scene, rng: random.Random) -> str:
+def prompt_for(scene: Scene, rng: random.Random, questions: float = _QUESTION_SHARE) -> str:
     """The prompt with which a scene is trained: its caption, a question about it (30%), or an empty prompt (12%).
 
     Questions are the UNet's prompts when it is used as a visual encoder. Without training on their words, it treats
     them as noise. Empty prompts are the unconditional half of guidance.
+
+    Args:
+        scene: The scene.
+        rng: Selects the prompt.
+        questions: The share of questions.
     """
     share = rng.random()
     if share < _NULL_SHARE:
         return ""
-    question = ask(scene, rng) if share < _NULL_SHARE + _QUESTION_SHARE else None
+    question = ask(scene, rng) if share < _NULL_SHARE + questions else None
     return question.text if question else caption(scene)
 
 
-def close_up(scene: Scene, pixels: Tensor, rng: random.Random) -> tuple[Tensor, str]:
-    """The quadrant `(3, 32, 32)` of one object, and its description or an empty prompt (12%)."""
+def close_up(scene: Scene, image: Tensor, rng: random.Random) -> tuple[Tensor, str]:
+    """The quadrant `(channels, size / 2, size / 2)` of one object, and its description or an empty prompt (12%).
+
+    Args:
+        scene: The scene.
+        image: Its pixels or latents `(channels, size, size)`.
+        rng: Selects the object.
+    """
     item = rng.choice(scene.objects)
     row, column = divmod(CELLS.index(item.cell), 2)
-    half = SIZE // 2
-    quadrant = pixels[:, half * row : half * (row + 1), half * column : half * (column + 1)]
+    half = image.shape[-1] // 2
+    quadrant = image[:, half * row : half * (row + 1), half * column : half * (column + 1)]
     return quadrant, describe(item) if rng.random() >= _NULL_SHARE else ""
 
 

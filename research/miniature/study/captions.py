@@ -23,12 +23,14 @@ from sdllava.scenes.render import render
 from sdllava.scenes.world import COLOURS, Scene, sample_scene
 
 from ..progress import progress_bar
+from ..scales import TOWERS
 from ..stages import write_scenes
 from .claims import claim, claim_above_zero
 from .guidance import quadrant_features
 from .questions import folder_name
 from .readout import auc, fit_readout, ordered_pairs
 from .scales import StudyScale
+from .taps import DEFAULT_TIMESTEP
 from .training import SEED, Stage, Variant, part_folders
 
 DROPOUT = 0.3
@@ -136,12 +138,12 @@ def _units(work: Path, name: str, run: str) -> Units:
 # Leakage to a read-out
 
 
-def _colours(scenes: list[Scene]) -> Tensor:
+def scene_colours(scenes: list[Scene]) -> Tensor:
     """The colours of each scene, bool `(n, 5)`."""
     return torch.tensor([[any(o.colour == colour for o in scene.objects) for colour in COLOURS] for scene in scenes])
 
 
-def read_out_leakage(parts: Path, scale: StudyScale) -> dict[str, Units]:
+def read_out_leakage(parts: Path, scale: StudyScale, denoiser: str = "diffusion") -> dict[str, Units]:
     """Measure the leakage of wrong captions to a linear read-out of the image's colours.
 
     The read-out is fitted on features that are conditioned on the image's own caption, like the language model, and
@@ -151,21 +153,26 @@ def read_out_leakage(parts: Path, scale: StudyScale) -> dict[str, Units]:
     Args:
         parts: The folder of the miniature's parts.
         scale: The budgets.
+        denoiser: The folder of the diffusion model.
 
     Returns:
         `dict[str, Units]`: Units for [`~research.miniature.study.readout.auc`], by guidance scale and dropout.
     """
-    model = load_analysis_model(str(parts / "diffusion"))
+    model = load_analysis_model(str(parts / denoiser))
+    tower = TOWERS[denoiser]
+    place = (tower["taps"][0], tower.get("timesteps", [DEFAULT_TIMESTEP])[0])
     counts = dict(zip(("train", "test"), scale.leakage, strict=True))
     scenes = {split: [sample_scene(split, seed) for seed in range(count)] for split, count in counts.items()}
     captions = {split: [caption(scene) for scene in found] for split, found in scenes.items()}
     donors = derangement(len(scenes["test"]), seed=0)
     captions["test"] = [captions["test"][donor] for donor in donors]
     read = {
-        split: quadrant_features(model, [render(s) for s in scenes[split]], captions[split], f"leakage, {split}")
+        split: quadrant_features(
+            model, [render(s) for s in scenes[split]], captions[split], f"leakage, {split}", *place
+        )
         for split in scenes
     }
-    colours = {split: _colours(found) for split, found in scenes.items()}
+    colours = {split: scene_colours(found) for split, found in scenes.items()}
     in_caption, absent = colours["test"][donors], ~colours["test"]
     generator = random.Random(0)
     dropped = torch.tensor([generator.random() < DROPOUT for _ in scenes["train"]])[:, None]
@@ -179,20 +186,22 @@ def read_out_leakage(parts: Path, scale: StudyScale) -> dict[str, Units]:
     return found
 
 
-def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
+def measure(parts: Path, work: Path, scale: StudyScale, denoiser: str = "diffusion") -> dict[str, Any]:
     """Measure the read-outs, then train and evaluate every variant.
 
     Args:
         parts: The folder of the miniature's parts.
         work: The folder of intermediate results.
         scale: The budgets.
+        denoiser: The folder of the diffusion model.
 
     Returns:
         `dict[str, Any]`: `rows`, `read_out` and `claims`.
     """
-    read = read_out_leakage(parts, scale)
+    read = read_out_leakage(parts, scale, denoiser)
     rows = {}
-    for variant, dropout in VARIANTS.items():
+    for unbound, dropout in VARIANTS.items():
+        variant = replace(unbound, denoiser=denoiser)
         model = LoadedModel.load(os.fspath(_train(parts, work, variant, dropout, scale)))
         rows[variant.name] = _describe(replace(model, name=variant.name), variant, work, scale)
     return {

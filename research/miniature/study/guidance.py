@@ -43,15 +43,22 @@ TRENDS = {
 
 
 def quadrant_features(
-    model: AnalysisModel, images: Sequence[Image.Image], prompts: Sequence[str], title: str
+    model: AnalysisModel,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    title: str,
+    tap: str = DEFAULT_TAP,
+    timestep: int = DEFAULT_TIMESTEP,
 ) -> tuple[Tensor, Tensor]:
-    """Read the features of the default tap, averaged over quadrants.
+    """Read the features of a tap, averaged over quadrants.
 
     Args:
         model: The diffusion model.
         images: The images.
         prompts: One prompt per image.
         title: The label of the progress bar.
+        tap: The tap.
+        timestep: The timestep.
 
     Returns:
         `tuple`: Unconditional and conditional features, each `(n, 4 channels)`.
@@ -60,7 +67,7 @@ def quadrant_features(
     for start in tqdm(range(0, len(images), BATCH), desc=title, leave=False):
         rows = slice(start, start + BATCH)
         latents, encoded = model.latents(images[rows]), model.prompts(prompts[rows])
-        maps = read_features(model.tower, latents, encoded, [DEFAULT_TAP], [DEFAULT_TIMESTEP], [0.0, 1.0])
+        maps = read_features(model.tower, latents, encoded, [tap], [timestep], [0.0, 1.0])
         for half, feature in zip(halves, maps, strict=True):
             half.append(F.adaptive_avg_pool2d(feature.values.permute(0, 3, 1, 2).float(), POOLED).flatten(1).cpu())
     return torch.cat(halves[0]), torch.cat(halves[1])

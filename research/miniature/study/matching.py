@@ -41,22 +41,37 @@ def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
     options = MatchingOptions(trials=scale.match_trials)
     results, units = {}, {}
     for name, (folder, part) in MATCHERS.items():
-        matcher = load_matcher(str(parts / folder), options, batch_size=32)
-        model = {"id": folder, "revision": f"weights {part_hash(parts, part)[:16]}"}
-        with progress_bar(f"matching, {name}") as progress:
-            results[name] = match(
-                matcher, "mini_pairs", work / name, model, options, limit=scale.match_items, progress=progress
-            )
-        units[name] = benchmark.units(read_records(work / name / "samples.jsonl"))
-    kept = ("scores", "spread", "intervals_95", "trials", "samples", "chance", "timesteps")
+        results[name], units[name] = run_matcher(parts, folder, part, work / name, options, scale.match_items)
     return {
-        "rows": {name: {key: result[key] for key in kept} for name, result in results.items()},
+        "rows": results,
         "claims": [
             claim(trend, _of(units["CLIP"], metric), _of(units["UNet"], metric), benchmark.scores, metric)
             for metric, trend in TRENDS.items()
             if metric in results["UNet"]["scores"]
         ],
     }
+
+
+def run_matcher(
+    parts: Path, folder: str, part: str, work: Path, options: MatchingOptions, limit: int
+) -> tuple[dict[str, Any], Units]:
+    """The results and the units of `sdllava match` on minimal pairs.
+
+    Args:
+        parts: The folder of the miniature's parts.
+        folder: The folder of the model in it.
+        part: The part whose weights identify the model.
+        work: The folder of intermediate results.
+        options: The score.
+        limit: The number of pairs.
+    """
+    matcher = load_matcher(str(parts / folder), options, batch_size=32)
+    model = {"id": folder, "revision": f"weights {part_hash(parts, part)[:16]}"}
+    with progress_bar(f"matching, {folder}, {work.name}") as progress:
+        result = match(matcher, "mini_pairs", work, model, options, limit=limit, progress=progress)
+    units = get_matching_benchmark("mini_pairs").units(read_records(work / "samples.jsonl"))
+    kept = ("scores", "spread", "intervals_95", "trials", "samples", "chance", "timesteps")
+    return {key: result[key] for key in kept}, units
 
 
 def _of(units: Units, metric: str) -> Units:

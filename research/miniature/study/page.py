@@ -122,7 +122,8 @@ def _taps_read(found: Numbers) -> str:
     return " and ".join(found["settings"]["tower"]["taps"])
 
 
-def _questions(found: Numbers) -> list[str]:
+def questions_section(found: Numbers) -> list[str]:
+    """The blocks of (c)."""
     rows, budgets = found["rows"], found["settings"]["budgets"]
     parts = ("questions", "compositions", "pairs")
     overview = []
@@ -158,7 +159,8 @@ def _questions(found: Numbers) -> list[str]:
     ]
 
 
-def _captions(found: Numbers) -> list[str]:
+def captions_section(found: Numbers) -> list[str]:
+    """The blocks of (d)."""
     rows, budgets = found["rows"], found["settings"]["budgets"]
     metric = next(iter(rows.values()))["runs"][EMPTY]["metric"]
 
@@ -262,8 +264,8 @@ def _mean(entry: Numbers) -> str:
 SECTIONS = {
     "a": _taps,
     "b": _matching,
-    "c": _questions,
-    "d": _captions,
+    "c": questions_section,
+    "d": captions_section,
     "e": _guidance,
     "f": _similarity,
     "g": _systems,
@@ -291,7 +293,7 @@ def _checks(found: dict[str, Numbers]) -> list[str]:
     return ["Checks of the parts on held-out scenes:", table(["part", "check"], rows)] if rows else []
 
 
-def _wrapped(block: str) -> str:
+def wrapped(block: str) -> str:
     """Wrap a paragraph at 120 characters. Other blocks are returned unchanged."""
     return block if "\n" in block or block.startswith(("!", "-")) else textwrap.fill(block, 120)
 
@@ -322,7 +324,7 @@ def page(found: dict[str, Numbers], pictures: dict[str, str]) -> str:
         if part in pictures:
             blocks.append(f"![{TITLES[part]}]({pictures[part]})")
         blocks.append("\n".join(f"- {sentence(claim)}" for claim in numbers["claims"]))
-    return "\n\n".join(_wrapped(block.strip("\n")) for block in blocks) + "\n"
+    return "\n\n".join(wrapped(block.strip("\n")) for block in blocks) + "\n"
 
 
 def write_page(found: dict[str, Numbers], out: Path) -> Path:

@@ -1,6 +1,7 @@
 """(c) S3, Table 2: questions and minimal pairs, answered with CLIP, with diffusion features, and with both."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,20 +120,28 @@ def units_of_part(folder: Path) -> dict[str, Units]:
     }
 
 
-def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
+def measure(
+    parts: Path,
+    work: Path,
+    scale: StudyScale,
+    variants: Sequence[Variant] | None = None,
+    trends: dict[str, tuple[str, str]] | None = None,
+) -> dict[str, Any]:
     """Train and evaluate every variant.
 
     Args:
         parts: The folder of the miniature's parts.
         work: The folder of intermediate results.
         scale: The budgets.
+        variants: Default: [`VARIANTS`].
+        trends: Default: [`TRENDS`].
 
     Returns:
         `dict[str, Any]`: `rows` (scores by prompt, and blind) and `claims`.
     """
     benchmark, samples, source = load_samples("mini", EvaluationOptions(limit=scale.questions))
     rows = {}
-    for variant in VARIANTS:
+    for variant in variants or VARIANTS:
         trained = train_variant(parts, work, variant, scale)
         model = LoadedModel.load(os.fspath(trained))
         model = replace(model, name=variant.name)
@@ -142,10 +151,10 @@ def measure(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
             "prompts": {name: {key: result[key] for key in KEPT} for name, result in results.items()},
             "blind": results["own question"]["blind"],
         }
-    return {"rows": rows, "claims": _claims(work / "answers")}
+    return {"rows": rows, "claims": _claims(work / "answers", trends or TRENDS)}
 
 
-def _claims(answers: Path) -> list[dict[str, Any]]:
+def _claims(answers: Path, trends: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
     scores = get_benchmark("mini").scores
 
     def units(variant: str, choice: str, part: str) -> Units:
@@ -153,7 +162,7 @@ def _claims(answers: Path) -> list[dict[str, Any]]:
 
     found = []
     for part in ("pairs", "questions"):
-        for trend, (lower, higher) in TRENDS.items():
+        for trend, (lower, higher) in trends.items():
             pair = units(lower, "question", part), units(higher, "question", part)
             found.append(claim(f"{part}: {trend}", *pair, scores=scores, metric=part))
         for trend, choice in PROMPT_TRENDS.items():

@@ -13,9 +13,11 @@ from sdllava.atomic_files import write_json
 from sdllava.run_records import begin_run, check_settings
 from sdllava.version import installed_versions
 
-from ..scales import TOWER
-from .page import write_page
+from ..scales import MMDIT_TOWER, TOWER
+from .page import TITLES, write_page
 from .scales import STUDY_SCALES
+from .transformer_page import TITLES as TRANSFORMER_TITLES
+from .transformer_page import write_transformer_page
 from .weights import part_hash
 
 
@@ -28,7 +30,8 @@ class StudyPart:
         budgets: The fields of its budgets in [`~research.miniature.study.scales.StudyScale`].
         weights: The miniature's parts that it reads.
         more_noise: The number of further noise maps with which its claims are measured.
-        named_only: Whether it only runs where it is named, because it takes many hours.
+        named_only: Whether it only runs where it is named, because it takes many hours or needs an optional part.
+        function: The function of the module.
     """
 
     module: str
@@ -36,9 +39,11 @@ class StudyPart:
     weights: tuple[str, ...] = ("diffusion/vae", "diffusion/unet", "diffusion/text_encoder", "clip")
     more_noise: int = 0
     named_only: bool = False
+    function: str = "measure"
 
 
 TRAINED_ON = (*StudyPart.weights, "llm")
+TRANSFORMER = ("mmdit/vae", "mmdit/transformer", "mmdit/text_encoder", "clip")
 PARTS = {
     "a": StudyPart("taps", ("readout",), more_noise=2),
     "b": StudyPart("matching", ("match_items", "match_trials")),
@@ -47,6 +52,24 @@ PARTS = {
     "e": StudyPart("guidance", ("answers",), more_noise=2),
     "f": StudyPart("similarity", ("pairs", "groups", "group_size"), more_noise=2),
     "g": StudyPart("systems", ("align", "finetune", "questions", "described", "heads"), TRAINED_ON, named_only=True),
+    "h": StudyPart("transformer", ("readout", "transformer"), TRANSFORMER, more_noise=1, named_only=True),
+    "i": StudyPart(
+        "transformer", ("match_items", "match_trials"), TRANSFORMER, named_only=True, function="measure_matching"
+    ),
+    "j": StudyPart(
+        "transformer",
+        ("align", "finetune", "questions", "heads"),
+        (*TRANSFORMER, "llm"),
+        named_only=True,
+        function="measure_questions",
+    ),
+    "k": StudyPart(
+        "transformer",
+        ("captions", "described", "leakage"),
+        (*TRANSFORMER, "llm"),
+        named_only=True,
+        function="measure_captions",
+    ),
 }
 
 
@@ -66,7 +89,7 @@ def _settings(part: StudyPart, folder: Path, scale: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"scale": scale, "weights": weights}
     settings["budgets"] = {name: budgets[name] for name in part.budgets}
     if "llm" in part.weights:
-        settings["tower"] = TOWER
+        settings["tower"] = MMDIT_TOWER if part.module == "transformer" else TOWER
     return json.loads(json.dumps(settings))
 
 
@@ -89,11 +112,12 @@ def _measure(name: str, folder: Path, work: Path, scale: str) -> dict[str, Any]:
     module = importlib.import_module(f"research.miniature.study.{PARTS[name].module}")
     file = work / "cpu_seconds.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else 0
+    measure = getattr(module, PARTS[name].function)
     started = time.process_time()
     try:
-        numbers = module.measure(folder, work, STUDY_SCALES[scale])
+        numbers = measure(folder, work, STUDY_SCALES[scale])
         for seed in range(1, 1 + PARTS[name].more_noise):
-            again = module.measure(folder, work, STUDY_SCALES[scale], seed)
+            again = measure(folder, work, STUDY_SCALES[scale], seed)
             for claim, other in zip(numbers["claims"], again["claims"], strict=True):
                 claim.setdefault("under_other_noise", []).append(other["difference"])
     finally:
@@ -121,17 +145,17 @@ def _run_part(name: str, folder: Path, settings: dict[str, Any]) -> None:
 
 def run_study(
     folder: str | os.PathLike, out: str | os.PathLike, scale: str = "mini", parts: tuple[str, ...] = ()
-) -> Path:
-    """Measure the parts that are not finished, and write the page of all finished parts.
+) -> list[Path]:
+    """Measure the parts that are not finished, and write the pages of all finished parts.
 
     Args:
         folder: The folder of the miniature's parts. Numbers are saved in its `study/`.
-        out: The folder of `study.md`, `study.json` and `figures/`.
+        out: The folder of `study.md`, `mmdit.md`, their numbers and `figures/`.
         scale: One of [`~research.miniature.study.scales.STUDY_SCALES`].
         parts: Some of [`PARTS`]. Empty for all that do not have to be named.
 
     Returns:
-        `Path`: The page.
+        `list[Path]`: The pages: of the UNet's study, and of the diffusion transformer's.
 
     Raises:
         ValueError: The scale or a part is unknown, or the folder has numbers of other weights or budgets.
@@ -150,4 +174,8 @@ def run_study(
     for part in chosen:
         _run_part(part, folder, settings[part])
     found = {part: numbers for part in PARTS if (numbers := finished_part(folder, part))}
-    return write_page(found, Path(out))
+    pages = []
+    for write, titles in ((write_page, TITLES), (write_transformer_page, TRANSFORMER_TITLES)):
+        if on_it := {part: numbers for part, numbers in found.items() if part in titles}:
+            pages.append(write(on_it, Path(out)))
+    return pages

@@ -24,6 +24,7 @@ class StudyScale:
         groups: (f) Disjoint groups of scenes, each of which gives one value of CKA.
         group_size: (f) Scenes per group.
         heads: Heads of the cross-attention fusion.
+        transformer: (h) Scenes to fit and to test the read-outs of leakage.
     """
 
     readout: tuple[int, int]
@@ -40,6 +41,7 @@ class StudyScale:
     groups: int
     group_size: int
     heads: int = 6
+    transformer: tuple[int, int] = (600, 400)
 
 
 STUDY_SCALES = {
@@ -58,6 +60,7 @@ STUDY_SCALES = {
         groups=2,
         group_size=4,
         heads=2,
+        transformer=(6, 6),
     ),
     "mini": StudyScale(
         readout=(800, 400),

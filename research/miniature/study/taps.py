@@ -1,5 +1,6 @@
 """(a) S3, Figure 3: the accuracy of linear read-outs of a scene's attributes, by tap and timestep."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ TIMESTEPS = (10, 50, 100, 250, 500)
 DEFAULT_TAP, DEFAULT_TIMESTEP = "U-L1-R1-B0-Cross-Q", 50
 GRID = 8
 BATCH = 32
-TRENDS = {
+Place = tuple[str, int | None]
+"""A tap and a timestep, or what has no timestep."""
+TRENDS: dict[str, tuple[Place, Place]] = {
     "read-outs are more accurate at the up stage (U-L1) than at the down stage (D-L2), t = 50 (S3, Figure 3)": (
         (TAPS[0], DEFAULT_TIMESTEP),
         (DEFAULT_TAP, DEFAULT_TIMESTEP),
@@ -93,11 +96,11 @@ def _latents(model: AnalysisModel, scenes: list[Scene]) -> Tensor:
     return torch.cat([model.latents([render(scene) for scene in batch]) for batch in batches])
 
 
-def _read(model: AnalysisModel, latents: Tensor, timestep: int) -> dict[str, Tensor]:
+def _read(model: AnalysisModel, latents: Tensor, taps: Sequence[str], timestep: int) -> dict[str, Tensor]:
     """Quadrant vectors of every tap at one timestep, in float16 to save memory."""
-    found: dict[str, list[Tensor]] = {tap: [] for tap in TAPS}
+    found: dict[str, list[Tensor]] = {tap: [] for tap in taps}
     for batch in tqdm(latents.split(BATCH), desc=f"t = {timestep}", leave=False):
-        for feature in read_features(model.tower, batch, taps=TAPS, timesteps=[timestep]):
+        for feature in read_features(model.tower, batch, taps=taps, timesteps=[timestep]):
             found[feature.tap].append(quadrant_vectors(feature.values).half().cpu())
     return {tap: torch.cat(parts) for tap, parts in found.items()}
 
@@ -122,10 +125,26 @@ def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> 
     Returns:
         `dict[str, Any]`: `rows` and `claims`.
     """
+    return results(accuracies(parts, "diffusion", TAPS, TIMESTEPS, scale, noise_seed), TRENDS)
+
+
+def accuracies(
+    parts: Path, diffusion: str, taps: Sequence[str], timesteps: Sequence[int], scale: StudyScale, noise_seed: int = 0
+) -> dict[Place, Units]:
+    """Units of the read-outs from each tap at each timestep, from CLIP, and of the most frequent values.
+
+    Args:
+        parts: The folder of the miniature's parts.
+        diffusion: The folder of the diffusion model in it.
+        taps: The names of its taps.
+        timesteps: Its timesteps.
+        scale: The budgets.
+        noise_seed: Selects the noise map.
+    """
     counts = dict(zip(("train", "test"), scale.readout, strict=True))
     scenes = {split: [sample_scene(split, seed) for seed in range(count)] for split, count in counts.items()}
     targets = {split: _targets(scenes[split]) for split in scenes}
-    model = load_analysis_model(str(parts / "diffusion"))
+    model = load_analysis_model(str(parts / diffusion))
     model.tower.config.noise_seed = noise_seed
     latents = {split: _latents(model, scenes[split]) for split in scenes}
 
@@ -133,14 +152,19 @@ def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> 
         fitted = fit_readout(features["train"], targets["train"][0])
         return attribute_units(fitted(features["test"]), targets["test"][1])
 
-    units: dict[tuple[str, int | None], Units] = {}
-    for timestep in TIMESTEPS:
-        read = {split: _read(model, latents[split], timestep) for split in scenes}
-        for tap in tqdm(TAPS, desc=f"read-outs at t = {timestep}", leave=False):
+    units: dict[Place, Units] = {}
+    for timestep in timesteps:
+        read = {split: _read(model, latents[split], taps, timestep) for split in scenes}
+        for tap in tqdm(taps, desc=f"read-outs at t = {timestep}", leave=False):
             units[tap, timestep] = read_out({split: read[split][tap] for split in read})
     units["CLIP", None] = read_out({split: _clip(parts, scenes[split]) for split in scenes})
     frequent = targets["train"][0].mean(dim=0).expand(len(targets["test"][0]), -1)
     units["most frequent value", None] = attribute_units(frequent, targets["test"][1])
+    return units
+
+
+def results(units: dict[Place, Units], trends: dict[str, tuple[Place, Place]]) -> dict[str, Any]:
+    """Accuracies with their intervals, and the verdicts on trends."""
     return {
         "rows": [
             {
@@ -152,6 +176,6 @@ def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> 
             for (tap, timestep), found in units.items()
         ],
         "claims": [
-            claim(trend, units[lower], units[higher], shares, "mean") for trend, (lower, higher) in TRENDS.items()
+            claim(trend, units[lower], units[higher], shares, "mean") for trend, (lower, higher) in trends.items()
         ],
     }

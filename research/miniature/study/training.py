@@ -8,7 +8,7 @@ import torch
 
 from sdllava.train.run import cache, train
 
-from ..scales import TOWER, StageBudget
+from ..scales import TOWERS, StageBudget
 from ..stages import RECIPES
 
 SEED = 0
@@ -23,12 +23,14 @@ class Variant:
         encoders: "vision", "diffusion" or both.
         fusion: The fusion of both encoders. "none" with one.
         guidance: The guidance scale of the diffusion model.
+        denoiser: The folder of the diffusion model.
     """
 
     name: str
     encoders: tuple[str, ...]
     fusion: str = "none"
     guidance: float = 0.0
+    denoiser: str = "diffusion"
 
     @property
     def diffuses(self) -> bool:
@@ -85,7 +87,7 @@ class Stage:
             "fusion": self.variant.fusion,
         }
         if self.variant.diffuses:
-            values |= TOWER | {"guidance_scales": self.variant.guidance}
+            values |= TOWERS[self.variant.denoiser] | {"guidance_scales": self.variant.guidance}
         if self.variant.fusion == "cross_attention":
             values["fusion_num_attention_heads"] = self.heads
         values |= dict(self.options) | changes
@@ -114,7 +116,7 @@ class Stage:
 
 def part_folders(parts: Path, variant: Variant) -> dict[str, Path]:
     """The folders of a variant's parts, as options of the train command."""
-    known = {"diffusion": "diffusion", "vision": "clip", "language_model": "llm"}
+    known = {"diffusion": variant.denoiser, "vision": "clip", "language_model": "llm"}
     return {name: parts / known[name] for name in (*variant.encoders, "language_model")}
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPModel, CLIPTextModel, LlamaForCausalLM
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, LlamaForCausalLM
 
 from sdllava.fingerprints import weights_hash
 
@@ -12,7 +12,10 @@ CLASSES: dict[str, Any] = {
     "diffusion/vae": AutoencoderKL,
     "diffusion/unet": UNet2DConditionModel,
     "diffusion/text_encoder": CLIPTextModel,
-    "clip": CLIPModel,
+    "mmdit/vae": AutoencoderKL,
+    "mmdit/transformer": SD3Transformer2DModel,
+    "mmdit/text_encoder": CLIPTextModelWithProjection,
+    "clip": AutoModel,
     "llm": LlamaForCausalLM,
 }
 
