@@ -1,13 +1,17 @@
 """`sdllava data`: addresses, unpacking, repairs and the check, on small sets in the published layout."""
 
+import hashlib
 import json
+import shutil
 import zipfile
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
 from sdllava.commands.main import app
-from sdllava.data.published_sets import SETS, TEXT_ONLY, downloads, repair, unpack, verify
+from sdllava.data.published_sets import HUB, SETS, TEXT_ONLY, downloads, repair, unpack, verify
 
 IMAGES = {
     "coco/train2017/1.jpg": "train2017.zip",
@@ -73,6 +77,16 @@ def test_mixture_is_unpacked_repaired_and_checked_by_source(mixture):
     assert not found.complete
 
 
+def test_images_are_compared_with_their_archives_also_after_a_repair(mixture):
+    unpack("mix-665k", mixture)
+    repair("mix-665k", mixture)
+    (mixture / "vg" / "VG_100K" / "6.jpg").write_bytes(b"an im")
+    (mixture / "ocr_vqa" / "images" / "3.jpg").write_bytes(b"AN IMAGE")
+    assert verify("mix-665k", mixture).damaged == {"vg": ["vg/VG_100K/6.jpg"]}
+    expected = {"vg": ["vg/VG_100K/6.jpg"], "ocr_vqa": ["ocr_vqa/images/3.jpg"]}
+    assert verify("mix-665k", mixture, hashes=True).damaged == expected
+
+
 def test_set_without_published_numbers_is_complete_with_all_images(tmp_path):
     folder = tmp_path / "LLaVA-Pretrain"
     (folder / "images" / "00000").mkdir(parents=True)
@@ -108,8 +122,36 @@ def test_commands(mixture):
     assert "1 images renamed" in prepared.output
     checked = run(app, ["data", "verify", "mix-665k", str(mixture)])
     assert checked.exit_code == 1
-    assert "ocr_vqa: 2 samples (published: 80,000), 2 images, 1 missing, 0 empty" in checked.output
+    assert "ocr_vqa: 2 samples (published: 80,000), 2 images, 1 missing, 0 empty, 0 not as" in checked.output
     assert "  ocr_vqa/images/4.jpg" in checked.output
     empty = run(app, ["data", "prepare", "llava-558k", str(mixture / "other")])
     assert empty.exit_code == 1
+    assert "not downloaded: https://huggingface.co" in empty.output
     assert "huggingface.co/datasets/liuhaotian/LLaVA-Pretrain" in empty.output
+
+
+def test_files_of_the_hub_are_downloaded_and_their_hash_is_compared(tmp_path, monkeypatch):
+    """A folder stands for the Hub."""
+    hub, annotations = tmp_path / "hub", json.dumps([{"image": "00000/1.jpg"}]).encode()
+    hub.mkdir()
+    (hub / "blip_laion_cc_sbu_558k.json").write_bytes(annotations)
+    write_archive(hub / "images.zip", "00000/1.jpg")
+
+    def download(repo_id, filename, repo_type, local_dir):
+        assert f"{HUB}/{repo_id}/resolve/main/{filename}" in [url for url, _, _ in downloads("llava-558k", folder)]
+        local_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(hub / filename, local_dir)
+
+    def paths_info(self, repo_id, paths, repo_type):
+        return [SimpleNamespace(lfs=SimpleNamespace(sha256=hashlib.sha256(annotations).hexdigest()))]
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", paths_info)
+    folder, run = tmp_path / "data", CliRunner().invoke
+    assert run(app, ["data", "prepare", "llava-558k", str(folder), "--no-download"]).exit_code == 1
+    prepared = run(app, ["data", "prepare", "llava-558k", str(folder)])
+    assert (prepared.exit_code, prepared.output.count("downloaded"), "Nothing to" in prepared.output) == (0, 2, True)
+    checked = run(app, ["data", "verify", "llava-558k", str(folder), "--hashes"])
+    assert (checked.exit_code, "as on the Hub" in checked.output) == (0, True)
+    (folder / "LLaVA-Pretrain" / "blip_laion_cc_sbu_558k.json").write_bytes(annotations + b" ")
+    assert run(app, ["data", "verify", "llava-558k", str(folder)]).exit_code == 1

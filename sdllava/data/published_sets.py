@@ -1,18 +1,19 @@
 """LLaVA's two training sets on disk: what to download, unpacking, repairs, and a check of what is missing.
 
 Places and numbers are those of LLaVA's repository. Its README gives the layout and the addresses; the counts are from
-the cited threads. Nothing here downloads. Nothing imports a large library.
+the cited threads. Nothing here imports a large library before it downloads.
 """
 
 import json
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..atomic_files import move_into_place
+from ..atomic_files import move_into_place, write_text
 
 HUB = "https://huggingface.co/datasets"
 LLAVA = "https://github.com/haotian-liu/LLaVA"
@@ -137,6 +138,7 @@ class Verification:
         images: Distinct images by source.
         missing: Paths of missing images by source.
         empty: Paths of images of zero bytes by source.
+        damaged: Paths of images that differ from their archive, in size or, where hashes were checked, in CRC-32.
     """
 
     samples: Counter[str] = field(default_factory=Counter)
@@ -144,12 +146,13 @@ class Verification:
     images: Counter[str] = field(default_factory=Counter)
     missing: dict[str, list[str]] = field(default_factory=dict)
     empty: dict[str, list[str]] = field(default_factory=dict)
+    damaged: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
         """Whether all images are there and all known numbers fit."""
         counts = all(self.samples[name] == number for name, number in self.expected.items())
-        return counts and not self.missing and not self.empty
+        return counts and not self.missing and not self.empty and not self.damaged
 
 
 def downloads(name: str, folder: Path) -> list[tuple[str, Path, str]]:
@@ -172,8 +175,47 @@ def downloads(name: str, folder: Path) -> list[tuple[str, Path, str]]:
     return wanted
 
 
+def fetch(url: str, place: Path) -> bool:
+    """Download a file of the Hub. An interrupted download resumes.
+
+    Args:
+        url: An address of `downloads`.
+        place: Where to put it.
+
+    Returns:
+        `bool`: Whether the Hub has the file. Files of other servers are not downloaded.
+
+    Raises:
+        Exception: The Hub cannot be reached, or the disk is full.
+    """
+    if not url.startswith(HUB):
+        return False
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download(**_hub_file(url), local_dir=place.parent)
+    return True
+
+
+def published_sha256(name: str) -> str | None:
+    """The SHA-256 of a set's annotations that the Hub states, None where it states none.
+
+    Raises:
+        Exception: The Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    where = _hub_file(SETS[name].url)
+    (found,) = HfApi().get_paths_info(where["repo_id"], where["filename"], repo_type="dataset")
+    return getattr(getattr(found, "lfs", None), "sha256", None)
+
+
+def _hub_file(url: str) -> dict[str, str]:
+    repo_id, _, filename = url.removeprefix(f"{HUB}/").partition("/resolve/main/")
+    return {"repo_id": repo_id, "filename": filename, "repo_type": "dataset"}
+
+
 def unpack(name: str, folder: Path) -> list[str]:
-    """Unpack the archives that are there and not unpacked yet.
+    """Unpack the archives that are there and not unpacked yet, and record their files' sizes and CRC-32 for `verify`.
 
     Args:
         name: One of `SETS`.
@@ -190,8 +232,9 @@ def unpack(name: str, folder: Path) -> list[str]:
         for archive in source.urls:
             path = folder / archive
             if path.is_file() and not _unpacked(folder, source, archive):
-                _extract(path, folder / source.unpacks_to)
-                _marker(folder, source, archive).touch()
+                members = _extract(path, folder / source.unpacks_to)
+                lines = (f"{member.CRC:08x} {member.file_size} {member.filename}\n" for member in members)
+                write_text(_marker(folder, source, archive), "".join(lines))
                 done.append(archive)
     return done
 
@@ -224,12 +267,13 @@ def repair(name: str, folder: Path) -> dict[str, str]:
     return renamed
 
 
-def verify(name: str, folder: Path) -> Verification:
-    """Compare a set on disk with its annotations and with the published numbers.
+def verify(name: str, folder: Path, hashes: bool = False) -> Verification:
+    """Compare a set on disk with its annotations, with the archives of its images, and with the published numbers.
 
     Args:
         name: One of `SETS`.
         folder: The set's folder.
+        hashes: Read every image and compare its CRC-32 with that in its archive.
 
     Raises:
         FileNotFoundError: The annotations are not there.
@@ -237,6 +281,7 @@ def verify(name: str, folder: Path) -> Verification:
     """
     published = SETS[name]
     root, found, seen = folder / published.images, Verification(), set()
+    recorded = _recorded(folder, published)
     for sample in read_samples(name, folder):
         images = _images(sample)
         found.samples[_source(published, images[0]) if images else TEXT_ONLY] += 1
@@ -246,9 +291,13 @@ def verify(name: str, folder: Path) -> Verification:
             seen.add(image)
             source = _source(published, image)
             found.images[source] += 1
+            size, crc = recorded.get(_stem(image), (None, None))
             try:
-                if not (root / image).stat().st_size:
+                found_size = (root / image).stat().st_size
+                if not found_size:
                     found.empty.setdefault(source, []).append(image)
+                elif size not in (None, found_size) or (hashes and crc not in (None, _crc32(root / image))):
+                    found.damaged.setdefault(source, []).append(image)
             except OSError:
                 found.missing.setdefault(source, []).append(image)
     found.expected = {source.name: source.samples for source in published.sources if source.samples is not None}
@@ -297,6 +346,30 @@ def _unpacked(folder: Path, source: ImageSource, archive: str) -> bool:
     return _marker(folder, source, archive).exists()
 
 
+def _recorded(folder: Path, published: PublishedSet) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of each unpacked file, by its path in the image folder without extension, which `repair` changes.
+
+    Archives that earlier versions unpacked have no record.
+    """
+    found = {}
+    for source in published.sources:
+        for archive in source.urls:
+            if _unpacked(folder, source, archive):
+                for line in _marker(folder, source, archive).read_text(encoding="utf-8").splitlines():
+                    crc, size, name = line.split(" ", 2)
+                    path = (PurePosixPath(source.unpacks_to) / name).relative_to(published.images)
+                    found[_stem(path.as_posix())] = (int(size), int(crc, 16))
+    return found
+
+
+def _stem(path: str) -> str:
+    return PurePosixPath(path).with_suffix("").as_posix()
+
+
+def _crc32(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
+
+
 def _members(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
     for member in archive.infolist():
         if member.is_dir():
@@ -310,13 +383,15 @@ def _members(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
         yield member
 
 
-def _extract(path: Path, target: Path) -> None:
+def _extract(path: Path, target: Path) -> list[zipfile.ZipInfo]:
     """Unpack an archive. Files that are there with their full size are kept, so an interrupted run resumes."""
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in _members(archive):
+            members = list(_members(archive))
+            for member in members:
                 place = target / member.filename
                 if not place.is_file() or place.stat().st_size != member.file_size:
                     archive.extract(member, target)
+            return members
     except zipfile.BadZipFile as error:
         raise ValueError(f"The archive {str(path)!r} is damaged ({error}). Download it again.") from error
