@@ -11,7 +11,7 @@ from .version import __version__
 
 _PUBLIC = {
     "SDLlavaConfig": "configuration",
-    "SDLlavaDiffusionConfig": "configuration",
+    "SDLlavaDiffusionConfig": "diffusion_configuration",
     "SDLlavaDiffusionModel": "diffusion",
     "SDLlavaForConditionalGeneration": "modeling_sdllava",
     "SDLlavaImageEncodings": "outputs",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .configuration import SDLlavaDiffusionConfig
+from .diffusion_configuration import SDLlavaDiffusionConfig
 from .taps import Tap
 from .unet_pass import CompiledPass
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from .backbone import DiffusionBackbone, PublishedDiffusion
-from .configuration import SDLlavaDiffusionConfig
 from .deepfloyd_if import DeepFloydIFBackbone
+from .diffusion_configuration import SDLlavaDiffusionConfig
 from .families import find_family, is_deepfloyd_if, transformer_family
 from .flux import FluxBackbone
 from .pixart import PixArtBackbone

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from .backbone import Prompts, dtype_of
-from .configuration import SDLlavaDiffusionConfig
+from .diffusion_configuration import SDLlavaDiffusionConfig
 from .hooked_backbone import HookedBackbone, as_dict, published
 from .noise import ddpm_rates
 from .repositories import missing, split_revision

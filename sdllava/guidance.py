@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .configuration import SDLlavaDiffusionConfig
+from .diffusion_configuration import SDLlavaDiffusionConfig
 
 
 def guide(unconditional: torch.Tensor | None, conditional: torch.Tensor | None, scale: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.errors import HFValidationError
 
 from .backbone import dtype_of, without_autocast
-from .configuration import SDLlavaDiffusionConfig
+from .diffusion_configuration import SDLlavaDiffusionConfig
 from .families import is_tiny_vae
 from .hooked_backbone import HookedBackbone, as_dict, published
 from .repositories import missing, refuse_pickle, split_revision

@@ -15,7 +15,8 @@ from transformers import (
 from .backbone import PublishedDiffusion
 from .backbones import read_published
 from .chat_templates import chat_template_for
-from .configuration import PART_FIELDS, SDLlavaConfig, SDLlavaDiffusionConfig
+from .configuration import SDLlavaConfig
+from .diffusion_configuration import PART_FIELDS, SDLlavaDiffusionConfig
 from .repositories import describe_source, missing, split_revision
 from .vision import read_vision
 

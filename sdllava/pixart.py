@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from .backbone import Prompts, dtype_of
-from .configuration import SDLlavaDiffusionConfig
+from .diffusion_configuration import SDLlavaDiffusionConfig
 from .hooked_backbone import as_dict, published
 from .latent_backbone import LatentBackbone
 from .noise import ddpm_rates

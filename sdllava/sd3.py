@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from .backbone import Prompts, dtype_of
-from .configuration import SDLlavaDiffusionConfig
+from .diffusion_configuration import SDLlavaDiffusionConfig
 from .flow import FlowBackbone
 from .hooked_backbone import as_dict, published
 from .repositories import missing, split_revision
