@@ -2,13 +2,14 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fixtures_evaluation import make_image, write_captions, write_mmvp, write_winoground
+from ranks import run_ranks
 from typer.testing import CliRunner
 
 from sdllava.commands.main import app
@@ -209,38 +210,15 @@ def test_help_imports_nothing_heavy():
 def test_two_processes_give_the_results_of_one(composed, published, mmvp_folder, tmp_path):
     winoground = write_winoground(tmp_path / "winoground", 3)
     options = EvaluationOptions(data=str(mmvp_folder), blind=True, batch_size=2)
-    evaluate(load_model_once(str(composed)), "mmvp", tmp_path / "1", options)
     matching = MatchingOptions(timesteps=(489,), trials=1)
-    match(
-        load_matcher(str(published["sd2"]), matching), "winoground", tmp_path / "1" / "match", {}, matching, winoground
-    )
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys\n"
-        "from sdllava.evaluation import bootstrap\n"
-        "bootstrap.REPLICATES = 100\n"
-        "from sdllava.evaluation.benchmarks.mmvp import MMVP\n"
-        "MMVP.max_new_tokens = 4\n"
-        "from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate\n"
-        "loaded = LoadedModel.load(sys.argv[1])\n"
-        "evaluate(loaded, 'mmvp', sys.argv[3], EvaluationOptions(data=sys.argv[2], blind=True, batch_size=2))\n"
-        "from sdllava.evaluation.match import load_matcher, match\n"
-        "from sdllava.evaluation.matching import MatchingOptions\n"
-        "options = MatchingOptions(timesteps=(489,), trials=1)\n"
-        "matcher = load_matcher(sys.argv[4], options)\n"
-        "match(matcher, 'winoground', sys.argv[3] + '/match', {}, options, sys.argv[5])\n"
-        "from sdllava.evaluation.processes import leave_group\n"
-        "leave_group()\n"
-    )
-    command = [sys.executable, str(script), str(composed), str(mmvp_folder), str(tmp_path / "2")]
-    command += [str(published["sd2"]), str(winoground)]
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(29500 + os.getpid() % 500)
-    processes = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=400) for process in processes] == [0, 0]
+
+    def measure(output: Path) -> None:
+        evaluate(LoadedModel.load(str(composed)), "mmvp", output, options)
+        matcher = load_matcher(str(published["sd2"]), matching)
+        match(matcher, "winoground", output / "match", {}, matching, winoground)
+
+    measure(tmp_path / "1")
+    run_ranks(partial(measure, tmp_path / "2"), tmp_path)
     for name in ("samples.jsonl", "blind/samples.jsonl", "match/samples.jsonl"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     one, two = (stored(tmp_path / name) for name in ("1", "2"))

@@ -2,14 +2,12 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 from train_fixtures import command, losses, model_arguments, weights
 
@@ -261,24 +259,15 @@ def test_a_late_process_computes_its_own_part(model, processor, rows, tmp_path):
 
 @pytest.mark.slow
 def test_processes_share_the_work(work, tmp_path):
-    script = (
-        "import sys\nfrom torch import distributed\nfrom sdllava.train.run import cache\n"
-        "print('WROTE', cache(sys.argv[2:], sys.argv[1], 'latents', 'float32', 3), flush=True)\n"
-        "distributed.destroy_process_group()\n"
-    )
-    (tmp_path / "write.py").write_text(script)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
-    arguments = [
-        str(tmp_path / "write.py"),
-        str(tmp_path / "cache"),
-        *command(work, "unused", init_from=work / "trained"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    result = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("WROTE 5") == 2
-    cache(command(work, "unused", init_from=work / "trained"), str(tmp_path / "one"), "latents", "float32", 3)
-    shared, single = tensors(tmp_path / "cache"), tensors(tmp_path / "one")
+    arguments = command(work, "unused", init_from=work / "trained")
+    both = tmp_path / "both"
+
+    def write() -> None:
+        assert cache(arguments, str(both), "latents", "float32", 3) == 5
+
+    run_ranks(write, tmp_path)
+    cache(arguments, str(tmp_path / "one"), "latents", "float32", 3)
+    shared, single = tensors(both), tensors(tmp_path / "one")
     assert shared.keys() == single.keys()
     for name, tensor in shared.items():
         torch.testing.assert_close(tensor, single[name], atol=1e-5, rtol=0)
