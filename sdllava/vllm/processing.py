@@ -5,6 +5,7 @@ has the hash of the image only, so that vLLM's prefix caching reuses their keys 
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,8 @@ WHOLE, VISION, DIFFUSION = range(3)
 """Which of an image's tokens an item holds."""
 NO_KEY = bytes(32)
 """The image key of the dummy images with which vLLM measures memory; their encodings are not cached."""
+NUM_KEPT_PIXELS = 16
+"""Images whose pixels are cached; 4 MB each at the papers' size."""
 _ITEMS = "sdllava_items"
 
 
@@ -94,7 +97,11 @@ class SDLlavaDummyInputs(BaseDummyInputsBuilder[SDLlavaProcessingInfo]):
 
 
 class SDLlavaMultiModalProcessor(BaseMultiModalProcessor[SDLlavaProcessingInfo]):
-    """Makes the inputs of images and questions."""
+    """Makes the inputs of images and questions. An image is resized once for all questions about it."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._pixels: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
 
     def get_dummy_inputs(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
@@ -165,12 +172,26 @@ class SDLlavaMultiModalProcessor(BaseMultiModalProcessor[SDLlavaProcessingInfo])
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         options: dict[str, Any] = dict(hf_kwargs)
         items: list[ImageItem] = options.pop(_ITEMS)
-        questions = [item.question for item in items]
-        inputs = self.info.get_hf_processor()(**hf_data, **options, question=questions, return_tensors="pt")
+        processor = self.info.get_hf_processor()
+        images: Any = hf_data["images"]
+        rows = [self._image_inputs(*pair, options) for pair in zip(items, images, strict=True)]
+        inputs = BatchFeature({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+        if hasattr(processor, "diffusion_tokenizer"):
+            inputs.update(processor.tokenize_questions([item.question for item in items], "pt"))
         keys = [hashlib.sha256(item.image_hash.encode()).digest() if item.image_hash else NO_KEY for item in items]
         inputs["image_key"] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
         inputs["part"] = torch.tensor([item.part for item in items])
         return inputs
+
+    def _image_inputs(self, item: ImageItem, image: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The pixels of an image, one row each. The image's hash includes the options of its processing."""
+        pixels = self._pixels.pop(item.image_hash, None)
+        if pixels is None:
+            pixels = dict(self.info.get_hf_processor()(images=image, **options, return_tensors="pt"))
+        self._pixels[item.image_hash] = pixels
+        if len(self._pixels) > NUM_KEPT_PIXELS:
+            self._pixels.popitem(last=False)
+        return pixels
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
