@@ -1,16 +1,17 @@
 """Runs that should be equal are, frozen parts stay, and gradients through the frozen UNet are right."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from train_fixtures import command, losses, model_arguments, weights, write_colours
 
 from sdllava.data.sources import DataSource, load_data
 from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
+from sdllava.train.__main__ import main
 from sdllava.train.adapters import inject_unet_lora
 from sdllava.train.arguments import AdapterArguments, ModelArguments
 from sdllava.train.build import build_model, build_processor
@@ -72,9 +73,7 @@ def test_two_processes_equal_one(work, data, base):
     arguments = command(
         work, "gloo", init_from=work / "trained", train_data=data, per_device_train_batch_size=2, **BASE
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
-    result = subprocess.run([*launcher, "-m", "sdllava.train", *arguments], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(partial(main, arguments), work)
     assert_same_run(work / "gloo", base)
 
 
