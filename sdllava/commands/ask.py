@@ -17,7 +17,7 @@ from .options import (
     default_device,
     model_path,
 )
-from .reporting import warn_if_untrained
+from .reporting import PHOTOGRAPH, warn_if_untrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,8 +87,7 @@ def _warn_of_photograph(picture: "Image") -> None:
     from ..scenes.render import looks_rendered
 
     if not looks_rendered(picture):
-        message = "Warning: the miniature only supports rendered scenes, and this image looks like a photograph."
-        typer.secho(message, fg="yellow", err=True)
+        typer.secho(f"Warning: {PHOTOGRAPH}", fg="yellow", err=True)
 
 
 def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:

@@ -28,6 +28,9 @@ from .reporting import require_packages
 
 def demo(
     model: ModelOption = "mini",
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Another checkpoint, to compare its answers and maps. Repeatable.")
+    ] = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 7860,
     device: DeviceOption = None,
@@ -44,7 +47,8 @@ def demo(
     """Open a page that answers questions and draws attention maps and the effect of the question."""
     require_packages("The page", "demo", "gradio", "matplotlib")
     let_idle_threads_sleep()
-    path = model_path(model)
+    models = [model, *(compare or [])]
+    paths = [model_path(name) for name in models]
     if device is not None:
         check_device(device)
     import sdllava
@@ -62,7 +66,15 @@ def demo(
         max_queue=max_queue,
         request_seconds=request_seconds,
     )
-    engine = Engine.from_pretrained(path, device, dtype and dtype.value, limits)
-    typer.echo(f"The page of {engine.name}: http://{host}:{port} (stop it with Ctrl-C)")
+    engines = [
+        Engine.from_pretrained(path, device, dtype and dtype.value, limits, scenes_only=name in ("mini", "smol"))
+        for name, path in zip(models, paths, strict=True)
+    ]
+    if len({engine.name for engine in engines}) < len(engines):  # folders of the same name
+        for engine, name in zip(engines, models, strict=True):
+            engine.name = name
+    typer.echo(
+        f"The page of {' and '.join(engine.name for engine in engines)}: http://{host}:{port} (stop it with Ctrl-C)"
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an ordinary exit removes the page's temporary files
-    launch(engine, host, port)
+    launch(*engines, host=host, port=port)

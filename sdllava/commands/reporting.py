@@ -85,6 +85,9 @@ UNTRAINED = (
 )
 
 
+PHOTOGRAPH = "the miniature only supports rendered scenes, and this image looks like a photograph."
+
+
 def warn_if_untrained(config: Any) -> None:
     """Print a warning on standard error where a model has never been trained.
 

@@ -1,7 +1,7 @@
 """The computations of the demo page, without the page: one model, one call at a time, no stored user data."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,32 +25,42 @@ KEPT_SIDE = 1024
 """Longer side, in pixels, of the image in a session."""
 
 
+VISION_ENCODERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "dinov2": "DINOv2"}
+"""Names on the page, by `model_type`."""
+
+
 @dataclass
-class EncodedImage:
-    """The image of a session with its encodings.
+class EncodedImages:
+    """The images of a session with the encodings of one model.
 
     Args:
-        image (`PIL.Image.Image`): Upright RGB of limited size.
-        encodings ([`SDLlavaImageEncodings`]): The features that do not depend on the question.
+        images (`list[PIL.Image.Image]`): Upright RGB of limited size.
+        encodings ([`SDLlavaImageEncodings`]): The features that do not depend on the question, one row per image.
     """
 
-    image: Image.Image
+    images: list[Image.Image]
     encodings: SDLlavaImageEncodings
 
 
-def open_upload(data: bytes, limits: Limits = PAGE_LIMITS) -> Image.Image:
-    """Decode an uploaded image. The size in its header is checked before its pixels are decoded.
+def open_uploads(files: Sequence[bytes], limits: Limits = PAGE_LIMITS) -> list[Image.Image]:
+    """Decode uploaded images. The size in a header is checked before the pixels are decoded.
 
     Args:
-        data: The contents of the file.
+        files: The contents of each file.
         limits: What the page accepts.
 
     Returns:
-        `PIL.Image.Image`: Upright RGB, with a longer side of at most `KEPT_SIDE` pixels.
+        `list[PIL.Image.Image]`: Upright RGB, with longer sides of at most `KEPT_SIDE` pixels.
 
     Raises:
-        ValueError: The file is too large or unreadable.
+        ValueError: There are too many files, or one is too large or unreadable.
     """
+    if len(files) > limits.max_images:
+        raise ValueError(f"{len(files)} images were uploaded. Upload at most {limits.max_images} at a time.")
+    return [_open_upload(data, limits) for data in files]
+
+
+def _open_upload(data: bytes, limits: Limits) -> Image.Image:
     if len(data) > limits.max_image_bytes:
         largest = limits.max_image_bytes / 2**20
         raise ValueError(f"The file has {len(data) / 2**20:.1f} MiB. Upload an image of at most {largest:g} MiB.")
@@ -75,13 +85,11 @@ class Engine:
     """A loaded model with a lock, so that one call runs at a time.
 
     Args:
-        model: A model with a diffusion tower.
+        model: A model, with or without a diffusion tower.
         processor: Its processor.
         name: The model's name on the page.
         limits: What the page accepts.
-
-    Raises:
-        ValueError: The model does not have a diffusion tower.
+        scenes_only: Whether the model only supports rendered scenes.
     """
 
     def __init__(
@@ -90,16 +98,20 @@ class Engine:
         processor: SDLlavaProcessor,
         name: str,
         limits: Limits = PAGE_LIMITS,
+        scenes_only: bool = False,
     ):
-        if model.model.diffusion_tower is None:
-            raise ValueError(f"{name!r} does not have a diffusion tower. Use a model that has one.")
         self.model, self.processor, self.name = model.eval(), processor, name
-        self.limits = limits
+        self.limits, self.scenes_only = limits, scenes_only
         self.lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
-        cls, model: str, device: str | None = None, dtype: str | None = None, limits: Limits = PAGE_LIMITS
+        cls,
+        model: str,
+        device: str | None = None,
+        dtype: str | None = None,
+        limits: Limits = PAGE_LIMITS,
+        scenes_only: bool = False,
     ) -> "Engine":
         """Load a model.
 
@@ -108,40 +120,55 @@ class Engine:
             device: Default: CUDA where available, else the CPU.
             dtype: Default: bfloat16 on CUDA, else float32.
             limits: What the page accepts.
+            scenes_only: Whether the model only supports rendered scenes.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         loaded = SDLlavaForConditionalGeneration.from_pretrained(model, dtype=dtype).to(device)
-        return cls(loaded, SDLlavaProcessor.from_pretrained(model), short_name(model), limits)
+        return cls(loaded, SDLlavaProcessor.from_pretrained(model), short_name(model), limits, scenes_only)
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether a diffusion tower reads the question."""
+        tower = self.model.model.diffusion_tower
+        return tower is not None and tower.config.conditioning != "none"
 
     @property
     def guidance_scale(self) -> float | None:
-        """The configured guidance scale. None if there are several, which one slider cannot set."""
-        scales = self.model.model.diffusion_tower.config.guidance_scales
+        """The configured guidance scale. None if there is none, or several, which one slider cannot set."""
+        scales = self.model.model.diffusion_tower.config.guidance_scales if self.has_maps else []
         return scales[0] if len(scales) == 1 else None
 
     @property
-    def has_vision_encoder(self) -> bool:
-        """Whether the model has a vision encoder in addition to the diffusion tower."""
-        return self.model.model.vision_tower is not None
+    def vision_encoder(self) -> str | None:
+        """The name of the vision encoder, which can answer without the diffusion tower."""
+        config = self.model.config.vision_config
+        return None if config is None else VISION_ENCODERS.get(config.model_type, config.model_type)
 
-    def encode(self, image: Image.Image) -> EncodedImage:
-        """Encode an image once, for all questions about it."""
-        inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
+    @property
+    def encoders(self) -> str:
+        """The encoders that the model reads images with."""
+        names = ["diffusion model"] if self.model.model.diffusion_tower is not None else []
+        return " + ".join(names + ([self.vision_encoder] if self.vision_encoder else []))
+
+    def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
+        """Encode images once, for all questions about them."""
+        inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
         names = ("pixel_values", "diffusion_pixel_values")
         pixels = {name: inputs[name] for name in names if name in inputs}
         with self.lock:
-            return EncodedImage(image, self.model.encode_images(**pixels))
+            return EncodedImages(list(images), self.model.encode_images(**pixels))
 
-    def attention(self, encoded: EncodedImage, question: str) -> QuestionAttention:
-        """The attention maps of the question's words."""
+    def attention(self, encoded: EncodedImages, question: str) -> list[QuestionAttention]:
+        """The attention maps of the question's words, for each image."""
+        rows = zip(encoded.images, encoded.encodings.rows(), strict=True)
         with self.lock:
-            return model_attention(self.model, self.processor, encoded.image, question, encoded.encodings)
+            return [model_attention(self.model, self.processor, image, question, row) for image, row in rows]
 
-    def delta(self, encoded: EncodedImage, question: str) -> DeltaMap:
-        """The effect of the question on the features of the model's first tap and timestep."""
+    def delta(self, encoded: EncodedImages, question: str) -> DeltaMap:
+        """The effect of the question on the features of the model's first tap and timestep, for each image."""
         tower = self.model.model.diffusion_tower
-        ids = self.processor.tokenize_questions([question], "pt").values()
+        ids = self.processor.tokenize_questions([question] * len(encoded.images), "pt").values()
         with self.lock, torch.no_grad():
             prompts = tower.encode_prompts(*(x.to(self.model.device) for x in ids))
             maps = read_features(
@@ -154,11 +181,11 @@ class Engine:
             )
             return delta_maps(list(maps))[0]
 
-    def answer(self, encoded: EncodedImage, question: str, guidance_scale: float | None = None) -> Iterator[str]:
-        """Generate the answer of the fused model.
+    def answer(self, encoded: EncodedImages, question: str, guidance_scale: float | None = None) -> Iterator[str]:
+        """Generate the model's answer.
 
         Args:
-            encoded: The image.
+            encoded: The images.
             question: The question.
             guidance_scale: Default: the configured scales.
 
@@ -176,11 +203,11 @@ class Engine:
 
         return self._stream(inputs, features)
 
-    def answer_without_diffusion(self, encoded: EncodedImage, question: str) -> Iterator[str]:
+    def answer_without_diffusion(self, encoded: EncodedImages, question: str) -> Iterator[str]:
         """Generate an answer from the vision encoder only, with the diffusion features set to zero.
 
         Args:
-            encoded: The image.
+            encoded: The images.
             question: The question.
 
         Yields:
@@ -198,11 +225,9 @@ class Engine:
             fused = body.fusion(vision, vision.new_zeros(len(vision), diffusion.grid_size**2, diffusion.hidden_size))
         return BaseModelOutputWithPooling(pooler_output=list(body.multi_modal_projector(fused)))
 
-    def _inputs(self, encoded: EncodedImage, question: str) -> dict[str, Any]:
-        content = [
-            {"type": "image", "image": encoded.image},
-            {"type": "text", "text": check_length(question, self.limits)},
-        ]
+    def _inputs(self, encoded: EncodedImages, question: str) -> dict[str, Any]:
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in encoded.images]
+        content.append({"type": "text", "text": check_length(question, self.limits)})
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,

@@ -36,7 +36,7 @@ class Limits:
 
 
 PAGE_LIMITS = Limits(
-    max_images=1, max_image_bytes=10 * 2**20, max_new_tokens=128, max_beams=1, max_question_chars=1000, max_queue=256
+    max_images=4, max_image_bytes=10 * 2**20, max_new_tokens=128, max_beams=1, max_question_chars=1000, max_queue=256
 )
 """Limits of the demo page. Its visitors wait in a queue, whose time does not count."""
 

@@ -18,7 +18,7 @@ from image_mutations import encoded, png
 
 import sdllava
 from sdllava.demo.engine import Engine
-from sdllava.demo.page import HISTORY_HEADERS, launch
+from sdllava.demo.page import launch
 from sdllava.scenes.language import sample_question
 from sdllava.scenes.render import render
 
@@ -59,7 +59,7 @@ class Visitor:
         """Upload a file, and open it as the session's image."""
         uploaded = await self.client.post("gradio_api/upload", files={"files": ("image.png", data)})
         file = {"path": uploaded.json()[0], "orig_name": "image.png", "meta": {"_type": "gradio.FileData"}}
-        return await self.call("upload", file)
+        return await self.call("upload", [file])
 
 
 async def visit(address: str, visitors: int, images: list[bytes], questions: list[str], expected: list) -> dict:
@@ -74,15 +74,16 @@ async def visit(address: str, visitors: int, images: list[bytes], questions: lis
             visitor, scene = Visitor(client, functions), number % NUM_SCENES
             if number % 20 == 7:
                 event = await visitor.upload(BAD[number // 20 % len(BAD)])
-                is_right = not event["success"] and MESSAGES[number // 20 % len(BAD)] in event["output"]["error"]
+                is_right = MESSAGES[number // 20 % len(BAD)] in json.dumps(event["output"])
                 return ("bad upload, message" if is_right else f"bad upload: {event}"), visitor.position
             opened = await visitor.upload(images[scene])
-            asked = await visitor.call("ask", None, questions[scene], 4.0)
-            history = {"headers": HISTORY_HEADERS, "data": [], "metadata": None}
+            asked = await visitor.call("ask", None, questions[scene], 4.0, 0)
+            history = {"headers": [], "data": [], "metadata": None}
             answered = await visitor.call("answers", None, None, 4.0, history)
             if not (opened["success"] and asked["success"] and answered["success"]):
                 return f"failed: {answered if asked['success'] else asked}"[:300], visitor.position
-            is_right = answered["output"]["data"][:2] == expected[scene]
+            _, history = answered["output"]["data"]
+            is_right = history["data"] == [[questions[scene], "4", *expected[scene]]]
             return ("answered, right" if is_right else f"wrong: {answered['output']}"[:300]), visitor.position
 
         began = time.monotonic()
@@ -103,7 +104,7 @@ def load_page(model: str, visitors: int) -> dict:
     drawn = [sample_question("test", seed) for seed in range(NUM_SCENES)]
     expected = []
     for scene, question in drawn:
-        image = engine.encode(render(scene))
+        image = engine.encode([render(scene)])
         fused = list(engine.answer(image, question.text, 4.0))[-1]
         expected.append([fused, list(engine.answer_without_diffusion(image, question.text))[-1]])
     with socket.socket() as free:
