@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 COUNT ?= 20000
 
-.PHONY: audit demo docs notebooks test test-slow test-all test-oldest fuzz lint wheel clean
+.PHONY: audit demo docs notebooks test test-slow test-all test-oldest test-deepspeed test-lmms test-vllm fuzz lint release wheel clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,7 @@ test-deepspeed: .venv-deepspeed/.done  ## ZeRO-2 and ZeRO-3 on two CPU processes
 	DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest -m "" tests/test_train_deepspeed.py
 
 release: wheel  ## packages in dist/, checked, and the notes of the version in dist/notes.md
+	$(BIN)/python -m build --sdist --no-isolation
 	$(BIN)/python -m twine check --strict dist/*.whl dist/*.tar.gz
 	$(BIN)/python scripts/release.py dist dist/notes.md
 
@@ -68,6 +69,7 @@ audit:  ## known vulnerabilities of the versions in constraints.txt; skipped wit
 	else echo "Skipped: pip-audit cannot be installed without network."; fi
 
 wheel: $(VENV)/.dev  ## dist/*.whl; two builds of a commit are equal
+	rm -rf build/lib  # of an earlier build, which may have modules that no longer exist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --wheel --no-isolation
 
 VLLM_PINS = grep -E '^(diffusers|huggingface_hub|pytest|transformers)==' constraints.txt
@@ -81,11 +83,17 @@ VLLM_PINS = grep -E '^(diffusers|huggingface_hub|pytest|transformers)==' constra
 test-vllm: .venv-vllm/.done  ## the vLLM plugin on a CPU, in an environment of its own
 	.venv-vllm/bin/python -m pytest -m "" --durations 5 tests/test_vllm.py tests/test_vllm_server.py
 
-LMMS_NEEDS = loguru math-verify openai pytz sacrebleu tenacity
-.venv-lmms/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-lmms
-	.venv-lmms/bin/python -m pip install -q --no-compile -c constraints.txt -e '.[eval]' pytest $(LMMS_NEEDS)
-	.venv-lmms/bin/python -m pip install -q --no-compile --no-deps lmms-eval==0.7.3  # it asks for 30 more packages
+# A virtual environment on top of $(VENV): it finds the packages of both, first its own.
+ON_TOP = import pathlib, sys, sysconfig; own = sysconfig.get_path("purelib"); \
+	base = own.replace(sys.prefix, "$(abspath $(VENV))"); \
+	pathlib.Path(own, "base.pth").write_text(f"import site; site.addsitedir({base!r})")
+LMMS_NEEDS = antlr4-python3-runtime colorama latex2sympy2_extended loguru lxml math-verify portalocker sacrebleu \
+	tabulate tenacity
+.venv-lmms/.done: $(VENV)/.dev
+	$(BIN)/python -m venv --clear --without-pip .venv-lmms
+	.venv-lmms/bin/python -c '$(ON_TOP)'
+	$(BIN)/python -m pip --python .venv-lmms/bin/python install -q --no-compile --no-deps -c constraints.txt \
+		lmms-eval==0.7.3 $(LMMS_NEEDS)  # lmms-eval asks for 40 more packages
 	touch $@
 
 test-lmms: .venv-lmms/.done  ## lmms-eval's command line on a local task, in an environment of its own

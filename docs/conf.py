@@ -107,13 +107,19 @@ def read_notation(app: Any, what: str, name: str, thing: Any, options: Any, line
     """Turn transformers' notation in docstrings into Sphinx's.
 
     Links such as [`~sdllava.taps.list_taps`] become references, a list of arguments that continues on the next line
-    becomes one line, tables become literal blocks, and `name`s becomes valid.
+    becomes one line, |x| is not a substitution, tables become literal blocks, and `name`s becomes valid.
     """
     text = re.sub(r"(?m)^(\s+\w[\w, ]*,)\n\s+(?=[\w, ]+(?: \(.*\))?:)", r"\1 ", "\n".join(lines))
     text = re.sub(r"\[`(~?sdllava\.[\w.]+)`\]", r":py:obj:`\1`", text)
     text = re.sub(r"\[(`[^`]+`)\]", r"\1", text)
+    text = re.sub(r"(?m)^(?!\| |\|-).*\|.*$", lambda line: _escape_bars(line[0]), text)
     text = re.sub(r"(?m)(?:^\|.*\n)+", lambda table: "::\n\n" + re.sub("(?m)^(?=.)", "    ", table[0]) + "\n", text)
     lines[:] = re.sub(r"(?<![`:\w])(`[^`\n]+`)(?=\w)", r"\1\\ ", text).split("\n")
+
+
+def _escape_bars(line: str) -> str:
+    """A line in which |x| outside backticks is text."""
+    return re.sub(r"(`+.*?`+)|\|", lambda found: found[1] or r"\|", line)
 
 
 def setup(app: Any) -> None:

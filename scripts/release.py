@@ -76,8 +76,9 @@ def main(dist: Path, notes: Path) -> None:
     check_wheel(wheel, version)
     text = release_notes((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), version)
     notes.write_text(text, encoding="utf-8")
+    size = wheel.stat().st_size / 2**20
     print(
-        f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB. Notes: {notes}. Tag v{version}, then upload {dist}/*."
+        f"{wheel.name}: {size:.1f} MiB. Notes: {notes}. Tag v{version}, then upload {dist}/*.whl and {dist}/*.tar.gz."
     )
 
 
