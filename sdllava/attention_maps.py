@@ -1,7 +1,6 @@
 """Maps of a diffusion model's attention to its prompt, read by hooks on stock diffusers modules.
 
-The probabilities are computed from the query that the module computed and from its own key projections. Nothing is
-replaced, and the hooks are removed when the capture ends.
+Nothing is replaced, and the hooks are removed when the capture ends.
 """
 
 import difflib
@@ -12,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .attention_scores import AttentionScores, hooked_scores
 from .taps import Tap, canonical_tap_name
 from .unet_pass import removed_at_exit
 
@@ -32,12 +31,13 @@ class AttentionMaps(Mapping):
 
     Attributes:
         layers (`list[str]`): Transformer blocks whose maps are kept, e.g. `U-L1-R1-B0`, in the order in which they ran.
+        of_outputs (`bool`): The values are not probabilities but products of outputs, see `ConceptCapture`.
         prompt_ids (`list[torch.LongTensor]` of shapes `(n, tokens)`): The prompts of the call, as each tokenizer gives
             them whose tokens are attended to, in the order of `tokens`.
     """
 
-    def __init__(self, layers: Sequence[str]):
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[str], of_outputs: bool = False):
+        self.layers, self.of_outputs = list(layers), of_outputs
         self.prompt_ids: list[torch.Tensor] = []
         self._maps: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -108,6 +108,37 @@ def attention_layers(known: Sequence[Tap], read: Sequence[Tap]) -> dict[str, Tap
     return {_SUFFIX.sub("", tap.name): tap for tap in known[: last + 1] if _SUFFIX.search(tap.name)}
 
 
+def concept_layers(denoiser: nn.Module, known: Sequence[Tap], read: Sequence[Tap]) -> dict[str, Tap]:
+    """The transformer blocks up to the last tap whose attention also has outputs for the text, in order.
+
+    These are Stable Diffusion 3's blocks except for the last, and FLUX's blocks of two streams.
+
+    Args:
+        denoiser: The module in which taps are paths.
+        known: Every tap of the denoiser, in the order of its forward pass.
+        read: The taps that are read.
+
+    Returns:
+        `dict[str, Tap]`: Names such as `T-B9`, and the taps of their attention.
+
+    Raises:
+        ValueError: There is none.
+    """
+    last = max(known.index(tap) for tap in read)
+    joint = {tap.name.removesuffix("-Joint-Out"): tap for tap in known[: last + 1] if tap.name.endswith("-Joint-Out")}
+    found = {
+        name: tap
+        for name, tap in joint.items()
+        if getattr(denoiser.get_submodule(tap.module_path), "to_add_out", None) is not None
+    }
+    if not found:
+        raise ValueError(
+            f"No joint attention of text and image runs up to the last tap, {known[last].name!r}, so there are no "
+            "concept maps. Use attention maps, or a later tap of Stable Diffusion 3 or FLUX."
+        )
+    return found
+
+
 def choose_layers(layers: dict[str, Tap], names: Sequence[str] | None) -> dict[str, Tap]:
     """Those of `layers` that are named, in short or long form; all of them where `names` is None.
 
@@ -148,24 +179,20 @@ class AttentionCapture:
         RuntimeError: A layer is compiled.
     """
 
+    of_outputs = False
+
     def __init__(self, denoiser: nn.Module, layers: dict[str, Tap], per_head: bool = False):
         _require_uncompiled(denoiser, layers)
-        self.maps = AttentionMaps(list(layers))
+        self.maps = AttentionMaps(list(layers), self.of_outputs)
         self.timestep = 0
         self._denoiser, self._layers, self._per_head = denoiser, layers, per_head
         self._rows = 0
-        self._inputs: dict[str, dict[str, Any]] = {}
         self._running: dict[tuple[str, int], torch.Tensor] = {}
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Inside the context, passes of the denoiser are captured."""
-        handles: list[RemovableHandle] = []
-        with removed_at_exit(handles):
-            for name, tap in self._layers.items():
-                attention: Any = self._denoiser.get_submodule(tap.module_path.removesuffix(".to_q"))
-                handles.append(attention.register_forward_pre_hook(self._note_inputs(name), with_kwargs=True))
-                handles.append(attention.to_q.register_forward_hook(self._keep(name, attention, tap)))
+        with hooked_scores(self._denoiser, self._layers, self._keep_probabilities, lambda: self._rows):
             yield
 
     def begin(self, rows: int) -> None:
@@ -183,35 +210,54 @@ class AttentionCapture:
             self.maps.set_call(prompt_ids, self._running)
         self._running = {}
 
-    def _note_inputs(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            self._inputs[name] = kwargs
+    def _keep_probabilities(self, name: str, scores: AttentionScores) -> None:
+        probabilities = scores.probabilities()
+        self._keep(name, probabilities if self._per_head else probabilities.mean(dim=1, keepdim=True))
 
-        return hook
+    def _keep(self, name: str, values: torch.Tensor) -> None:
+        """Keep values `(n, heads, positions, tokens)` as maps."""
+        side = math.isqrt(values.shape[2])
+        self._running[name, self.timestep] = values.transpose(2, 3).unflatten(3, (side, side)).cpu()
 
-    def _keep(self, name: str, attention: nn.Module, tap: Tap) -> Any:
-        @torch.no_grad()
-        def hook(module: nn.Module, args: Any, query: torch.Tensor) -> None:
-            # the given prompt's half comes last: after the empty prompt's in one batch, or in a pass of its own
-            chosen = slice(-self._rows, None)
-            inputs = self._inputs.pop(name)
-            text: Any = inputs.get("encoder_hidden_states")
-            mask = inputs.get("attention_mask")
-            text = None if text is None else text[chosen]
-            if getattr(attention, "added_kv_proj_dim", None) is not None or tap.after_text:
-                num_text = query.shape[1] - tap.height * tap.width if text is None else text.shape[1]
-                rotary = inputs.get("image_rotary_emb")
-                probabilities = joint_probabilities(attention, query[chosen], args[0][chosen], text, num_text, rotary)
-            else:
-                mask = None if mask is None else mask[chosen]
-                probabilities = attention_probabilities(attention, query[chosen], text, mask)
-            if not self._per_head:
-                probabilities = probabilities.mean(dim=1, keepdim=True)
-            side = math.isqrt(probabilities.shape[2])
-            maps = probabilities.transpose(2, 3).unflatten(3, (side, side))
-            self._running[name, self.timestep] = maps.cpu()
 
-        return hook
+class ConceptCapture(AttentionCapture):
+    """Keeps products of what joint attention gives to image positions and to prompt tokens.
+
+    ConceptAttention (arXiv 2502.04320) compares an attention's outputs, before their projections, instead of its
+    queries and keys. Its concepts are tokens in addition to the prompt's, here they are the prompt's own. The values
+    are those of the given prompt's half, summed over heads.
+
+    Args:
+        denoiser: The module that runs.
+        layers: Names of transformer blocks and the taps of their attention, from `concept_layers`.
+    """
+
+    of_outputs = True
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Inside the context, passes of the denoiser are captured."""
+        handles: list[RemovableHandle] = []
+        with removed_at_exit(handles):
+            for name, tap in self._layers.items():
+                attention: Any = self._denoiser.get_submodule(tap.module_path)
+                handles += self._compare_outputs(name, attention)
+            yield
+
+    def _compare_outputs(self, name: str, attention: Any) -> list[RemovableHandle]:
+        outputs: dict[str, torch.Tensor] = {}
+
+        def note(part: str) -> Any:
+            return lambda module, args: outputs.update({part: args[0][-self._rows :].float()})
+
+        def compare(module: nn.Module, args: Any, output: Any) -> None:
+            self._keep(name, (outputs["image"] @ outputs["text"].transpose(1, 2))[:, None].detach())
+
+        return [
+            attention.to_out[0].register_forward_pre_hook(note("image")),
+            attention.to_add_out.register_forward_pre_hook(note("text")),
+            attention.register_forward_hook(compare),
+        ]
 
 
 def _require_uncompiled(denoiser: nn.Module, layers: dict[str, Tap]) -> None:
@@ -222,80 +268,3 @@ def _require_uncompiled(denoiser: nn.Module, layers: dict[str, Tap]) -> None:
                 f"{layer!r} cannot be captured, because compiled code calls no hooks. Capture before compiling, or "
                 "choose layers that are not compiled."
             )
-
-
-def attention_probabilities(
-    attention: Any,
-    query: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Softmax of scaled products of queries and keys, in float32.
-
-    Args:
-        attention: A diffusers `Attention`; its value projection is not needed.
-        query (`torch.Tensor` of shape `(n, positions, heads * width)`): The output of `to_q`.
-        encoder_hidden_states (`torch.Tensor` of shape `(n, tokens, channels)`): The prompt.
-        attention_mask (`torch.Tensor` of shape `(n, 1, tokens)`, *optional*): Added to the scores: large negative
-            values for padding, as the denoiser gives them to the module.
-
-    Returns:
-        `torch.FloatTensor` of shape `(n, heads, positions, tokens)`.
-    """
-    if attention.norm_cross:
-        encoder_hidden_states = attention.norm_encoder_hidden_states(encoder_hidden_states)
-    key = attention.to_k(encoder_hidden_states)
-    query, key = (x.unflatten(2, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
-    query = query if attention.norm_q is None else attention.norm_q(query)
-    key = key if attention.norm_k is None else attention.norm_k(key)
-    with torch.autocast(query.device.type, enabled=False):
-        mask = attention.prepare_attention_mask(attention_mask, key.shape[2], len(key))
-        mask = None if mask is None else mask.float()
-        scores = attention.get_attention_scores(query.flatten(0, 1).float(), key.flatten(0, 1).float(), mask)
-    return scores.unflatten(0, (len(query), attention.heads))
-
-
-def joint_probabilities(
-    attention: Any,
-    query: torch.Tensor,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor | None,
-    num_text: int,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """The text's part of one softmax over the keys of text and image, for the queries of the image, in float32.
-
-    Args:
-        attention: A diffusers `Attention` with added key projections, or a `FluxAttention`.
-        query (`torch.Tensor` of shape `(n, tokens, heads * width)`): The output of `to_q`.
-        hidden_states (`torch.Tensor` of shape `(n, tokens, channels)`): Its input: the image's tokens, or those of the
-            text and then of the image.
-        encoder_hidden_states (`torch.Tensor` of shape `(n, num_text, channels)`, *optional*): The text's tokens where
-            `hidden_states` does not have them.
-        num_text: Number of the text's tokens.
-        rotary: Cosines and sines of FLUX's rotary position embedding, for text and image.
-
-    Returns:
-        `torch.FloatTensor` of shape `(n, heads, positions, num_text)`.
-    """
-
-    def by_head(x: torch.Tensor, norm: str) -> torch.Tensor:
-        module = getattr(attention, norm, None)
-        x = x.unflatten(2, (attention.heads, -1))
-        return x if module is None else module(x)
-
-    query, key = by_head(query, "norm_q"), by_head(attention.to_k(hidden_states), "norm_k")
-    if encoder_hidden_states is None:
-        query = query[:, num_text:]
-    else:
-        if getattr(attention, "norm_cross", None):
-            encoder_hidden_states = attention.norm_encoder_hidden_states(encoder_hidden_states)
-        text_key = by_head(attention.add_k_proj(encoder_hidden_states), "norm_added_k")
-        only_text = getattr(attention, "only_cross_attention", False)
-        key = text_key if only_text else torch.cat([text_key, key], dim=1)
-    if rotary is not None:
-        key = apply_rotary_emb(key, rotary, sequence_dim=1)
-        query = apply_rotary_emb(query, (rotary[0][num_text:], rotary[1][num_text:]), sequence_dim=1)
-    with torch.autocast(query.device.type, enabled=False):
-        scores = torch.einsum("nqhd,nkhd->nhqk", query.float(), key.float()) / math.sqrt(query.shape[-1])
-        return scores.softmax(dim=-1)[..., :num_text]

@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .attention_maps import AttentionCapture, AttentionMaps, attention_layers, choose_layers
+from .attention_maps import (
+    AttentionCapture,
+    AttentionMaps,
+    ConceptCapture,
+    attention_layers,
+    choose_layers,
+    concept_layers,
+)
 from .backbone import Prompts, PublishedDiffusion, without_autocast
 from .backbones import build_backbone, freeze, read_published
 from .checkpoints import CheckpointMixin
@@ -290,7 +297,9 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         return list(attention_layers(self.config.all_taps(), self.taps))
 
     @contextmanager
-    def capture_attention(self, layers: Sequence[str] | None = None, per_head: bool = False) -> Iterator[AttentionMaps]:
+    def capture_attention(
+        self, layers: Sequence[str] | None = None, per_head: bool = False, concepts: bool = False
+    ) -> Iterator[AttentionMaps]:
         """Keep the probabilities of attention to the prompt of calls inside a context; outputs stay the same.
 
         Each call with a prompt replaces the maps of the call before. A compiled pass is not used meanwhile.
@@ -303,14 +312,17 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
 
         Args:
             layers: Transformer blocks, e.g. `["U-L1-R1-B0"]`. Default: all that run.
-            per_head: Keep the heads apart.
+            per_head: Keep the heads of probabilities apart.
+            concepts: Keep products of outputs instead of probabilities, see `ConceptCapture`.
 
         Raises:
-            ValueError: A layer does not exist, or comes after the last tap.
+            ValueError: A layer does not exist, or comes after the last tap, or no layer has concept maps.
             RuntimeError: A layer is compiled.
         """
-        chosen = choose_layers(attention_layers(self.config.all_taps(), self.taps), layers)
-        capture = AttentionCapture(self.backbone.denoiser, chosen, per_head)
+        denoiser, known = self.backbone.denoiser, self.config.all_taps()
+        found = concept_layers(denoiser, known, self.taps) if concepts else attention_layers(known, self.taps)
+        chosen = choose_layers(found, layers)
+        capture = ConceptCapture(denoiser, chosen) if concepts else AttentionCapture(denoiser, chosen, per_head)
         self._captures.append(capture)
         try:
             with capture.hooked():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import metadata_load
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from transformers.utils import cached_file, has_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -43,11 +43,24 @@ def missing(source: str | os.PathLike, what: str, error: Exception) -> OSError:
     elif os.path.isdir(source):
         held = sorted(os.listdir(source))[:6]
         advice = f"The folder does not have the published layout of a {what}; it holds {held}."
+    elif is_gated(error):
+        name = split_revision(source)["pretrained_model_name_or_path"]
+        reason = "the repository is gated, and this account has no access"
+        advice = f"Accept its licence at https://huggingface.co/{name}, then run `hf auth login`."
     else:
         advice = (
             "Give a repository id, id@revision or a local folder. A private or gated repository needs `hf auth login`."
         )
     return OSError(f"Cannot read the {what} from {source!r} ({reason}). {advice}")
+
+
+def is_gated(error: BaseException | None) -> bool:
+    """Whether an error comes from a repository whose licence was not accepted; libraries raise others in its place."""
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def refuse_pickle(source: str | os.PathLike, error: Exception | None = None, **options: Any) -> None:

@@ -45,6 +45,7 @@ class File:
 @dataclass
 class Repository:
     private: bool = False
+    gated: bool = False
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
@@ -191,6 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.hub.repositories.get(repo)
         if found is None or (found.private and self.user() is None):
             raise HubError(404 if self.user() else 401, "Repository not found", "RepoNotFound")
+        if found.gated:
+            raise HubError(403 if self.user() else 401, f"Access to model {repo} is restricted.", "GatedRepo")
         self.user()
         return found
 

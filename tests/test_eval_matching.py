@@ -199,7 +199,7 @@ def test_layers(published):
     assert len(attention_taps(whole, "all")) == 16
     with pytest.raises(ValueError, match="The nearest are"):
         attention_taps(whole, ("U-L9-R9-B9-Cross-Q",))
-    with pytest.raises(ValueError, match=r"'U-L1-R1-B0-Out' is not a query of a cross-attention\. Use Cross-Q taps"):
+    with pytest.raises(ValueError, match=r"'U-L1-R1-B0-Out' is not a query of an attention to text\. Use Cross"):
         attention_taps(whole, ("U-L1-R1-B0-Out",))
     with pytest.raises(ValueError, match="Unknown layers 'first'"):
         attention_taps(whole, "first")

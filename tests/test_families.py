@@ -1,8 +1,6 @@
 """Diffusion transformers: every part equals the stock pipeline's, taps equal hooks on the whole stock model."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -10,12 +8,9 @@ import tiny_families
 import torch
 from diffusers import DDPMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from safetensors import safe_open
-from test_remote_code import WITHOUT_PACKAGE
-from train_fixtures import command, weights
 from transformers import AutoTokenizer, T5EncoderModel
-from typer.testing import CliRunner
 
-from sdllava import SDLlavaDiffusionConfig, SDLlavaDiffusionModel, SDLlavaForConditionalGeneration, SDLlavaProcessor
+from sdllava import SDLlavaDiffusionConfig, SDLlavaDiffusionModel
 from sdllava.backbones import read_published
 from sdllava.families import PixArt
 from sdllava.prompts import clean_prompts
@@ -134,22 +129,6 @@ def test_a_question_gives_the_same_features_in_any_batch(pixart, whole, images):
 
 
 @torch.no_grad()
-def test_several_taps_timesteps_and_scales_are_concatenated(pixart, images):
-    taps = ["T-B0-Norm", "T-B2-Out"]
-    fields = {**FIELDS, "taps": taps, "timesteps": [50, 200], "guidance_scales": [0.0, 4.0]}
-    tower = SDLlavaDiffusionModel.from_component_pretrained(str(pixart), truncate=True, **fields)
-    output = tower(images, prompt_ids(pixart)[:3])
-    assert output.last_hidden_state.shape == (3, 16, 2 * 2 * 2 * 32)
-    null, given = output.unconditional_features, output.conditional_features
-    by_scale = output.last_hidden_state.unflatten(-1, (4, 2, 32))  # tap and timestep, scale, channels
-    torch.testing.assert_close(by_scale[..., 0, :].flatten(2), null)
-    torch.testing.assert_close(by_scale[..., 1, :].flatten(2), null + 4 * (given - null), rtol=0, atol=1e-4)
-    for tap, part in zip(taps, given.split(64, dim=-1), strict=True):
-        one = SDLlavaDiffusionModel.from_component_pretrained(str(pixart), **{**fields, "taps": [tap]})
-        torch.testing.assert_close(one(images, prompt_ids(pixart)[:3]).conditional_features, part, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
 def test_what_comes_after_the_tap_is_neither_in_memory_nor_in_the_file(pixart, whole, images, tmp_path):
     tower = SDLlavaDiffusionModel.from_component_pretrained(str(pixart), truncate=True, **FIELDS)
     ids = prompt_ids(pixart)[:3]
@@ -169,32 +148,6 @@ def test_what_comes_after_the_tap_is_neither_in_memory_nor_in_the_file(pixart, w
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.equal(loaded(images, ids).last_hidden_state, expected)  # position embeddings are computed again
-
-
-def test_a_composed_model_answers_and_loads_again(pixart, published, tmp_path, images):
-    from sdllava.commands.main import app
-
-    parts = {"diffusion": pixart, "vision": published["clip"], "language-model": published["llm"]}
-    options = [text for name, folder in parts.items() for text in (f"--{name}", str(folder))]
-    options += ["--tap", TAP, "--field", "image_size=64", "--field", "grid_size=4"]
-    options += ["--field", "fusion_num_attention_heads=4"]
-    result = CliRunner().invoke(app, ["compose", str(tmp_path / "model"), *options])
-    assert result.exit_code == 0, result.output
-    model = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
-    processor = SDLlavaProcessor.from_pretrained(tmp_path / "model")
-    torch.nn.init.normal_(model.model.fusion.out_proj.weight)
-    image = tiny_families.noise_image()
-    logits = []
-    for question in ("Is it RED?", "is it red?", "blue"):
-        inputs = processor(images=image, text="<image>\nname it", question=question, return_tensors="pt")
-        assert inputs["diffusion_input_ids"].shape == (1, 120)
-        with torch.no_grad():
-            logits.append(model(**inputs).logits[0, -1])
-    assert torch.equal(logits[0], logits[1])  # PixArt reads prompts in lower case
-    assert not torch.allclose(logits[0], logits[2])
-    listed = CliRunner().invoke(app, ["taps", str(tmp_path / "model")])
-    assert "T-B1-Norm" in listed.output
-    assert "transformer_blocks.1.attn2.to_q" in listed.output
 
 
 def test_the_published_pixart_has_its_parameters_before_the_cut():
@@ -299,32 +252,3 @@ def test_noise_free_features_of_a_stock_unet(published, images, kind):
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
     tower.config.add_noise = True
     assert not torch.allclose(tower(latents=latents, input_ids=ids).last_hidden_state, expected, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_pixart_trains_in_both_stages(pixart, work):
-    from sdllava.train.run import train
-
-    parts = {"diffusion": pixart, "taps": TAP}
-    train(command(work, "align", stage="align", **parts, max_steps=2, save_strategy="no"))
-    train(command(work, "finetune", init_from=work / "align", stage="finetune", max_steps=2, save_strategy="no"))
-    before, after = weights(work / "align"), weights(work / "finetune")
-    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])} - {"weight"}
-    assert changed == {"fusion", "multi_modal_projector", "language_model"}
-
-
-@pytest.mark.slow
-def test_a_pixart_checkpoint_loads_where_the_package_is_not_installed(pixart, published, tmp_path):
-    parts = {"diffusion": pixart, "vision": published["clip"], "language_model": published["llm"]}
-    parts = {name: str(folder) for name, folder in parts.items()}
-    fields = {**FIELDS, "fusion_num_attention_heads": 4}
-    model = SDLlavaForConditionalGeneration.from_component_pretrained(**parts, **fields)
-    model.save_pretrained(tmp_path / "model")
-    SDLlavaProcessor.from_component_pretrained(**parts, **fields).save_pretrained(tmp_path / "model")
-    tiny_families.noise_image().save(tmp_path / "p.png")
-    arguments = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "model"), str(tmp_path / "p.png")]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    again = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "model-again")
-    positions = "model.diffusion_tower.backbone.transformer.pos_embed"
-    assert torch.equal(again.get_submodule(positions).pos_embed, model.get_submodule(positions).pos_embed)

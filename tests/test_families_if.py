@@ -8,9 +8,8 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline
 from safetensors import safe_open
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from sdllava import SDLlavaDiffusionModel, SDLlavaForConditionalGeneration, SDLlavaProcessor
+from sdllava import SDLlavaDiffusionModel
 from sdllava.backbones import read_published, read_whole
 from sdllava.prompts import clean_prompts
 from sdllava.unet_pass import CutAway
@@ -143,26 +142,6 @@ def test_attention_maps_are_the_text_part_of_the_attention(folder, whole, images
         probabilities = before[-1].unflatten(2, (4, 16))[..., 0].transpose(1, 2)
         torch.testing.assert_close(probabilities, found[..., token])
     assert whole.attention_layers()[0] == "D-L1-R0-B0"
-
-
-def test_a_composed_model_answers_and_loads_again(folder, published, tmp_path):
-    from sdllava.analysis.attention import model_attention
-    from sdllava.commands.main import app
-
-    parts = {"diffusion": folder, "vision": published["clip"], "language-model": published["llm"]}
-    options = [text for name, path in parts.items() for text in (f"--{name}", str(path))]
-    options += ["--tap", TAP, "--field", "grid_size=4", "--field", "fusion_num_attention_heads=4"]
-    result = CliRunner().invoke(app, ["compose", str(tmp_path / "model"), *options])
-    assert result.exit_code == 0, result.output
-    model = SDLlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
-    processor = SDLlavaProcessor.from_pretrained(tmp_path / "model")
-    image = tiny_families.noise_image()
-    inputs = processor(images=image, text="<image>\nx", question="red?", return_tensors="pt")
-    assert inputs["diffusion_pixel_values"].shape == (1, 3, 64, 64)  # what stage I was trained on
-    with torch.no_grad():
-        assert model(**inputs).logits.isfinite().all()
-    found = model_attention(model, processor, image, "red cube")
-    assert [word.text for word in found.words if not word.special] == ["red", "cube"]
 
 
 def test_parts_that_do_not_fit_raise(folder, tmp_path):

@@ -17,7 +17,7 @@ ORDER = (
     ("version", "names", "outputs", "prefix_cache", "atomic_files", "fingerprints", "run_records", "remote_code"),
     ("image_loading", "chat_templates", "questions", "prompts", "repositories", "checkpoint_files"),
     ("taps", "families", "presets", "grids", "diffusion_configuration"),
-    ("configuration", "noise", "guidance", "small_maps", "unet_pass", "attention_maps"),
+    ("configuration", "noise", "guidance", "small_maps", "unet_pass", "attention_scores", "attention_maps"),
     ("backbone", "hooked_backbone", "latent_backbone", "text_encoders", "flow", "vision"),
     ("stable_diffusion", "pixart", "sd3", "flux", "deepfloyd_if", "backbones"),
     ("checkpoints", "diffusion", "fusion", "image_model"),

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import FluxPipeline
+from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image
 
 from sdllava import SDLlavaDiffusionModel
 from sdllava.evaluation.benchmarks.matching_base import winoground_verdicts
 from sdllava.evaluation.matching import READINGS, DiffusionMatcher, MatchingOptions
 from sdllava.evaluation.matching_scores import attention_taps
+from sdllava.taps import Tap
 
 WIDTH = 32
 UNET = {
@@ -160,7 +163,9 @@ def test_a_transformer_matches(build_once, score):
             lengths = prompts["encoder_attention_mask"].sum(dim=1)
             pooled = []
             for k in (0, 2):
-                layers = backbone.read(noisy, 489, pick(prompts, k), matcher._score._taps)
+                path = f"{matcher._score.taps[-1].module_path.removesuffix('to_q')}"
+                taps = [Tap(path + name, path + name, 0, 0, 0) for name in ("to_q", "to_k")]
+                layers = backbone.read(noisy, 489, pick(prompts, k), taps)
                 queries, keys = (x.unflatten(-1, (2, 16)) for x in layers)
                 logits = torch.einsum("nphd,nkhd->nhpk", queries, keys[:, : lengths[k]]) / 4
                 pooled.append(float(logits.logsumexp(-1).mean()))
@@ -172,29 +177,104 @@ def pick(prompts: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
     return {name: value[row : row + 1] for name, value in prompts.items()}
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "if"])
-def test_every_family_matches_by_denoising_error(build_once, kind):
-    """Families without layers of cross-attention, and one in pixel space; the attention scores say what to use."""
+@pytest.fixture
+def family_matcher(build_once):
+    """Loads a tiny model of a family with options of the score."""
     import tiny_families
 
     from sdllava.evaluation.match import load_matcher
 
-    folder = build_once("deepfloyd_if" if kind == "if" else kind, getattr(tiny_families, f"save_{kind}"))
-    matcher = load_matcher(str(folder), MatchingOptions(timesteps=(489,), trials=1, score="denoising"))
-    image = tiny_families.noise_image()
+    def load(kind: str, **options) -> DiffusionMatcher:
+        folder = build_once("deepfloyd_if" if kind == "if" else kind, getattr(tiny_families, f"save_{kind}"))
+        return load_matcher(str(folder), MatchingOptions(timesteps=(489,), trials=1, **options))
+
+    return load
+
+
+def noisy_latents(matcher: DiffusionMatcher, image, sampled: bool) -> tuple[torch.Tensor, ...]:
+    """Latents, noise and noisy latents of the first draw."""
+    mean, deviation = matcher._encode([image])
+    generator = torch.Generator().manual_seed(0)
+    posterior, noise = (torch.randn(mean.shape[1:], generator=generator) for _ in range(2))
+    latents = mean + deviation * posterior if sampled else mean
+    return latents, noise, matcher.tower.add_noise(latents, 489, noise)
+
+
+FAMILIES = ["sd3", "flux", "if"]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_every_family_matches_by_denoising_error(family_matcher, kind):
+    matcher, image = family_matcher(kind, score="denoising"), Image.effect_noise((40, 30), 80).convert("RGB")
     found = matcher.score([image], ["a red dog"])
+    latents, noise, noisy = noisy_latents(matcher, image, sampled=False)
+    prompts, _ = matcher._prompts(["a red dog"])
     backbone = matcher.tower.backbone
-    with torch.no_grad():
-        latents, _ = matcher._encode([image])
-        generator = torch.Generator().manual_seed(0)
-        _, noise = (torch.randn(latents.shape[1:], generator=generator) for _ in range(2))
-        noisy = matcher.tower.add_noise(latents, 489, noise)
-        prompts, _ = matcher._prompts(["a red dog"])
-        target = backbone.prediction_target(latents, noise[None], 489)
-        own, empty = (
-            float((backbone.predict(noisy, 489, pick(prompts, row)) - target).square().mean()) for row in (0, 1)
-        )
+    target = backbone.prediction_target(latents, noise[None], 489)
+    own, empty = (float((backbone.predict(noisy, 489, pick(prompts, k)) - target).square().mean()) for k in (0, 1))
     assert found.shape == (1, 1, 1, 1)
     assert found[0, 0, 0, 0] == pytest.approx(empty - own, abs=1e-5)
-    with pytest.raises(ValueError, match=r"has no layers of cross-attention .* with --score denoising"):
-        DiffusionMatcher(matcher.tower, matcher.tokenizers)
+
+
+def text_logits(denoiser, tap, run) -> torch.Tensor:
+    """Products of the image's queries and the text's keys of a layer in a whole stock pass."""
+    attention, outputs = denoiser.get_submodule(tap.module_path.removesuffix(".to_q")), {}
+    keys = "to_k" if tap.after_text else "add_k_proj"
+    handles = [
+        getattr(attention, name).register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out}))
+        for name in ("to_q", keys)
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    query, key = (outputs[name].unflatten(2, (attention.heads, -1)) for name in ("to_q", keys))
+    norms = [getattr(attention, name, None) for name in ("norm_q", "norm_k" if tap.after_text else "norm_added_k")]
+    query, key = (x if norm is None else norm(x) for x, norm in zip((query, key), norms, strict=True))
+    if tap.after_text:  # text, then image
+        query, key = query[:, -tap.height * tap.width :], key[:, : -tap.height * tap.width]
+    if hasattr(denoiser, "pos_embed") and hasattr(denoiser.pos_embed, "axes_dim"):  # FLUX turns queries by position
+        ids = FluxPipeline._prepare_latent_image_ids(1, tap.height, tap.width, "cpu", torch.float32)
+        query = apply_rotary_emb(query, denoiser.pos_embed(ids), sequence_dim=1)
+    return torch.einsum("nphd,nthd->nhpt", query, key) / query.shape[-1] ** 0.5
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_every_family_matches_by_attention(family_matcher, kind):
+    """Where positions attend to text and image, the score pools the keys of the text."""
+    matcher, image = family_matcher(kind, unconditional=False), Image.effect_noise((40, 30), 80).convert("RGB")
+    texts = ["a red dog", "b"]
+    found = matcher.score([image], texts)[0, 0, :, 0]
+    _, _, noisy = noisy_latents(matcher, image, sampled=True)
+    prompts, _ = matcher._prompts(texts)
+    backbone, pooled = matcher.tower.backbone, np.zeros(2)
+    taps = attention_taps(matcher.tower, "last")
+    assert (
+        matcher.layers
+        == {
+            "sd3": ["T-B2-Joint-Q"],
+            "flux": ["T-B3-Joint-Q"],
+            "if": [*[f"D-L2-R{k}-B0-Cross-Q" for k in (0, 1)], "M-L0-R0-B0-Cross-Q"]
+            + [f"U-L1-R{k}-B0-Cross-Q" for k in (0, 1, 2)],
+        }[kind]
+    )
+    for row in range(2):
+        for tap in taps:
+            run = lambda row=row: backbone.denoise(backbone.denoiser, noisy, 489, pick(prompts, row))  # noqa: E731
+            pooled[row] += float(text_logits(backbone.denoiser, tap, run).logsumexp(-1).mean()) / len(taps)
+    np.testing.assert_allclose(found, pooled, atol=1e-5)
+    maps = family_matcher(kind, **READINGS["s3"], tokens="text", unconditional=False)
+    scores = maps.score([image], texts)
+    assert scores.shape == (1, 1, 2, 1)
+    assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_tokens_of_each_text_encoder_are_pooled(family_matcher, kind):
+    matcher = family_matcher(kind, tokens="text", unconditional=False)
+    prompts, mask = matcher._prompts(["ab", "c"])
+    assert mask.shape == prompts["encoder_hidden_states"].shape[:2]
+    words = {"sd3": [1, 2, 77, 78], "flux": [0, 1], "if": [0, 1]}[kind]  # CLIP has a begin token, T5 has none
+    assert mask[0].nonzero().flatten().tolist() == words
+    assert mask[1].nonzero().flatten().tolist() == words[::2]

@@ -18,6 +18,9 @@ from ..processors import INPUT_IDS, TOKENIZERS, SDLlavaProcessor
 from .loading import short_name
 from .reading import reconfigure
 
+SHARE_OF_ATTENTION, SHARE_OF_WORDS = "share of attention", "share among the words"
+"""Units of attention maps and of concept maps."""
+
 
 @dataclass(frozen=True)
 class Word:
@@ -65,15 +68,17 @@ class QuestionAttention:
             of two text encoders, those of the first, then those of the second.
         maps (`np.ndarray` of shape `(len(words), side, side)`, float32): Each word's share of the attention, summed
             over its tokens. In cross-attention the shares of all words sum to one; in joint attention to that part of
-            the attention that is not over the image itself.
+            the attention that is not over the image itself. Concept maps: see [`concept_shares`].
         image (`PIL.Image.Image`): Upright RGB, not padded.
         description (`str`): Layers and timesteps, for titles.
+        unit (`str`): Unit of the maps.
     """
 
     words: list[Word]
     maps: np.ndarray
     image: Image.Image
     description: str
+    unit: str = SHARE_OF_ATTENTION
 
     def word(self, word: int | str) -> HeatMap:
         """The map of one word.
@@ -100,7 +105,7 @@ class QuestionAttention:
     def _heat_map(self, words: list[int], label: str) -> HeatMap:
         grid = self.maps[words].sum(axis=0)
         values = map_onto_image(grid, self.image.size)
-        return HeatMap(values, grid, self.image, label, "share of attention", self.description)
+        return HeatMap(values, grid, self.image, label, self.unit, self.description)
 
 
 def words_in_prompt(
@@ -155,6 +160,21 @@ def join_words(maps: torch.Tensor, words: Sequence[Word]) -> np.ndarray:
     return np.stack([maps[list(word.tokens)].sum(dim=0).float().numpy() for word in words])
 
 
+def concept_shares(products: torch.Tensor, words: Sequence[Word]) -> np.ndarray:
+    """Softmax over words of products of outputs `(tokens, h, w)`, as in ConceptAttention (arXiv 2502.04320).
+
+    A word's product is the mean over its tokens. Special tokens have no share.
+
+    Returns:
+        `np.ndarray` of shape `(words, h, w)`, float32: Over words it sums to one.
+    """
+    chosen = [index for index, word in enumerate(words) if not word.special]
+    means = torch.stack([products[list(words[index].tokens)].float().mean(dim=0) for index in chosen])
+    shares = np.zeros((len(words), *products.shape[1:]), dtype=np.float32)
+    shares[chosen] = means.softmax(dim=0).numpy()
+    return shares
+
+
 def map_onto_image(grid: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     """A map over the padded square, enlarged (bilinear) and cropped to the image.
 
@@ -207,7 +227,11 @@ def attention_by_word(
     found = []
     for ids, image, tokens in zip(prompts, images, mean, strict=True):
         words = _words_of_prompt(tokenizers, ids, len(tokens))
-        found.append(QuestionAttention(words, join_words(tokens, words), image, description))
+        if maps.of_outputs:
+            shares, unit = concept_shares(tokens, words), SHARE_OF_WORDS
+        else:
+            shares, unit = join_words(tokens, words), SHARE_OF_ATTENTION
+        found.append(QuestionAttention(words, shares, image, description, unit))
     return found
 
 
@@ -218,6 +242,7 @@ def capture_question(
     question: str,
     layers: Sequence[str] | None = None,
     timesteps: Sequence[int] | None = None,
+    concepts: bool = False,
 ) -> AttentionMaps:
     """The attention to one question over one image, by layer and timestep.
 
@@ -228,16 +253,17 @@ def capture_question(
         question: The prompt.
         layers: Transformer blocks, for example `["U-L1-R1-B0"]`. Default: all that run.
         timesteps: Noise levels in 0..999. Default: the configured ones.
+        concepts: See `tower.capture_attention`.
 
     Raises:
-        ValueError: The question is empty, or a layer does not run.
+        ValueError: The question is empty, or a layer does not run or has no concept maps.
     """
     question = check_question(question)
     reader = reconfigure(tower, timesteps=timesteps, guidance_scales=[1.0])
     reader.config.conditioning = "question"
     inputs = processor(images=image, question=question, return_tensors="pt").to(reader.text_encoder.device)
     ids = [inputs[name] for name in INPUT_IDS if name in inputs]
-    with torch.no_grad(), reader.capture_attention(layers) as maps:
+    with torch.no_grad(), reader.capture_attention(layers, concepts=concepts) as maps:
         reader(inputs["diffusion_pixel_values"], *ids)
     return maps
 

@@ -207,7 +207,7 @@ def draw_heatmap(heat: HeatMap, path: str | os.PathLike, title: str = "") -> Non
 def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) -> "Figure":
     """The attention to each word of a question, one row per layer or timestep (S3, Figures 4 and 11).
 
-    The shares of attention differ much between words, so each map is drawn relative to its mean, which is printed above
+    The shares differ much between words, so each map is drawn relative to its mean, which is printed above
     it. The words of a single row are wrapped to fit a page.
 
     Args:
@@ -228,7 +228,7 @@ def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) 
         for axis, i, grid in zip(line[1:], words, relative, strict=True):
             label = f"{attention.words[i].text}\n{means[i].item():.1%}"
             drawn = overlay(axis, attention.image, grid, float(relative.min()), float(relative.max()), label)
-        colour_bar(figure, drawn, line, "share of attention\nrelative to its mean (above)")
+        colour_bar(figure, drawn, line, f"{attention.unit}\nrelative to its mean (above)")
     return figure
 
 

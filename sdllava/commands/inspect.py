@@ -49,10 +49,19 @@ def attention(
         str | None, typer.Option(help="One row per layer, such as U-L1-R1-B0,U-L1-R2-B0, or 'all'.")
     ] = None,
     timesteps: TimestepsOption = None,
+    maps: Annotated[
+        str,
+        typer.Option(
+            help="attention, or concepts: the words compared with the image in the output of joint attention "
+            "(ConceptAttention; Stable Diffusion 3 and FLUX)."
+        ),
+    ] = "attention",
     device: DeviceOption = None,
 ) -> None:
     """Draw the attention to each word of a question (S3, Figures 4 and 11); without --layers, averaged at 16x16."""
     check_files(output)
+    if maps not in ("attention", "concepts"):
+        raise ValueError(f"--maps is attention or concepts, not {maps!r}.")
     names = None if layers in (None, "all") else split_names(layers or "")
     if names == []:
         raise ValueError(f"--layers takes layers separated by commas or 'all', not {layers!r}.")
@@ -62,25 +71,30 @@ def attention(
 
     picture = load_rgb(image)
     loaded = open_model(model, device)
-    maps = capture_question(loaded.tower, loaded.processor, picture, question, names, steps)
+    captured = capture_question(
+        loaded.tower, loaded.processor, picture, question, names, steps, concepts=maps == "concepts"
+    )
     if layers is not None:
-        choices: list[tuple[str, dict[str, Any]]] = [(layer, {"layers": [layer]}) for layer in maps.layers]
+        choices: list[tuple[str, dict[str, Any]]] = [(layer, {"layers": [layer]}) for layer in captured.layers]
     else:
-        resolution = default_resolution(maps, loaded.tower)
-        choices = [(f"t = {t}", {"timesteps": [t], "resolution": resolution}) for t in maps.timesteps]
+        resolution = default_resolution(captured, loaded.tower)
+        choices = [(f"t = {t}", {"timesteps": [t], "resolution": resolution}) for t in captured.timesteps]
     tokenizers = prompt_tokenizers(loaded.tower, loaded.processor)
-    rows = [(label, attention_by_word(maps, tokenizers, [picture], **chosen)[0]) for label, chosen in choices]
+    rows = [(label, attention_by_word(captured, tokenizers, [picture], **chosen)[0]) for label, chosen in choices]
     place = (
-        f"t = {', '.join(map(str, maps.timesteps))}" if layers is not None else rows[0][1].description.split(", t =")[0]
+        f"t = {', '.join(map(str, captured.timesteps))}"
+        if layers is not None
+        else rows[0][1].description.split(", t =")[0]
     )
 
     def draw() -> "Figure":
         from ..analysis.plots import attention_figure
 
-        return attention_figure(rows, f"Attention to “{question}”\n{loaded.name}, {place}, conditional pass")
+        what = "Attention to" if maps == "attention" else "Concept maps of"
+        return attention_figure(rows, f"{what} “{question}”\n{loaded.name}, {place}, conditional pass")
 
     words = [{"text": w.text, "tokens": w.tokens, "special": w.special} for w in rows[0][1].words]
-    meta = {"model": loaded.name, "image": image, "question": question, "words": words, "unit": "share of attention"}
+    meta = {"model": loaded.name, "image": image, "question": question, "words": words, "unit": rows[0][1].unit}
     places = {label: found.description for label, found in rows}
     write_outputs(output, draw, {label: found.maps for label, found in rows}, {**meta, "places": places})
 

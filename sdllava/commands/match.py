@@ -46,7 +46,8 @@ ReadingOption = Annotated[
     typer.Option(help="How attention is pooled: as the released code does, or as S3 or S4 describes (code, s3, s4)."),
 ]
 LayersOption = Annotated[
-    str | None, typer.Option(help="last, all, or Cross-Q taps, comma-separated. Default: those of --reading.")
+    str | None,
+    typer.Option(help="last, all, or Cross-Q or Joint-Q taps, comma-separated. Default: those of --reading."),
 ]
 UnconditionalOption = Annotated[bool, typer.Option(help="Average attention with the pass with the empty prompt.")]
 TokensOption = Annotated[str, typer.Option(help="Keys to pool: all, no_padding or text.")]

@@ -11,7 +11,7 @@ import torch
 from .. import mini_path, register
 from ..configuration import SDLlavaConfig
 from ..image_loading import ImageLike
-from ..repositories import as_dtype, read_json, split_revision
+from ..repositories import as_dtype, is_gated, missing, read_json, split_revision
 from ..run_records import locked
 from ..towers import is_diffusion_repository, load_tower
 from ..version import installed_versions
@@ -70,6 +70,8 @@ def load_matcher(
         try:
             return ClipMatcher(where["pretrained_model_name_or_path"], where.get("revision"), device)
         except (OSError, ValueError) as error:
+            if is_gated(error):
+                raise missing(source, "model", error) from error
             raise OSError(
                 f"{name!r} is neither a diffusers repository (no model_index.json), nor a model of this package, nor a "
                 f"CLIP-style model of transformers ({str(error).splitlines()[0]}). Choose another --model."

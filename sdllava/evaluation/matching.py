@@ -6,6 +6,7 @@ timesteps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class MatchingOptions:
         score: "attention"; "attention-relative" (minus that of the empty prompt on the same image); or "denoising" (how
             much smaller the text makes the mean squared error of the prediction, compared with the empty prompt).
         pooling: Of the attention: "logits" or "maps"; see `READINGS`.
-        layers: "last" (in each stage, the last block that attends to text), "all", or names of Cross-Q taps.
+        layers: "last" (in each stage, the last block that attends to text), "all", or names of Cross-Q or Joint-Q taps.
         unconditional: Whether "attention" is averaged with the empty prompt's half of the batch.
         tokens: Keys to pool: "all" 77, "no_padding" (begin, words, end) or "text" (words).
         bias: Adds ||eps - eps_empty|| - ||eps - eps_T|| to "attention", which the released code does by default.
@@ -117,8 +118,7 @@ class DiffusionMatcher:
         batch_size: Rows per pass of the denoiser. Scores do not depend on it.
 
     Raises:
-        ValueError: The tower is truncated, a layer does not exist, or the score needs cross-attention that the family
-            does not have.
+        ValueError: The tower is truncated, or a layer does not exist.
     """
 
     def __init__(
@@ -230,10 +230,21 @@ class DiffusionMatcher:
         prompts = self.tower.encode_prompts(*(torch.tensor(t["input_ids"], device=device) for t in tokenized))
         if self.options.tokens == "all" or self.options.score == "denoising":
             return prompts, None
-        mask = torch.tensor(tokenized[0]["attention_mask"], dtype=torch.bool, device=device)
-        if self.options.tokens == "text":
-            special = torch.tensor(self.tokenizers[0].all_special_ids, device=device)
-            mask &= ~torch.isin(torch.tensor(tokenized[0]["input_ids"], device=device), special)
-            if empty := [text for text, row in zip(texts, mask, strict=False) if not row.any()]:
-                raise ValueError(f"The text {empty[0]!r} has no tokens to match. Leave it out, or use --tokens all.")
+        mask = torch.zeros(prompts["encoder_hidden_states"].shape[:2], dtype=torch.bool, device=device)
+        start = 0
+        for index in self.tower.config.family.prompt_tokenizers:
+            if index < len(tokenized):
+                kept = self._kept_tokens(index, tokenized[index])
+                mask[:, start : start + kept.shape[1]] = kept
+                start += kept.shape[1]
+        if empty := [text for text, row in zip(texts, mask, strict=False) if not row.any()]:
+            raise ValueError(f"The text {empty[0]!r} has no tokens to match. Leave it out, or use --tokens all.")
         return prompts, mask
+
+    def _kept_tokens(self, index: int, tokenized: Any) -> torch.Tensor:
+        """Which tokens of a tokenizer are pooled, `(texts, tokens)`."""
+        kept = torch.tensor(tokenized["attention_mask"], dtype=torch.bool)
+        if self.options.tokens == "text":
+            special = torch.tensor(self.tokenizers[index].all_special_ids)
+            kept &= ~torch.isin(torch.tensor(tokenized["input_ids"]), special)
+        return kept

@@ -1,67 +1,63 @@
-"""What a denoiser says about image and text: pooled cross-attention in two readings of the papers, and its error.
+"""What a denoiser says about image and text: pooled attention to text in two readings of the papers, and its error.
 
 The released Discffusion code pools logits in each layer: mean over layers, heads and pixels of
 log sum_k exp(q_p . k_k / sqrt(d)) (arXiv 2305.10722; S4 section 4 with all layers). S3 section 4.1 pools maps that are
 summed over layers and timesteps. Diffusion Classifier (arXiv 2303.16203) uses the error of the prediction. Queries and
 keys are read with hooks on unmodified diffusers modules.
+
+Where positions attend to text and image in one softmax (Stable Diffusion 3, FLUX, DeepFloyd IF), logits are those of
+the text's keys, and maps are the text's part of the softmax. The papers' models have no such layers.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch.nn import functional as F
 
+from ..attention_scores import AttentionScores, hooked_scores, is_joint
 from ..backbone import Prompts
 from ..diffusion import SDLlavaDiffusionModel
 from ..grids import as_map
 from ..taps import Tap, resolve_taps
 
-QUERY = "Cross-Q"
+QUERIES = ("Cross-Q", "Joint-Q")
 
 
 def attention_taps(tower: SDLlavaDiffusionModel, layers: str | Sequence[str]) -> list[Tap]:
-    """The queries of the selected cross-attentions, in the order of the forward pass.
+    """The queries of the selected attentions to text, in the order of the forward pass.
 
     Args:
         tower: A tower that is not truncated.
         layers: "last" (in each stage, the last transformer block of each attention of the last block), "all", or names
-            of Cross-Q taps.
+            of Cross-Q or Joint-Q taps.
 
     Raises:
-        ValueError: The family has no cross-attention, the choice is unknown, or a tap does not exist or is not a
-            Cross-Q tap.
+        ValueError: The choice is unknown, or a tap does not exist or is not the query of an attention to text.
     """
     known = tower.config.all_taps()
-    every = [tap for tap in known if tap.name.endswith(QUERY) and _is_text_attention(_attention(tower, tap))]
-    if not every:
-        raise ValueError(
-            f"The family {tower.config.family.name!r} has no layers of cross-attention between image and text. Match "
-            "with --score denoising."
-        )
+    every = [tap for tap in known if tap.name.endswith(QUERIES) and _attends_to_text(tower, tap)]
     if layers == "all":
         return every
     if layers == "last":
         stages = {tap.name[0]: [other for other in every if other.name[0] == tap.name[0]] for tap in every}
         return [tap for stage in stages.values() for tap in _last_block(stage)]
     if isinstance(layers, str):
-        raise ValueError(f"Unknown layers {layers!r}. Choose last, all, or names of Cross-Q taps.")
+        raise ValueError(f"Unknown layers {layers!r}. Choose last, all, or names of Cross-Q or Joint-Q taps.")
     taps = resolve_taps(list(layers), known)
     if wrong := [tap.name for tap in taps if tap not in every]:
-        raise ValueError(f"The tap {wrong[0]!r} is not a query of a cross-attention. Use Cross-Q taps for matching.")
+        raise ValueError(
+            f"The tap {wrong[0]!r} is not a query of an attention to text. Use Cross-Q or Joint-Q taps for matching."
+        )
     return sorted(taps, key=known.index)
 
 
-def _attention(tower: SDLlavaDiffusionModel, query: Tap) -> Attention:
-    return tower.backbone.denoiser.get_submodule(query.module_path.removesuffix(".to_q"))
-
-
-def _is_text_attention(attention: Attention) -> bool:
-    """Whether the keys are the text's only: not self-attention, and not joint attention over image and text."""
-    is_joint = getattr(attention, "added_kv_proj_dim", None) is not None
-    return isinstance(attention, Attention) and attention.is_cross_attention and not is_joint
+def _attends_to_text(tower: SDLlavaDiffusionModel, query: Tap) -> bool:
+    """Whether keys are the text's, and not only the image's, as those of UNets with two self-attentions."""
+    attention: Any = tower.backbone.denoiser.get_submodule(query.module_path.removesuffix(".to_q"))
+    return is_joint(attention, query) or attention.is_cross_attention
 
 
 def _last_block(stage: Sequence[Tap]) -> list[Tap]:
@@ -109,7 +105,7 @@ class Score(ABC):
 
 
 class AttentionScore(Score):
-    """Reads queries and keys of cross-attentions.
+    """Reads queries and keys of attentions to text.
 
     Args:
         tower: A tower that is not truncated.
@@ -118,20 +114,17 @@ class AttentionScore(Score):
 
     def __init__(self, tower: SDLlavaDiffusionModel, taps: Sequence[Tap]):
         super().__init__(tower)
-        self.attentions = [_attention(tower, tap) for tap in taps]
-        paths = [tap.module_path.removesuffix("to_q") + name for tap in taps for name in ("to_q", "to_k")]
-        self._taps = [Tap(path, path, 0, 0, 0) for path in paths]
+        self.taps = list(taps)
 
-    def _logits(
+    def _read(
         self, latents: torch.Tensor, noise: torch.Tensor, timestep: int, prompts: Prompts
-    ) -> list[torch.Tensor]:
-        """Pre-softmax logits of each layer, `(n, heads, pixels, tokens)` in float32."""
-        noisy = self.tower.add_noise(latents, timestep, noise)
-        read = self.tower.backbone.read(noisy, timestep, prompts, self._taps)
-        return [
-            attention_logits(read[2 * layer], read[2 * layer + 1], attention)
-            for layer, attention in enumerate(self.attentions)
-        ]
+    ) -> list[AttentionScores]:
+        """Scores of each layer before the softmax."""
+        noisy, backbone, found = self.tower.add_noise(latents, timestep, noise), self.tower.backbone, []
+        layers = {tap.name: tap for tap in self.taps}
+        with hooked_scores(backbone.denoiser, layers, lambda layer, scores: found.append(scores)):
+            backbone.read(noisy, timestep, prompts, self.taps[-1:])
+        return found
 
 
 class PooledLogits(AttentionScore):
@@ -150,8 +143,8 @@ class PooledLogits(AttentionScore):
         found = []
         for timestep, noise in zip(timesteps, noises, strict=True):
             layers = [
-                _where(logits, kept).logsumexp(dim=-1).mean(dim=(1, 2))
-                for logits in self._logits(latents, noise, timestep, prompts)
+                _where(scores.text, kept).logsumexp(dim=-1).mean(dim=(1, 2))
+                for scores in self._read(latents, noise, timestep, prompts)
             ]
             found.append(torch.stack(layers).mean(dim=0))
         return torch.stack(found)
@@ -175,15 +168,14 @@ class SummedMaps(AttentionScore):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `Score.values`."""
-        text = prompts.get("encoder_attention_mask")
         size = max(1, latents.shape[-1] // 4)
         total: torch.Tensor | float = 0.0
         for timestep, noise in zip(timesteps, noises, strict=True):
-            for logits in self._logits(latents, noise, timestep, prompts):
-                maps = as_map(_where(logits, text).softmax(dim=-1).mean(dim=1))  # (n, tokens, h, w)
+            for scores in self._read(latents, noise, timestep, prompts):
+                maps = as_map(scores.probabilities().mean(dim=1))  # (n, tokens, h, w)
                 total = total + F.adaptive_avg_pool2d(maps, size)
         pooled = torch.as_tensor(total).flatten(2).logsumexp(dim=-1)  # (n, tokens)
-        kept = _and(mask, text)
+        kept = _and(mask, prompts.get("encoder_attention_mask"))
         return (pooled if kept is None else pooled.masked_fill(~kept, -torch.inf)).logsumexp(dim=-1)[None]
 
 
@@ -232,23 +224,6 @@ class NoiseDistance(DenoisingScore):
         target = self.tower.backbone.prediction_target
         of_latents, of_noise = (float(target(*pair, timestep)) for pair in ((one, zero), (zero, one)))
         return abs(signal / (of_noise * signal - of_latents * spread))
-
-
-def attention_logits(query: torch.Tensor, key: torch.Tensor, attention: Attention) -> torch.Tensor:
-    """Products of queries and keys times the scale, in float32.
-
-    Args:
-        query: `(n, pixels, heads * d)`, the output of `to_q`.
-        key: `(n, tokens, heads * d)`, the output of `to_k`.
-        attention: Their attention module.
-
-    Returns:
-        `torch.FloatTensor` of shape `(n, heads, pixels, tokens)`.
-    """
-    query, key = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
-    query = query if attention.norm_q is None else attention.norm_q(query)
-    key = key if attention.norm_k is None else attention.norm_k(key)
-    return query.float() @ key.float().transpose(-1, -2) * attention.scale
 
 
 def _where(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
