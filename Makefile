@@ -87,6 +87,10 @@ test-vllm: .venv-vllm/.done  ## the vLLM plugin on a CPU, in an environment of i
 ON_TOP = import pathlib, sys, sysconfig; own = sysconfig.get_path("purelib"); \
 	base = own.replace(sys.prefix, "$(abspath $(VENV))"); \
 	pathlib.Path(own, "base.pth").write_text(f"import site; site.addsitedir({base!r})")
+# A virtual environment on top of $(VENV): it finds the packages of both, first its own.
+ON_TOP = import pathlib, sys, sysconfig; own = sysconfig.get_path("purelib"); \
+	base = own.replace(sys.prefix, "$(abspath $(VENV))"); \
+	pathlib.Path(own, "base.pth").write_text(f"import site; site.addsitedir({base!r})")
 LMMS_NEEDS = antlr4-python3-runtime colorama latex2sympy2_extended loguru lxml math-verify portalocker sacrebleu \
 	tabulate tenacity
 .venv-lmms/.done: $(VENV)/.dev
