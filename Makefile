@@ -37,10 +37,16 @@ test-oldest:  ## every test on the oldest versions that pyproject.toml allows
 fuzz: $(VENV)/.dev  ## 20,000 damaged images through the decoder, others for each run
 	$(BIN)/python -W ignore tests/faults/image_mutations.py --count $(COUNT)
 
-.venv-deepspeed/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-deepspeed
-	.venv-deepspeed/bin/python -m pip install -q -c constraints.txt -e '.[train]' pytest setuptools wheel
-	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[deepspeed]'
+# A virtual environment on top of $(VENV): it finds the packages of both, first its own.
+ON_TOP = import pathlib, sys, sysconfig; own = sysconfig.get_path("purelib"); \
+	base = own.replace(sys.prefix, "$(abspath $(VENV))"); \
+	pathlib.Path(own, "base.pth").write_text(f"import site; site.addsitedir({base!r})")
+DEEPSPEED_NEEDS = einops hjson msgpack ninja py-cpuinfo
+.venv-deepspeed/.done: $(VENV)/.dev
+	$(BIN)/python -m venv --clear --without-pip .venv-deepspeed
+	.venv-deepspeed/bin/python -c '$(ON_TOP)'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip --python .venv-deepspeed/bin/python install -q --no-compile --no-deps \
+		--no-build-isolation -c constraints.txt deepspeed==0.19.8 $(DEEPSPEED_NEEDS)
 	touch $@
 
 test-deepspeed: .venv-deepspeed/.done  ## ZeRO-2 and ZeRO-3 on two CPU processes, in an environment of their own
@@ -83,14 +89,6 @@ VLLM_PINS = grep -E '^(diffusers|huggingface_hub|pytest|transformers)==' constra
 test-vllm: .venv-vllm/.done  ## the vLLM plugin on a CPU, in an environment of its own
 	.venv-vllm/bin/python -m pytest -m "" --durations 5 tests/test_vllm.py tests/test_vllm_server.py
 
-# A virtual environment on top of $(VENV): it finds the packages of both, first its own.
-ON_TOP = import pathlib, sys, sysconfig; own = sysconfig.get_path("purelib"); \
-	base = own.replace(sys.prefix, "$(abspath $(VENV))"); \
-	pathlib.Path(own, "base.pth").write_text(f"import site; site.addsitedir({base!r})")
-# A virtual environment on top of $(VENV): it finds the packages of both, first its own.
-ON_TOP = import pathlib, sys, sysconfig; own = sysconfig.get_path("purelib"); \
-	base = own.replace(sys.prefix, "$(abspath $(VENV))"); \
-	pathlib.Path(own, "base.pth").write_text(f"import site; site.addsitedir({base!r})")
 LMMS_NEEDS = antlr4-python3-runtime colorama latex2sympy2_extended loguru lxml math-verify portalocker sacrebleu \
 	tabulate tenacity
 .venv-lmms/.done: $(VENV)/.dev
