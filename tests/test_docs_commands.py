@@ -114,7 +114,7 @@ PYTHON_NEEDS = re.compile(r"me/my-model|llava-hf/|openai|YOUR_CHECKPOINT|flux-ll
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_documented_python_runs(page, documented_files, monkeypatch):
+def test_documented_python_runs_and_prints_what_its_comments_give(page, documented_files, monkeypatch, capsys):
     """The blocks of a page run one after the other, in one namespace."""
     blocks = [match[3] for match in BLOCK.finditer(page.read_text(encoding="utf-8")) if match[2] == "python"]
     blocks = [block for block in blocks if not PYTHON_NEEDS.search(block)]
@@ -126,3 +126,6 @@ def test_documented_python_runs(page, documented_files, monkeypatch):
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
+        printed = capsys.readouterr().out
+        assert printed.strip() or "print(" not in block, block
+        assert set(re.findall(r"^print\(.*  # (\d+)$", block, re.M)) <= set(re.findall(r"\d+", printed)), block
