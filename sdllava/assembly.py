@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlavaForConditionalGeneration, PreTrainedModel
 
+from .checkpoint_files import part_reported
 from .fusion import ImplicitCaptioner, SDLlavaMultiModalProjector, build_fusion
 from .parts import Parts
 from .repositories import missing, require_safetensors, split_revision
@@ -39,7 +40,9 @@ def load_weights(model: PreTrainedModel, parts: Parts, dtype: torch.dtype) -> No
         language_model, lm_head = causal_lm.base_model, causal_lm.get_output_embeddings()
         generation_config = causal_lm.generation_config
     if body.diffusion_tower is not None:
-        body.diffusion_tower.load_published(parts.sources["diffusion"], dtype)
+        diffusion = parts.sources["diffusion"]
+        with part_reported(diffusion, "the diffusion model's weights"):
+            body.diffusion_tower.load_published(diffusion, dtype)
     body.vision_tower, body.language_model, model.lm_head = vision_tower, language_model, lm_head
     _initialise_new_parts(model, dtype)
     if "llava" in parts.sources:
@@ -55,19 +58,22 @@ def load_weights(model: PreTrainedModel, parts: Parts, dtype: torch.dtype) -> No
 
 def _load_llava(llava: str, dtype: torch.dtype) -> Any:
     require_safetensors(llava)
-    try:
-        return LlavaForConditionalGeneration.from_pretrained(dtype=dtype, **split_revision(llava))
-    except OSError as error:
-        raise missing(llava, "LLaVA checkpoint's weights", error) from error
+    with part_reported(llava, "the LLaVA checkpoint's weights"):
+        try:
+            return LlavaForConditionalGeneration.from_pretrained(dtype=dtype, **split_revision(llava))
+        except OSError as error:
+            raise missing(llava, "LLaVA checkpoint's weights", error) from error
 
 
 def _load_language_model(language_model: str, vocab_size: int, dtype: torch.dtype) -> Any:
     """A causal language model with at least `vocab_size` embeddings; new ones are the mean of the others."""
     require_safetensors(language_model)
-    try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(dtype=dtype, **split_revision(language_model))
-    except OSError as error:
-        raise missing(language_model, "language model's weights", error) from error
+    where = {**split_revision(language_model), "trust_remote_code": False}
+    with part_reported(language_model, "the language model's weights"):
+        try:
+            causal_lm = AutoModelForCausalLM.from_pretrained(dtype=dtype, **where)
+        except OSError as error:
+            raise missing(language_model, "language model's weights", error) from error
     old = causal_lm.get_input_embeddings().weight.shape[0]
     if vocab_size > old:
         causal_lm.resize_token_embeddings(vocab_size, mean_resizing=False)

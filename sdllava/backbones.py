@@ -1,11 +1,13 @@
 """Which backbone a configuration or a published repository has: the registry of diffusion families."""
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from .backbone import DiffusionBackbone, PublishedDiffusion
+from .checkpoint_files import FIELD_ERRORS, CheckpointError, part_reported, unexpected_reported
 from .deepfloyd_if import DeepFloydIFBackbone
 from .diffusion_configuration import SDLlavaDiffusionConfig
 from .families import find_family, is_deepfloyd_if, transformer_family
@@ -26,6 +28,14 @@ BACKBONES: dict[str, type[DiffusionBackbone]] = {
 """Backbones by the name of their family in `families.py`."""
 
 
+_POSITIVE = (
+    ("vae_config", "scaling_factor"),
+    ("scheduler_config", "num_train_timesteps"),
+    ("scheduler_config", "beta_start"),
+    ("scheduler_config", "beta_end"),
+)
+
+
 def build_backbone(config: SDLlavaDiffusionConfig) -> DiffusionBackbone:
     """The backbone that a configuration describes, with initial weights."""
     return BACKBONES[config.family.name](config)
@@ -42,10 +52,16 @@ def read_published(diffusion: str, **fields: Any) -> PublishedDiffusion:
         OSError: A part cannot be read.
         ValueError: Its family is not supported, its parts do not fit together, or a field does not fit them.
     """
-    parts, tokenizers = _published_family(diffusion).read_part_configs(diffusion)
-    fields = {"image_size": find_family(parts).default_image_size, **fields}
-    config = SDLlavaDiffusionConfig(**parts, **fields)
-    return PublishedDiffusion(diffusion, config, tokenizers[: len(config.null_prompt_ids)])
+    with part_reported(diffusion, "the diffusion model"):
+        parts, tokenizers = _published_family(diffusion).read_part_configs(diffusion)
+    for part, name in _POSITIVE:
+        value = (parts.get(part) or {}).get(name, 1)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise CheckpointError.of(diffusion, f"{name} of its {part} is {value!r}, not a positive number")
+    with unexpected_reported(diffusion, "the diffusion model", FIELD_ERRORS):
+        fields = {"image_size": find_family(parts).default_image_size, **fields}
+        config = SDLlavaDiffusionConfig(**parts, **fields)
+        return PublishedDiffusion(diffusion, config, tokenizers[: len(config.null_prompt_ids)])
 
 
 def read_whole(diffusion: str, image_size: int | None = None, max_image_size: int | None = None) -> PublishedDiffusion:

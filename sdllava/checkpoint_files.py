@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .repositories import find_file
+from huggingface_hub.errors import StrictDataclassError
+
+from .repositories import find_file, split_revision
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
@@ -21,6 +23,14 @@ MAX_HEADER = 100_000_000
 """Largest header of a safetensors file in bytes, as in the safetensors library."""
 LAYER_FIELDS = ("num_hidden_layers", "num_layers", "layers_per_block", "transformer_layers_per_block", "encoder_layers")
 SIZE_FIELDS = ("hidden_size", "intermediate_size", "vocab_size", "block_out_channels", "cross_attention_dim", "d_model")
+FIELD_ERRORS = (OSError, ValueError, StrictDataclassError)
+"""What fields that a user gives raise."""
+DIFFUSERS_FOLDERS = ("unet", "transformer", "vae")
+TEXT_ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+WEIGHTS_FOLDERS = (*DIFFUSERS_FOLDERS, *TEXT_ENCODER_FOLDERS)
+DIFFUSION_FOLDERS = (*WEIGHTS_FOLDERS, "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
+"""The folders of a published diffusion model that are read."""
+JSON_OBJECTS = ("model_index.json", "tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
@@ -55,17 +65,71 @@ def damage_reported(source: str | os.PathLike, what: str) -> Iterator[None]:
             raise
         for path in sorted(Path(source).rglob("*.json")) if os.path.isdir(source) else ():
             read_object(path)
-        lines = str(error).strip().splitlines()
-        reason = f"{what} cannot be read ({type(error).__name__}: {lines[0][:300] if lines else 'no message'})"
-        raise CheckpointError.of(source, reason) from error
+        raise _unreadable(source, what, error) from error
 
 
-def check_files(source: str | os.PathLike, options: dict[str, Any]) -> tuple[dict[str, Any], Shapes] | None:
+def _unreadable(source: str | os.PathLike, what: str, error: Exception) -> CheckpointError:
+    lines = str(error).strip().splitlines()
+    reason = f"{what} cannot be read ({type(error).__name__}: {lines[0][:300] if lines else 'no message'})"
+    return CheckpointError.of(source, reason)
+
+
+@contextmanager
+def unexpected_reported(
+    source: str | os.PathLike, what: str, documented: tuple[type[Exception], ...] = (OSError, ValueError)
+) -> Iterator[None]:
+    """Report what a library raises for damaged parts as one `CheckpointError`.
+
+    Args:
+        source: The folder, or a repository id.
+        what: What the block reads, for the message, such as "the language model".
+        documented: Exceptions that pass.
+    """
+    try:
+        yield
+    except documented:
+        raise
+    except Exception as error:
+        raise _unreadable(source, what, error) from error
+
+
+@contextmanager
+def part_reported(source: str | os.PathLike, what: str, section: str | None = None) -> Iterator[None]:
+    """Check the files of a published part, and report what a library raises for it as `unexpected_reported` does.
+
+    Files that are not yet on this machine are not checked.
+
+    Args:
+        source: A repository id, `id@revision` or a folder, in the layout of transformers or diffusers.
+        what: What the block reads, for the message.
+        section: The section of the configuration that is used, where there are others. Default: all of it.
+
+    Raises:
+        CheckpointError: A file is damaged, or a configuration does not fit the weights.
+    """
+    where = split_revision(source)
+    name, options = where["pretrained_model_name_or_path"], {"revision": where.get("revision")}
+    if os.path.isdir(name):
+        for folder in ("", *DIFFUSION_FOLDERS):
+            for path in sorted(Path(name, folder).glob("*.json")):
+                if path.name.endswith("config.json") or path.name in JSON_OBJECTS:
+                    read_object(path)
+    for folder in ("", *WEIGHTS_FOLDERS):
+        check_files(name, {**options, "local_files_only": True}, folder, section)
+    with unexpected_reported(name, what):
+        yield
+
+
+def check_files(
+    source: str | os.PathLike, options: dict[str, Any], folder: str = "", section: str | None = None
+) -> tuple[dict[str, Any], Shapes] | None:
     """Check the configuration and the headers of the weights of a checkpoint.
 
     Args:
         source: A repository id or a folder.
         options: Of `from_pretrained`, such as `token` and `revision`.
+        folder: The folder of the files in the repository. Default: its root.
+        section: The section of the configuration that is checked, where there is one. Default: all of it.
 
     Returns:
         The configuration and the shapes of all tensors, or None where there are no safetensors or no configuration,
@@ -74,8 +138,8 @@ def check_files(source: str | os.PathLike, options: dict[str, Any]) -> tuple[dic
     Raises:
         CheckpointError: A file is damaged, a shard is missing, or the configuration does not fit the weights.
     """
-    path = find_file(source, "config.json", options)
-    files = list(_weight_files(source, options))
+    path = find_file(source, os.path.join(folder, "config.json"), options)
+    files = list(_weight_files(source, options, folder))
     if path is None or not files:
         return None
     config = read_object(path)
@@ -83,7 +147,7 @@ def check_files(source: str | os.PathLike, options: dict[str, Any]) -> tuple[dic
     for file in files:
         shapes |= read_shapes(file)
     if "quantization_config" not in config and not config.get("left_out"):  # whose weights have other shapes, or miss
-        _check_sizes(path, config, shapes)
+        _check_sizes(path, config.get(section or "", config), shapes)
     return config, shapes
 
 
@@ -160,12 +224,14 @@ def _parse(path: str | os.PathLike, data: bytes) -> dict[str, Any]:
     return found
 
 
-def _weight_files(source: str | os.PathLike, options: dict[str, Any]) -> Iterator[str]:
+def _weight_files(source: str | os.PathLike, options: dict[str, Any], folder: str) -> Iterator[str]:
     """The safetensors of a checkpoint, one file or the shards of its index."""
-    if (single := find_file(source, "model.safetensors", options)) is not None:
+    stem = "diffusion_pytorch_model" if folder in DIFFUSERS_FOLDERS else "model"
+    name = os.path.join(folder, f"{stem}.safetensors")
+    if (single := find_file(source, name, options)) is not None:
         yield single
         return
-    index = find_file(source, "model.safetensors.index.json", options)
+    index = find_file(source, f"{name}.index.json", options)
     if index is None:
         return
     shards = read_object(index).get("weight_map")
@@ -174,7 +240,7 @@ def _weight_files(source: str | os.PathLike, options: dict[str, Any]) -> Iterato
     for name in sorted(set(shards.values())):
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise CheckpointError.of(index, f"it names {name!r}, which is not a safetensors file next to it")
-        if (shard := find_file(source, name, options)) is None:
+        if (shard := find_file(source, os.path.join(folder, name), options)) is None:
             raise CheckpointError.of(index, f"it names {name!r}, which is missing")
         yield shard
 

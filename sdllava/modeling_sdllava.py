@@ -12,6 +12,7 @@ from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .assembly import load_weights
+from .checkpoint_files import FIELD_ERRORS, unexpected_reported
 from .configuration import SDLlavaConfig
 from .image_model import SDLlavaImageModel, SDLlavaPreTrainedModel
 from .outputs import SDLlavaCausalLMOutputWithPast, SDLlavaImageEncodings, SDLlavaModelOutputWithPast
@@ -164,7 +165,8 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
             OSError, ValueError: As [`~sdllava.assembly.load_weights`].
         """
         dtype = as_dtype(dtype)
-        with torch.device("meta"):
+        sources = ", ".join(map(str, parts.sources.values()))
+        with unexpected_reported(sources, "the configuration", FIELD_ERRORS), torch.device("meta"):
             model = cls(parts.config)
         load_weights(model, parts, dtype)
         return model

@@ -15,6 +15,7 @@ from transformers import (
 from .backbone import PublishedDiffusion
 from .backbones import read_published
 from .chat_templates import chat_template_for
+from .checkpoint_files import FIELD_ERRORS, part_reported, unexpected_reported
 from .configuration import SDLlavaConfig
 from .diffusion_configuration import PART_FIELDS, SDLlavaDiffusionConfig
 from .repositories import describe_source, missing, split_revision
@@ -79,11 +80,13 @@ def read_parts(
     if language_model is None:
         raise ValueError("language_model=None leaves the model without a language model. Give language_model.")
     published, model_fields = _read_diffusion(diffusion, config)
-    try:
-        text_config = AutoConfig.from_pretrained(**split_revision(language_model)).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(**split_revision(language_model))
-    except (OSError, ValueError) as error:
-        raise missing(language_model, "language model", error) from error
+    with part_reported(language_model, "the language model"):
+        try:
+            where = {**split_revision(language_model), "trust_remote_code": False}
+            text_config = AutoConfig.from_pretrained(**where).get_text_config()
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+        except (OSError, ValueError) as error:
+            raise missing(language_model, "language model", error) from error
     vision_config = image_processor = None
     if vision is not None:
         asked_size = model_fields.pop("vision_image_size", None)
@@ -94,7 +97,8 @@ def read_parts(
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
     sources = {"diffusion": diffusion, "vision": vision, "language_model": language_model}
     given = {name: source for name, source in sources.items() if source is not None}
-    model_config = SDLlavaConfig(
+    model_config = _model_config(
+        given,
         text_config=text_config,
         vision_config=vision_config,
         diffusion_config=published and published.config,
@@ -126,17 +130,20 @@ def read_llava_parts(llava: str, diffusion: str | None = None, **config: Any) ->
         ValueError: The parts or fields do not fit together.
     """
     published, model_fields = _read_diffusion(diffusion, config)
-    try:
-        source = AutoConfig.from_pretrained(**split_revision(llava))
-        if source.model_type != "llava":
-            raise ValueError(f"its model type is {source.model_type!r}, not 'llava'")
-        processor = LlavaProcessor.from_pretrained(**split_revision(llava))
-    except (OSError, ValueError) as error:
-        raise missing(llava, "LLaVA checkpoint", error) from error
+    with part_reported(llava, "the LLaVA checkpoint"):
+        try:
+            where = {**split_revision(llava), "trust_remote_code": False}
+            source = AutoConfig.from_pretrained(**where)
+            if source.model_type != "llava":
+                raise ValueError(f"its model type is {source.model_type!r}, not 'llava'")
+            processor = LlavaProcessor.from_pretrained(**where)
+        except (OSError, ValueError) as error:
+            raise missing(llava, "LLaVA checkpoint", error) from error
     sources = {"llava": llava, "diffusion": diffusion}
     given = {name: source for name, source in sources.items() if source is not None}
     kept = {name: getattr(source, name) for name in _LLAVA_FIELDS}
-    model_config = SDLlavaConfig(
+    model_config = _model_config(
+        given,
         text_config=source.text_config,
         vision_config=source.vision_config,
         diffusion_config=published and published.config,
@@ -182,6 +189,11 @@ def _read_diffusion(diffusion: str | None, config: dict[str, Any]) -> tuple[Publ
         return None, model_fields
     tower_fields = {name: value for name, value in config.items() if name in DIFFUSION_FIELDS}
     return read_published(diffusion, **tower_fields), model_fields
+
+
+def _model_config(sources: dict[str, str], **fields: Any) -> SDLlavaConfig:
+    with unexpected_reported(", ".join(map(str, sources.values())), "the configuration", FIELD_ERRORS):
+        return SDLlavaConfig(**fields)
 
 
 def _describe(sources: dict[str, str]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The processor: images for both encoders, text with placeholders, and the question for the diffusion model."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ TOKENIZERS = ("diffusion_tokenizer", "diffusion_tokenizer_2", "diffusion_tokeniz
 INPUT_IDS = tuple(name.replace("tokenizer", "input_ids") for name in TOKENIZERS)
 """Tokenizers that a processor can have for the diffusion model's prompt, and the inputs that they make."""
 _PARTS = ("image_processor", "tokenizer", "diffusion_image_processor", *TOKENIZERS)
+_TOKENIZING = threading.Lock()
+"""Held while a tokenizer is called: a call changes its padding and truncation, which all threads share."""
 
 
 class _PartNames:
@@ -36,7 +39,7 @@ class _PartNames:
 
 
 class SDLlavaProcessor(ProcessorMixin):
-    """Makes the inputs of `SDLlavaForConditionalGeneration`.
+    """Makes the inputs of `SDLlavaForConditionalGeneration`. Several threads can use one processor.
 
     One row per image: `pixel_values` for the vision encoder, `diffusion_pixel_values` in [-1, 1] and
     `diffusion_input_ids` (and `_2` for SDXL and FLUX, also `_3` for Stable Diffusion 3) for the diffusion tower.
@@ -140,6 +143,7 @@ class SDLlavaProcessor(ProcessorMixin):
     ) -> list[Any]:
         config = processor_dict or {}
         path, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
+        kwargs.setdefault("trust_remote_code", False)  # instead of a question on the terminal
 
         def tokenizer(name: str) -> Any:
             folder = os.path.join(subfolder, name)
@@ -261,7 +265,8 @@ class SDLlavaProcessor(ProcessorMixin):
         offsets = options.pop("return_text_replacement_offsets", merged.get("return_text_replacement_offsets", False))
         replacements = [self.image_token * self.num_image_tokens] * num_images
         expanded, replacement_offsets = self.get_text_with_replacements(list(texts), replacements)
-        inputs = dict(self.tokenizer(expanded, **options))
+        with _TOKENIZING:
+            inputs = dict(self.tokenizer(expanded, **options))
         self._check_special_mm_tokens(expanded, inputs, modalities=["image"])
         if offsets:
             inputs["text_replacement_offsets"] = replacement_offsets
@@ -300,10 +305,12 @@ class SDLlavaProcessor(ProcessorMixin):
             if (tokenizer := getattr(self, name, None)) is None:
                 continue
             prompts, length = clean_prompts(tokenizer, cleaned), prompt_length(tokenizer)
-            if any(len(ids) > length for ids in tokenizer(prompts, verbose=False)["input_ids"]):
-                logger.warning_once(f"A question has more than the diffusion model's {length} tokens and is truncated.")
             options = {"padding": "max_length", "truncation": True, "max_length": length}
-            inputs[key] = tokenizer(prompts, return_tensors=return_tensors, **options)["input_ids"]
+            with _TOKENIZING:
+                whole = tokenizer(prompts, verbose=False)["input_ids"]
+                inputs[key] = tokenizer(prompts, return_tensors=return_tensors, **options)["input_ids"]
+            if any(len(ids) > length for ids in whole):
+                logger.warning_once(f"A question has more than the diffusion model's {length} tokens and is truncated.")
         return inputs
 
     def _questions(

@@ -48,9 +48,8 @@ def read_t5(
     """
     _require(where, f"text_encoder{number}/config.json", f"tokenizer{number}/tokenizer_config.json")
     config = T5Config.from_pretrained(subfolder=f"text_encoder{number}", **where)
-    tokenizer = AutoTokenizer.from_pretrained(
-        subfolder=f"tokenizer{number}", model_max_length=length, lower_case_prompts=lower_case, **where
-    )
+    options = {"model_max_length": length, "lower_case_prompts": lower_case, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(subfolder=f"tokenizer{number}", **options, **where)
     return config, tokenizer
 
 

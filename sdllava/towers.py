@@ -53,7 +53,7 @@ def _load_saved(
     model: str, where: dict[str, Any], dtype: torch.dtype | str | None
 ) -> tuple[SDLlavaDiffusionModel, SDLlavaProcessor]:
     try:
-        config = AutoConfig.from_pretrained(**where)
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise missing(model, "model", error) from error
     if not isinstance(config, SDLlavaConfig) or config.diffusion_config is None:

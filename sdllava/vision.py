@@ -13,6 +13,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from .checkpoint_files import CheckpointError, part_reported, unexpected_reported
+from .image_loading import MAX_SIDE
 from .repositories import missing, require_safetensors, split_revision
 
 VISION_MODELS = {
@@ -38,19 +40,29 @@ def read_vision(vision: str, image_size: int | None = None) -> tuple[PreTrainedC
         OSError: It cannot be read.
         TypeError: Its model type cannot be a vision encoder.
     """
-    try:
-        config = AutoConfig.from_pretrained(**split_revision(vision))
-        config = getattr(config, "vision_config", config)
-        if config.model_type not in VISION_MODELS:
-            kinds = ", ".join(VISION_MODELS)
-            raise TypeError(f"{str(vision)!r} is a {config.model_type!r}. The vision encoder can be {kinds}.")
-        processor = AutoImageProcessor.from_pretrained(**split_revision(vision))
-    except (OSError, ValueError) as error:
-        raise missing(vision, "vision encoder", error) from error
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    side = image_size or size.get("height") or size["shortest_edge"]
-    processor.size = processor.crop_size = {"height": side, "width": side}
-    return config, processor, side if side != config.image_size else image_size
+    where = {**split_revision(vision), "trust_remote_code": False}
+    with part_reported(vision, "the vision encoder", "vision_config"):
+        try:
+            config = AutoConfig.from_pretrained(**where)
+            config = getattr(config, "vision_config", config)
+            is_known = config.model_type in VISION_MODELS
+            processor = AutoImageProcessor.from_pretrained(**where) if is_known else None
+        except (OSError, ValueError) as error:
+            raise missing(vision, "vision encoder", error) from error
+    if not is_known:
+        kinds = ", ".join(VISION_MODELS)
+        raise TypeError(f"{str(vision)!r} is a {config.model_type!r}. The vision encoder can be {kinds}.")
+    with unexpected_reported(vision, "the image size"):
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        side = image_size or size.get("height") or size["shortest_edge"]
+        if not isinstance(side, int) or not 0 < side <= MAX_SIDE:
+            raise CheckpointError.of(vision, f"its image processor makes images of {side!r} pixels")
+        for name in ("image_mean", "image_std"):
+            value = getattr(processor, name)
+            if len(value) != 3 or not all(isinstance(channel, int | float) for channel in value):
+                raise CheckpointError.of(vision, f"{name} of its image processor is {value!r}, not three numbers")
+        processor.size = processor.crop_size = {"height": side, "width": side}
+        return config, processor, side if side != config.image_size else image_size
 
 
 def load_vision(vision: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -65,4 +77,8 @@ def load_vision(vision: str, config: PreTrainedConfig, dtype: torch.dtype) -> Pr
         ValueError: The weights are pickles.
     """
     require_safetensors(vision)
-    return VISION_MODELS[config.model_type].from_pretrained(dtype=dtype, **split_revision(vision))
+    with part_reported(vision, "the vision encoder's weights", "vision_config"):
+        try:
+            return VISION_MODELS[config.model_type].from_pretrained(dtype=dtype, **split_revision(vision))
+        except OSError as error:
+            raise missing(vision, "vision encoder's weights", error) from error

@@ -6,7 +6,9 @@ import functools
 import http.server
 import io
 import logging as python_logging
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -305,6 +307,23 @@ def test_batches_are_padded_on_the_left(processor):
 def test_bad_input_raises(processor, arguments, error, message):
     with pytest.raises(error, match=message):
         processor(return_tensors="pt", **arguments)
+
+
+def test_one_processor_in_8_threads_gives_what_it_gives_alone(processor):
+    words = ["What?", "Where is the dog? " * 9, "Which colour has the roof of the house on the left? " * 3]
+    calls = [{"images": [red()] * (i % 3 + 1), "text": ["<image> " + words[(i + j) % 3] for j in range(i % 3 + 1)]}
+             for i in range(6)]  # fmt: skip
+    calls = [{**call, "padding": True, "return_tensors": "pt"} for call in calls]
+    alone = [processor(**call) for call in calls]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns often
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            together = list(threads.map(lambda number: processor(**calls[number % 6]), range(48)))
+    finally:
+        sys.setswitchinterval(interval)
+    for number, found in enumerate(together):
+        assert all(torch.equal(found[name], tensor) for name, tensor in alone[number % 6].items())
 
 
 def test_serving_engines_get_one_row_per_image(processor):

@@ -106,7 +106,7 @@ def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
     weights = dtype.value if dtype else "float32" if device == "cpu" else "bfloat16"
     where = split_revision(path)
     with damage_reported(path, "the configuration"):
-        config = AutoConfig.from_pretrained(**where)
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
             f"{path!r} is a model of type {config.model_type!r}, which does not answer questions about images. Use a "

@@ -118,6 +118,7 @@ def _compose_to_folder(output: Path, sources: dict[str, str], dtype: str, fields
     from rich.console import Console
 
     from ..atomic_files import atomic_path
+    from ..checkpoint_files import FIELD_ERRORS, unexpected_reported
     from ..modeling_sdllava import SDLlavaForConditionalGeneration
     from ..parts import read_llava_parts, read_parts
     from ..processors import SDLlavaProcessor
@@ -125,7 +126,9 @@ def _compose_to_folder(output: Path, sources: dict[str, str], dtype: str, fields
 
     console = Console(stderr=True)
     parts = read_llava_parts(**sources, **fields) if "llava" in sources else read_parts(**sources, **fields)
-    console.print(_parameter_table(parts.config, as_dtype(dtype)))
+    with unexpected_reported(", ".join(map(str, sources.values())), "the configuration", FIELD_ERRORS):
+        table = _parameter_table(parts.config, as_dtype(dtype))
+    console.print(table)
     with console.status("Reading the weights"):
         model = SDLlavaForConditionalGeneration.from_parts(parts, dtype)
     with console.status("Writing the model"), atomic_path(output) as folder:
@@ -222,7 +225,7 @@ def _tower_config(model: str | None, image_size: int | None = None) -> "SDLlavaD
         return SDLlavaDiffusionConfig(image_size=image_size or 512)
     where = split_revision(model)
     try:
-        config = AutoConfig.from_pretrained(**where)
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
     except (OSError, ValueError):
         config = None  # a diffusion repository has no configuration of its own at the root
     if isinstance(config, SDLlavaConfig | SDLlavaDiffusionConfig):

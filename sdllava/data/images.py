@@ -73,7 +73,10 @@ def _open_file(name: str, folder: str | None) -> IO[bytes]:
     if folder is None:
         raise RecordError(f"names the image file {name!r}, but there is no image folder: set `image_folder`")
     try:
-        return fsspec.open(resolve_image(name, folder), "rb").open()
+        place = resolve_image(name, folder)
+        if "://" not in place and not Path(place).is_file():  # opening a named pipe would wait for its other end
+            raise FileNotFoundError
+        return fsspec.open(place, "rb").open()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RecordError(f"names the image {name!r}, which is not in the image folder {folder!r}") from error
     except RecordError:

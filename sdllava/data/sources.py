@@ -1,26 +1,33 @@
 """Sources of samples as one `datasets` dataset: LLaVA's JSON, JSON Lines, and whatever `datasets` reads.
 
 A row holds the fields of a record (`records.py`), with its images undecoded as `{"bytes", "path"}`, and `error`, which
-is empty where the sample is usable. Rows are decoded when they are accessed.
+is empty where the sample is usable. Rows are decoded when they are accessed. They are read from memory-mapped Arrow
+files in the cache of `datasets`, which all processes of a machine share. The first process writes them; the others
+wait.
 """
 
+import glob
+import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
 
 from ..names import REPOSITORY
 from ..repositories import split_revision
+from . import json_files, records
+from .json_files import TOO_DEEP, json_array, json_lines
 from .records import Record, RecordError, split_turns, to_record
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-_TOO_DEEP = "is nested too deeply"
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
@@ -164,57 +171,77 @@ class _Fetch:
 def _index(table: _Table, source: int, one_record_per_turn: bool) -> "Dataset":
     import datasets
 
-    rows, turns = list(range(len(table.data))), [-1] * len(table.data)
+    rows = np.arange(len(table.data), dtype=np.int32)
+    turns = np.full(len(rows), -1, dtype=np.int16)
     if one_record_per_turn:
-        counts = [len(_turn_rows(table.row(row))) for row in rows]
-        rows = [row for row, count in enumerate(counts) for _ in range(count)]
-        turns = [turn for count in counts for turn in range(count)]
-    return datasets.Dataset.from_dict({"source": [source] * len(rows), "row": rows, "turn": turns})
+        counts = [len(_turn_rows(table.row(row))) for row in range(len(rows))]
+        rows = np.repeat(rows, counts)
+        turns = np.concatenate([np.arange(count, dtype=np.int16) for count in counts])
+    sources = np.full(len(rows), source, dtype=np.int16)
+    return datasets.Dataset.from_dict({"source": sources, "row": rows, "turn": turns})
 
 
 def _table(source: DataSource) -> _Table:
-    import datasets
-
     if _is_json(source.path):
-        rows = list(_json_rows(source.path, _folder(source)))
-        if not rows:
-            raise ValueError(f"The data file {source.path!r} does not hold any samples.")
-        return _Table(datasets.Dataset.from_list(rows, features=row_features()), source.path, _folder(source))
+        return _Table(_json_table(source.path, _folder(source)), source.path, _folder(source))
     return _Table(_undecoded(_load(source, streaming=False)), source.path, source.image_folder)
+
+
+def _json_table(path: str, folder: str) -> "Dataset":
+    """The rows of a JSON file as memory-mapped Arrow, converted again when the file or the code of records changes."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    _require_file(path)
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    digest = hashlib.sha256(json.dumps([path, folder, filesystem.ukey(inner)]).encode())
+    for code in (__file__, json_files.__file__, records.__file__):
+        digest.update(Path(code).read_bytes())
+    try:
+        return Dataset.from_generator(
+            _json_rows,
+            features=row_features(),
+            gen_kwargs={"path": path, "folder": folder},
+            fingerprint=digest.hexdigest(),
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
 
 
 def _stream(source: DataSource, one_record_per_turn: bool) -> "IterableDataset":
     import datasets
 
+    generator: Callable[..., Iterator[dict[str, Any]]] = _shard_rows
     if _is_json(source.path):
         _require_file(source.path)
-        arguments = {"path": source.path, "folder": _folder(source)}
-        data = datasets.IterableDataset.from_generator(_json_rows, features=row_features(), gen_kwargs=arguments)
-        return data.map(_expand, batched=True, batch_size=1, features=row_features()) if one_record_per_turn else data
-    data = _undecoded(_load(source, streaming=True))
-    columns = data.column_names or list(next(iter(data)))
-    return data.map(
-        _StreamRow(source.path, source.image_folder, one_record_per_turn),
-        with_indices=True,
-        batched=True,
-        batch_size=1,
-        remove_columns=columns,
-        features=row_features(),
-    )
+        generator, arguments = _json_rows, {"path": source.path, "folder": _folder(source)}
+    else:
+        stream = _undecoded(_load(source, streaming=True))
+        shards = list(range(stream.num_shards))
+        arguments = {"shards": shards, "stream": stream, "path": source.path, "folder": source.image_folder}
+    data = datasets.IterableDataset.from_generator(generator, features=row_features(), gen_kwargs=arguments)
+    return data.map(_expand, batched=True, batch_size=1, features=row_features()) if one_record_per_turn else data
 
 
-@dataclass
-class _StreamRow:
-    """Transform of a stream: one source row becomes one sample row, or one per turn."""
-
-    path: str
-    folder: str | None
-    one_record_per_turn: bool
-
-    def __call__(self, batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        row = {column: values[0] for column, values in batch.items()}
-        columns = _columns([_to_row(row, f"{self.path} row {numbers[0]}", self.folder)])
-        return _expand(columns) if self.one_record_per_turn else columns
+def _shard_rows(
+    shards: list[int], stream: "IterableDataset", path: str, folder: str | None
+) -> Iterator[dict[str, Any]]:
+    """Sample rows of some shards of a stream, which are its files. A damaged one raises where its rows end."""
+    for shard in shards:
+        place = f"{path} row" if stream.num_shards == 1 else f"{path} shard {shard} row"
+        rows, number = iter(stream.shard(num_shards=stream.num_shards, index=shard)), 0
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                break
+            except Exception as error:
+                raise _unreadable(f"{place} {number}", error) from error
+            yield _to_row(row, f"{place} {number}", folder)
+            number += 1
+        archives = _archives(path)
+        if len(archives) == stream.num_shards:
+            _check_archive(archives[shard])
 
 
 def _expand(batch: dict[str, list]) -> dict[str, list]:
@@ -235,7 +262,7 @@ def _to_row(row: dict[str, Any], name: str, folder: str | None) -> dict[str, Any
     except RecordError as error:
         return _bad_row(name, str(error))
     except RecursionError:
-        return _bad_row(name, _TOO_DEEP)
+        return _bad_row(name, TOO_DEEP)
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -251,33 +278,60 @@ def _bad_row(name: str, error: str) -> dict[str, Any]:
 def _load(source: DataSource, streaming: bool) -> Any:
     import datasets
 
-    suffix = Path(source.path).suffix
-    if suffix in BUILDERS:
-        files = {"train": source.path}
-        try:
+    suffix, is_local = Path(source.path).suffix, Path(source.path).exists()
+    try:
+        if suffix in BUILDERS:
+            files = {"train": source.path}
+            for archive in _archives(source.path) if not streaming else ():
+                _check_archive(archive)
             return datasets.load_dataset(BUILDERS[suffix], data_files=files, split="train", streaming=streaming)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # pyarrow, tarfile and datasets have errors of their own
+        if (Path(source.path) / "state.json").is_file():
+            data = datasets.load_from_disk(source.path)
+            return data.to_iterable_dataset() if streaming else data
+        path, revision = source.path, source.revision
+        if not is_local and "://" not in path:
+            if not REPOSITORY.fullmatch(path):
+                raise FileNotFoundError(
+                    f"There is no data at {path!r}. Give an existing file or folder, or a repository owner/name."
+                )
+            named = split_revision(path)
+            path, revision = named["pretrained_model_name_or_path"], revision or named.get("revision")
+        return datasets.load_dataset(path, source.config, split=source.split, revision=revision, streaming=streaming)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # pyarrow, tarfile and datasets have errors of their own
+        if suffix in BUILDERS or (is_local and type(error) is not ValueError):
             raise _unreadable(source.path, error) from error
-    if (Path(source.path) / "state.json").is_file():
-        data = datasets.load_from_disk(source.path)
-        return data.to_iterable_dataset() if streaming else data
-    path, revision = source.path, source.revision
-    if not Path(path).exists() and "://" not in path:
-        if not REPOSITORY.fullmatch(path):
-            raise FileNotFoundError(
-                f"There is no data at {path!r}. Give an existing file or folder, or a repository owner/name."
-            )
-        named = split_revision(path)
-        path, revision = named["pretrained_model_name_or_path"], revision or named.get("revision")
-    return datasets.load_dataset(path, source.config, split=source.split, revision=revision, streaming=streaming)
+        raise  # about a repository, or about the options
+
+
+def _archives(path: str) -> list[str]:
+    """The local tar files that a path or pattern names."""
+    return sorted(glob.glob(path)) if path.endswith(".tar") else []
+
+
+def _check_archive(path: str) -> None:
+    """Check the headers of a tar file. The reader of `datasets` stops at a damaged one as at the end of the file.
+
+    Raises:
+        ValueError: The file is damaged or truncated.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            for _ in archive:
+                pass
+            stream: Any = archive.fileobj
+            stream.seek(archive.offset)
+            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError(f"no member and no end at byte {archive.offset}")
+    except (ValueError, tarfile.TarError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: str, error: Exception) -> ValueError:
     cause = error.__cause__ or error  # datasets' error only says that there is one
     reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-    return ValueError(f"The data file {path!r} cannot be read ({reason}). Give an intact file.")
+    return ValueError(f"The data {path!r} cannot be read ({reason}). Give intact files.")
 
 
 def _undecoded(data: Any) -> Any:
@@ -309,69 +363,13 @@ def _require_file(path: str) -> None:
 def _json_rows(path: str, folder: str) -> Iterator[dict[str, Any]]:
     """Rows of a `.json` or `.jsonl` file, named by the file, the line on which they begin and their number."""
     _require_file(path)
+    name = None
     with fsspec.open(path, "rb") as stream:
-        samples: Iterator = (
-            _json_lines(stream) if path.endswith(".jsonl") else _json_array(_text(stream.read(), path), path)
-        )
-        for line, sample in samples:
+        for line, sample in json_lines(stream) if path.endswith(".jsonl") else json_array(stream.read(), path):
             name = f"{path}:{line}"
             if isinstance(sample, dict):
                 yield _to_row(sample, name, folder)
             else:
                 yield _bad_row(name, f"is not a JSON object: {sample}")
-
-
-def _text(data: bytes, path: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line} is not UTF-8: {error.reason}. Convert the file, for example with iconv."
-        ) from error
-
-
-def _json_lines(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line.decode("utf-8-sig"))
-            except RecursionError:
-                yield number, _TOO_DEEP
-            except UnicodeDecodeError as error:
-                yield number, f"the line is not UTF-8: {error.reason}"
-            except json.JSONDecodeError as error:
-                yield number, str(error)
-
-
-def _json_array(text: str, path: str) -> Iterator[tuple[str, Any]]:
-    decode = json.JSONDecoder().raw_decode
-    line, counted = 1, 0
-    position = _skip(text, 0, "[", path)
-    for number in itertools.count():
-        if text[position : position + 1] == "]":
-            return
-        try:
-            line, counted = line + text.count("\n", counted, position), position
-            sample, position = decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}.") from error
-        except RecursionError as error:
-            raise ValueError(f"{path}:{line} {_TOO_DEEP}.") from error
-        yield f"{line} sample {number}", sample
-        position = _skip(text, position, ",]", path)
-        if text[position - 1] == "]":
-            return
-
-
-def _skip(text: str, position: int, expected: str, path: str) -> int:
-    """The position after the expected character and the whitespace around it."""
-    while text[position : position + 1].isspace():
-        position += 1
-    if text[position : position + 1] not in tuple(expected):
-        line = text.count("\n", 0, position) + 1
-        raise ValueError(f"{path}:{line} is not a JSON array of samples: {text[position : position + 20]!r}.")
-    position += 1
-    while text[position - 1] != "]" and text[position : position + 1].isspace():
-        position += 1
-    return position
+    if name is None:
+        raise ValueError(f"The data file {path!r} does not hold any samples.")

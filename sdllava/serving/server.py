@@ -84,7 +84,7 @@ def build_server(
     from .worker import ModelWorker
 
     register()
-    found = AutoConfig.from_pretrained(model).model_type
+    found = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
     if found != SDLlavaConfig.model_type:
         raise ValueError(
             f"{names[0]!r} is a model of type {found!r}. This command serves models of type "

@@ -61,7 +61,6 @@ class ModelWorker:
         self.model, self.processor = model.eval(), processor
         self.max_batch, self.batch_seconds = max_batch, batch_seconds
         self._kept = CachedEncodings(model)
-        self._processing = threading.Lock()  # tokenizers change their settings while they are called
         self._changed = threading.Condition()
         self._waiting: list[Row] = []
         self._executor = ThreadPoolExecutor(1, "model")
@@ -81,8 +80,7 @@ class ModelWorker:
         """
         keys = [image_key(image) for image in images]
         try:
-            with self._processing:
-                job = Job(request, end, self._inputs(request, images), keys)
+            job = Job(request, end, self._inputs(request, images), keys)
         except (ValueError, TypeError, TemplateError) as error:
             raise RequestError(f"The messages do not make a prompt: {error}") from error
         if job.length >= self._longest():

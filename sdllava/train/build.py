@@ -81,6 +81,21 @@ def hold_trained_in_float32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def hold_vae_in_float32(model: SDLlavaForConditionalGeneration) -> None:
+    """Convert the VAE's parameters to buffers, in place, if the configuration keeps it in float32.
+
+    DeepSpeed casts every parameter to its half precision, but no buffers of modules that a model keeps in float32.
+    """
+    tower: Any = model.model.diffusion_tower
+    vae = None if tower is None else getattr(tower.backbone, "vae", None)
+    if vae is None or not tower.config.vae_in_fp32:
+        return
+    for module in vae.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.data)
+
+
 def _check_adapters(arguments: ModelArguments, adapters: AdapterArguments, kind: str) -> None:
     if adapters.lora_r and kind == "llava":
         raise ValueError(
@@ -110,7 +125,7 @@ def _source_kind(arguments: ModelArguments) -> str:
     if is_adapter(arguments.init_from):
         return "adapter"
     try:
-        config = AutoConfig.from_pretrained(**split_revision(arguments.init_from))
+        config = AutoConfig.from_pretrained(**split_revision(arguments.init_from), trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"Checkpoint {arguments.init_from!r} (init_from) does not exist. Train its stage first, or give a folder, "
