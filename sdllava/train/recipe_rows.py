@@ -88,7 +88,7 @@ def one_tap(name: str, model: dict[str, Any], what: str, tap: str, timestep: int
     ]
 
 
-FusionRow = tuple[str, str, str, dict[str, Any], dict[float, str]]
+FusionRow = tuple[str, str, str, dict[str, Any], dict[int, str]]
 """Name, the pair of stages in words, stage 1 in words, changes, and the numbers of [`TABLE_2_NUMBERS`] by scale."""
 
 TABLE_2_NUMBERS = "LLaVA-B, MMVP, GQA, NaturalBench group"
