@@ -206,13 +206,14 @@ def test_every_stage_has_its_recipe():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("simple_tokens")
 def test_the_whole_study_goes_through_training_and_evaluation(parts, monkeypatch):
     for part in "abcdef":
         monkeypatch.setitem(PARTS, part, replace(PARTS[part], more_noise=0))
     for name, count in {"QUESTIONS": 108, "COMPOSITIONS": 54, "PAIRS_PER_PATTERN": 3, "CAPTIONS": 20}.items():
         monkeypatch.setattr(mini, name, count)
     monkeypatch.setattr(bootstrap, "REPLICATES", 200)
-    compared = {"CLIP", questions.PLAIN, questions.BEST}
+    compared = {questions.PLAIN, questions.BEST}
     monkeypatch.setattr(questions, "VARIANTS", [v for v in questions.VARIANTS if v.name in compared])
     monkeypatch.setattr(questions, "TRENDS", {t: pair for t, pair in questions.TRENDS.items() if compared >= {*pair}})
     described = {v: dropout for v, dropout in captions.VARIANTS.items() if v.guidance in (0.0, 4.0)}
@@ -249,12 +250,13 @@ def test_every_system_has_arguments_of_the_train_command(parts, tmp_path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("simple_tokens")
 def test_systems_of_the_workshop_paper_train_in_small(parts, monkeypatch):
-    """With cached conditional features and cached latents; pseudo-captions and refinement."""
+    """With pseudo-captions and refinement. The recipes' tests train the other fusions, LoRA and the captioner."""
     for name, count in {"QUESTIONS": 54, "COMPOSITIONS": 27, "PAIRS_PER_PATTERN": 1, "CAPTIONS": 4}.items():
         monkeypatch.setattr(mini, name, count)
     monkeypatch.setattr(bootstrap, "REPLICATES", 50)
-    names = {systems.BASE, systems.NO_CAPTION, systems.GT_CAPTION, "implicit captioner"}
+    names = {systems.BASE, systems.NO_CAPTION, systems.GT_CAPTION}
     monkeypatch.setattr(systems, "SYSTEMS", [system for system in systems.SYSTEMS if system.name in names])
     arguments = ["study", "--from", str(parts), "--out", str(parts / "docs-g"), "--scale", "smoke", "--part", "g"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
