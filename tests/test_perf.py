@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from sdllava import SDLlavaDiffusionModel
+
 
 @pytest.fixture(autouse=True)
 def perf_on_path(monkeypatch):
@@ -25,6 +27,45 @@ def test_models_have_the_published_sizes(model, count):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(models.diffusion_config(model, "full").unet_config))
     assert sum(p.numel() for p in unet.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "published"),
+    [("if-m", 371_605_830, 400e6), ("if-l", 935_365_830, 900e6), ("if-xl", 4_304_695_110, 4.3e9)],
+)
+def test_deepfloyd_if_has_about_the_published_parameters(model, count, published):
+    """Its repositories are gated; their cards give rounded numbers."""
+    import families
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(families.FAMILIES[model]["unet_config"])
+    assert sum(p.numel() for p in unet.parameters()) == count
+    assert count == pytest.approx(published, rel=0.08)
+
+
+def test_operations_and_time_of_a_family(monkeypatch, tmp_path):
+    """Counts on the meta device are those of the timed calls, which have weights."""
+    import families
+    import tiny_families
+
+    config = tiny_families.diffusion_config("sd3", taps=["T-B1-Norm"]).to_dict()
+    parts = {name: config[name] for name in config if name.endswith("_config") or name.startswith("null_input")}
+    parts["transformer_config"]["num_layers"] = 3
+    monkeypatch.setattr(families, "FAMILIES", {"sd3-medium": {**parts, "image_size": 64}})
+    whole, to_tap, text, image, kept = families.operations("sd3-medium", "T-B1-Norm")
+    assert 0 < to_tap < whole
+    monkeypatch.setattr("measure.Bench.matrix_peak", lambda self: 1.0)
+    families.main(["sd3-medium"], "T-B1-Norm", True, True, "cpu", "float32", 1, tmp_path / "out.json")
+    rows = {name: row["gflop"] / 1e3 for name, row in rows_of(tmp_path / "out.json").items()}
+    calls = ("one prompt", "one image", "whole pass", "pass to the tap")
+    assert rows == pytest.approx(
+        dict(zip([f"sd3-medium, {call}" for call in calls], (text, image, whole, to_tap), strict=True))
+    )
+    with torch.device("meta"):
+        cut = SDLlavaDiffusionModel(families.tower_config("sd3-medium", "T-B1-Norm"))
+    assert kept == sum(p.numel() for p in cut.unet.parameters()) / 1e9
+    with pytest.raises(SystemExit, match=r"--model 'sd4' is not supported\. Use sd3-medium"):
+        families.main(["sd4"])
 
 
 def test_operations_of_products_and_of_fused_attention_are_counted():
@@ -163,6 +204,19 @@ def test_growth_costs_what_it_computes(tmp_path, monkeypatch):
     assert 1.9 * one < two
 
 
+@pytest.mark.slow
+def test_a_follow_up_question_costs_what_its_own_tokens_cost(tmp_path):
+    import follow_up
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
+    follow_up.main(str(tmp_path / "llm"), "mini", "cpu", "float32", 1, tmp_path / "out.json")
+    first, whole, continued = rows_of(tmp_path / "out.json").values()
+    assert continued["gflop"] < 0.35 * first["gflop"] < whole["gflop"]
+    assert float(continued["note"].split()[-1]) < 1e-4
+
+
 def test_tied_layers_share_weights_but_not_their_key_value_caches():
     import models
 
@@ -289,6 +343,15 @@ def test_the_papers_model_fits_small_gpus():
     results = memory.peak_results(config, dtype)
     assert sum(whole.values()) + results < 24e9
     assert sum(quantized.values()) + results < 12e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "tap"), [("sd3-medium", None), ("flux-dev", "T-B18-Out")])
+def test_a_first_question_fits_24_gb(model, tap):
+    """In bfloat16, with T5 and the language model in 4 bits; FLUX does not with the 10 blocks after T-B18."""
+    import families
+
+    assert sum(families.first_question(model, tap).values()) * 2**30 < 24e9
 
 
 @pytest.mark.slow
