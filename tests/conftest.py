@@ -10,17 +10,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; the workers share 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as the commands: equal bits in every process
 
 import pytest
-import tiny
-import torch
 from filelock import FileLock
-
-pytest_plugins = ["train_fixtures", "fixtures_evaluation"]
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_configure(config):
+    """Register the other fixtures, except in the process that only controls xdist's workers: it imports no torch."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        for name in ("train_fixtures", "fixtures_evaluation"):
+            config.pluginmanager.import_plugin(name)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -33,6 +38,8 @@ def build_once(tmp_path_factory) -> BuildOnce:
 
     The fixture is a function of a name and of what fills the new folder, and returns the folder.
     """
+    import torch
+
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -51,6 +58,8 @@ def build_once(tmp_path_factory) -> BuildOnce:
 
 def save_published(root: Path) -> None:
     """Tiny repositories in the published layouts, by name."""
+    import tiny
+
     for kind in ("sd1", "sd2", "sdxl"):
         tiny.save_diffusion(root / kind, kind)
     for kind in ("clip", "siglip", "dinov2"):
@@ -72,6 +81,8 @@ TOWER = {"taps": ["U-L1-R1-B0-Cross-Q"], "image_size": 64, "grid_size": 4}
 @pytest.fixture(scope="session")
 def composed(published, build_once: BuildOnce) -> Path:
     """A composed checkpoint with its processor: SD 2, CLIP and a Llama, cross-attention at s = 4."""
+    import torch
+
     from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
 
     def fill(folder: Path) -> None:
