@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from research.miniature.scales import SCALES
 from research.miniature.study import transformer as study
 from research.miniature.study import transformer_page
 from research.miniature.study.claims import sentence
-from research.miniature.study.run import PARTS, finished_part, run_study
+from research.miniature.study.run import finished_part, run_study
 from sdllava.analysis.loading import load_analysis_model
 from sdllava.analysis.reading import read_features
 from sdllava.evaluation import bootstrap
@@ -110,9 +109,8 @@ def test_a_stopped_training_resumes_and_its_pipeline_is_published(smoke_mmdit, t
 @pytest.mark.slow
 def test_the_study_of_the_transformer_reads_it_with_and_without_text(smoke_mmdit, tmp_path, monkeypatch):
     monkeypatch.setattr(bootstrap, "REPLICATES", 50)
-    monkeypatch.setitem(PARTS, "h", replace(PARTS["h"], more_noise=0))
-    monkeypatch.setattr(study, "TIMESTEPS", (180, 600))
-    monkeypatch.setattr(transformer_page, "TIMESTEPS", (180, 600))
+    monkeypatch.setattr(study, "TIMESTEPS", (180, 420))
+    monkeypatch.setattr(transformer_page, "TIMESTEPS", (180, 420))
     shutil.copytree(smoke_mmdit, tmp_path, dirs_exist_ok=True)
     (written,) = run_study(tmp_path, tmp_path / "docs", "smoke", ("h",))
     text, numbers = written.read_text(), finished_part(tmp_path, "h")

@@ -266,8 +266,8 @@ class MmditPart:
             prompts = [prompt_for(scene, rng, _QUESTION_SHARE) for scene, rng in zip(scenes, draws, strict=True)]
             return latents, self.encode_prompts(prompts)
         pairs = [close_up(*one) for one in zip(scenes, latents, draws, strict=True)]
-        prompts = self.encode_prompts([prompt for _, prompt in pairs], CLOSE_UP_TOKENS)
-        return torch.stack([quadrant for quadrant, _ in pairs]), prompts
+        described = self.encode_prompts([prompt for _, prompt in pairs], CLOSE_UP_TOKENS)
+        return torch.stack([quadrant for quadrant, _ in pairs]), described
 
     def _sigmas(self, n: int) -> Tensor:
         """Noise levels: logit-normal as in Stable Diffusion 3, every second one around 0.88.

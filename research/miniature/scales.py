@@ -4,6 +4,7 @@ Budgets are in steps, so that the result does not depend on the speed of the mac
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sdllava.scenes.world import PATTERNS
 
@@ -11,9 +12,9 @@ from .loop import Budget
 
 TOWER = {"taps": ["U-L1-R1-B0-Cross-Q", "U-L2-R2-Res-Out"], "image_size": 64, "grid_size": 8}
 """Taps and sizes of the miniature's diffusion tower."""
-MMDIT_TOWER = TOWER | {"taps": ["T-B3-Norm", "T-B5-Norm"], "timesteps": [180]}
+MMDIT_TOWER: dict[str, Any] = TOWER | {"taps": ["T-B3-Norm", "T-B5-Norm"], "timesteps": [180], "use_t5": False}
 """The same for the diffusion transformer. Its timestep 180 has the noise of the UNet's timestep 50."""
-TOWERS = {"diffusion": TOWER, "mmdit": MMDIT_TOWER}
+TOWERS: dict[str, dict[str, Any]] = {"diffusion": TOWER, "mmdit": MMDIT_TOWER}
 """The tower of each diffusion model, by its folder."""
 
 PARTS = ("judge", "vae", "clip", "llm", "prompts", "denoiser", "unet")

@@ -52,10 +52,8 @@ PARTS = {
     "e": StudyPart("guidance", ("answers",), more_noise=2),
     "f": StudyPart("similarity", ("pairs", "groups", "group_size"), more_noise=2),
     "g": StudyPart("systems", ("align", "finetune", "questions", "described", "heads"), TRAINED_ON, named_only=True),
-    "h": StudyPart("transformer", ("readout", "transformer"), TRANSFORMER, more_noise=1, named_only=True),
-    "i": StudyPart(
-        "transformer", ("match_items", "match_trials"), TRANSFORMER, named_only=True, function="measure_matching"
-    ),
+    "h": StudyPart("transformer", ("readout", "transformer"), TRANSFORMER, named_only=True),
+    "i": StudyPart("transformer", ("match_items",), TRANSFORMER, named_only=True, function="measure_matching"),
     "j": StudyPart(
         "transformer",
         ("align", "finetune", "questions", "heads"),

@@ -22,6 +22,7 @@ from sdllava.evaluation.bootstrap import Units, intervals
 from sdllava.evaluation.matching import MatchingOptions
 from sdllava.evaluation.prompt_choices import derangement
 from sdllava.guidance import guide
+from sdllava.hooked_backbone import as_dict
 from sdllava.scenes.language import caption
 from sdllava.scenes.render import render
 from sdllava.scenes.world import Scene, sample_scene
@@ -40,7 +41,7 @@ from .taps import BATCH, Place, accuracies, results
 from .training import Variant
 
 FOLDER = "mmdit"
-TIMESTEPS = (50, 180, 420, 600)
+TIMESTEPS = (50, 180, 420)
 DEFAULT_TIMESTEP = 180
 GUIDANCE = (1.0, 4.0)
 DIRECTIONS = (4, 16, 64)
@@ -55,7 +56,7 @@ def taps_of(layers: int) -> list[str]:
 
 
 def _layers(model: AnalysisModel) -> int:
-    return len(model.tower.backbone.transformer.transformer_blocks)
+    return as_dict(model.tower.config.transformer_config)["num_layers"]
 
 
 def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def measure(parts: Path, work: Path, scale: StudyScale, noise_seed: int = 0) -> 
             (taps[0], DEFAULT_TIMESTEP),
             (middle, DEFAULT_TIMESTEP),
         ),
-        "read-outs are more accurate at t = 180 than at t = 600": ((middle, 600), (middle, DEFAULT_TIMESTEP)),
+        "read-outs are more accurate at t = 180 than at t = 420": ((middle, 420), (middle, DEFAULT_TIMESTEP)),
         "read-outs are more accurate from the middle block than from CLIP, t = 180": (
             ("CLIP", None),
             (middle, DEFAULT_TIMESTEP),
@@ -355,11 +356,11 @@ def measure_captions(parts: Path, work: Path, scale: StudyScale) -> dict[str, An
 
 
 def measure_matching(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
-    """As (b), by attention and by the error of the velocity."""
+    """As (b), by attention and by the error of the velocity, with one noise draw."""
     benchmark = get_matching_benchmark("mini_pairs")
     rows, units = {}, {}
     for score in ("attention", "denoising"):
-        options = MatchingOptions(score=score, trials=scale.match_trials)
+        options = MatchingOptions(score=score, trials=1)
         rows[score], units[score] = run_matcher(
             parts, FOLDER, f"{FOLDER}/transformer", work / score, options, scale.match_items
         )

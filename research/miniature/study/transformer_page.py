@@ -125,7 +125,7 @@ def _matching(found: Numbers) -> list[str]:
         for name in names
     ]
     return [
-        "Percent of minimal pairs in which each caption selects its own scene. Chance is 25:",
+        "Percent of minimal pairs in which each caption selects its own scene, with one noise draw. Chance is 25:",
         table(["pattern", *found["rows"]], lines),
     ]
 
