@@ -16,16 +16,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 memory = Path(sys.argv[1])
 expected = load_file(memory / "logits.safetensors")["whole"]
-answered = []
 for repository in ("tester/sharded", "tester/whole", "tester/left-out"):
     model = AutoModelForImageTextToText.from_pretrained(repository, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     assert torch.equal(prompt_logits(model, processor), expected), repository
     assert answers(model, processor) == (memory / "answers.txt").read_text().split("\n"), repository
-    vqa = pipeline("visual-question-answering", model=repository, trust_remote_code=True)
-    move_weights(vqa.model)
-    answered.append(vqa(image=picture(), question=QUESTION, max_new_tokens=8))
-assert answered[0] == answered[1] == answered[2], answered
-assert isinstance(answered[0][0]["answer"], str), answered
-Path(memory, "pipeline.txt").write_text(repr(answered[0]))
+vqa = pipeline("visual-question-answering", model="tester/sharded", trust_remote_code=True)
+move_weights(vqa.model)
+answered = vqa(image=picture(), question=QUESTION, max_new_tokens=8)
+assert isinstance(answered[0]["answer"], str), answered
+Path(memory, "pipeline.txt").write_text(repr(answered))
