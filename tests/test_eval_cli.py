@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from sdllava.commands.main import app
 from sdllava.evaluation import match as matching_run
-from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate
+from sdllava.evaluation.captioning import refine
+from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate, load_samples
+from sdllava.evaluation.leakage import LeakageSetting, leakage_sweep
 from sdllava.evaluation.match import load_matcher, match
 from sdllava.evaluation.matching import MatchingOptions
 from sdllava.evaluation.results import read_records
@@ -210,17 +212,29 @@ def test_help_imports_nothing_heavy():
 def test_two_processes_give_the_results_of_one(composed, published, mmvp_folder, tmp_path):
     winoground = write_winoground(tmp_path / "winoground", 3)
     options = EvaluationOptions(data=str(mmvp_folder), blind=True, batch_size=2)
+    captions = EvaluationOptions(data=str(write_captions(tmp_path / "captions", 3)), batch_size=2)
+    leakage = LeakageSetting.make(*load_samples("captions", captions), captions)
     matching = MatchingOptions(timesteps=(489,), trials=1)
 
     def measure(output: Path) -> None:
-        evaluate(LoadedModel.load(str(composed)), "mmvp", output, options)
+        loaded = LoadedModel.load(str(composed))
+        evaluate(loaded, "mmvp", output, options)
+        refine(loaded, "captions", output / "captions", 2, captions)
+        leakage_sweep([("m", loaded)], leakage, output / "leakage", (4.0,))
         matcher = load_matcher(str(published["sd2"]), matching)
         match(matcher, "winoground", output / "match", {}, matching, winoground)
 
     measure(tmp_path / "1")
     run_ranks(partial(measure, tmp_path / "2"), tmp_path)
-    for name in ("samples.jsonl", "blind/samples.jsonl", "match/samples.jsonl"):
+    exact = ["samples.jsonl", "blind/samples.jsonl", "match/samples.jsonl"]
+    exact += [f"captions/pass-{number}/samples.jsonl" for number in (1, 2)]
+    exact += [f"leakage/m/{run}/samples.jsonl" for run in ("no-text", "task-s4", "mismatched-s4")]
+    for name in exact:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    (row,), (other,) = (json.loads((tmp_path / n / "leakage" / "leakage.json").read_text())["rows"] for n in ("1", "2"))
+    gain, other_gain = (x.pop("likelihood_gain") for x in (row, other))
+    assert row == other
+    assert [gain["mean"], *gain["interval"]] == pytest.approx([other_gain["mean"], *other_gain["interval"]], abs=1e-5)
     one, two = (stored(tmp_path / name) for name in ("1", "2"))
     assert {k: v for k, v in one.items() if k != "command"} == {k: v for k, v in two.items() if k != "command"}
     assert not list((tmp_path / "2").glob("*partial*"))
