@@ -34,7 +34,7 @@ from sdllava.atomic_files import write_json
 from sdllava.scenes.language import sample_question
 from sdllava.scenes.render import render
 
-NUM_FOLLOW_UPS = 5
+NUM_FOLLOW_UPS = 3
 """Images about which two questions are asked, to measure the time to the first token."""
 
 
@@ -49,7 +49,7 @@ def servers(model: Path, threads: int) -> dict[str, tuple[list[str], dict[str, s
     common = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     vllm = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     return {
-        "sdllava serve": (["sdllava", "serve", str(model), "--device", "cpu"], common),
+        "sdllava serve": (["sdllava", "serve", str(model), "--device", "cpu", "--request-seconds", "3600"], common),
         "vLLM": (
             [
                 "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32", "--enforce-eager",
