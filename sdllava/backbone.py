@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -245,6 +246,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def first_weight(module: nn.Module) -> torch.Tensor:
+    """A module's first parameter. Training with DeepSpeed holds the VAE's as buffers."""
+    return next(chain(module.parameters(), module.buffers()))
+
+
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype of a module's first weight; diffusers' own `dtype` walks through all modules at each call."""
-    return next(module.parameters()).dtype
+    return first_weight(module).dtype

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.errors import HFValidationError
 
-from .backbone import dtype_of, without_autocast
+from .backbone import dtype_of, first_weight, without_autocast
 from .diffusion_configuration import SDLlavaDiffusionConfig
 from .families import is_tiny_vae
 from .hooked_backbone import HookedBackbone, as_dict, published
@@ -57,7 +57,7 @@ class LatentBackbone(HookedBackbone):
     @property
     def image_weight(self) -> torch.Tensor:
         """The VAE's first weight."""
-        return next(self.vae.parameters())
+        return first_weight(self.vae)
 
     @property
     def _has_tiny_vae(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
 
 from .images import resolve_image
 from .records import RecordError
@@ -58,7 +59,7 @@ def _sampled_rows(data: Any, source: DataSource, number: int, seed: int) -> Iter
     if not hasattr(data, "__len__"):
         yield from islice(load_data([source], streaming=True), count)
         return
-    positions = [i for i, of in enumerate(data.with_format(None)["source"]) if of == number]
+    positions = np.flatnonzero(data.with_format("numpy")["source"][:] == number).tolist()
     if len(positions) > count:
         positions = sorted(random.Random(seed).sample(positions, count))
     for position in positions:

@@ -1,7 +1,8 @@
 """The commands `sdllava train` and `sdllava cache`: parse, build, check, train, save."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,14 +12,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
 from ..data.image_files import check_image_files
-from ..data.sources import DataSource, endless, load_data
+from ..data.sources import DataSource, endless, in_batches, load_data
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
 from ..processors import SDLlavaProcessor
 from ..registration import register
 from ..run_records import begin_run, locked
 from .adapters import language_lora
 from .arguments import AdapterArguments, DataArguments, ModelArguments
-from .build import build_model, build_processor, hold_trained_in_float32
+from .build import build_model, build_processor, hold_trained_in_float32, hold_vae_in_float32
 from .cache import FeatureCache
 from .cache_writer import cache_record, write_cache
 from .callbacks import TrainingRecordCallback
@@ -64,7 +65,7 @@ def train(arguments: Sequence[str]) -> None:
     collator = build_collator(run, build_processor(run.model))
     train_data = load_sources(run, run.data.datasets)
     if run.data.check_data:
-        report = check_data(train_data, collator)
+        report = check_data(train_data if run.data.streaming else in_batches(train_data), collator)
         print(report.summary())
         if report.bad and not collator.skip_bad_samples:
             raise ValueError(
@@ -74,7 +75,7 @@ def train(arguments: Sequence[str]) -> None:
         return
     if run.training.process_index == 0:
         require_image_files(run, collator, train_data)
-        require_supervision(train_data.take(100) if run.data.streaming else train_data, collator)
+        require_supervision(train_data.take(100) if run.data.streaming else in_batches(train_data), collator)
     with locked(run.training.output_dir, run.training.process_index):
         checkpoint = checkpoint_to_resume(run)
         trainer = build_trainer(run, collator, train_data)
@@ -186,7 +187,8 @@ def build_trainer(
         FileNotFoundError: The checkpoint does not exist.
     """
     set_seed(run.training.seed)
-    model = build_model(run.model, run.adapter)
+    with outside_zero_init(run.training):
+        model = build_model(run.model, run.adapter)
     if "gradient_checkpointing" not in run.chosen:
         run.training.gradient_checkpointing = recomputes_activations(model)
     adapter = language_lora(model, run.adapter, run.model)
@@ -207,23 +209,39 @@ def build_trainer(
         callbacks=[TrainingRecordCallback(run_settings(run))],
         n_sample_answers=run.data.n_sample_answers,
     )
+    if run.training.deepspeed_plugin is not None and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "A DeepSpeed configuration is given, but accelerate does not use it, because ACCELERATE_USE_CPU is set. "
+            "Start the processes with torchrun and --use_cpu true instead of accelerate launch --cpu."
+        )
     if trainer.is_world_process_zero():
         length = run.training.max_length or 2048
         batch_size = run.training.per_device_train_batch_size
         print_memory(trainer.model, batch_size, length, run.training.gradient_checkpointing)
+    if run.training.deepspeed_plugin is not None:
+        hold_vae_in_float32(model)
     return trainer
 
 
-def join_deepspeed_group(training: SFTConfig) -> None:
-    """Initialise DeepSpeed's communication. ZeRO-3 divides the parameters while the model is built, so it comes first.
+@contextmanager
+def outside_zero_init(training: SFTConfig) -> Iterator[None]:
+    """Build whole modules in the block under ZeRO-3, too. DeepSpeed divides their parameters when training begins.
+
+    Its `zero.Init`, which divides them while modules are built, does not support modules on the meta device.
 
     Args:
-        training: The training arguments. Without DeepSpeed nothing happens.
+        training: The training arguments. Without DeepSpeed nothing changes.
     """
-    if training.deepspeed_plugin is not None:
-        from deepspeed import comm
+    if training.deepspeed_plugin is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-        comm.init_distributed(dist_backend="gloo" if training.use_cpu else "nccl")
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(getattr(training, "hf_deepspeed_config", None) or training.deepspeed_plugin.dschf)
 
 
 def check_cache(
