@@ -1,6 +1,8 @@
 """The memory estimate against the allocator's peak in training steps of the miniature on the CPU."""
 
 import pytest
+import tiny
+import tiny_families
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,6 +63,21 @@ def test_zero_divides_the_states_among_processes(composed):
         expected = [size // part for size, part in zip((one.weights, one.gradients, one.optimizer), parts, strict=True)]
         assert [shared.weights, shared.gradients, shared.optimizer] == expected
         assert shared.activations == one.activations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pixart", "if"])
+def test_every_family_is_estimated(kind):
+    tower = tiny_families.diffusion_config(kind)
+    config = SDLlavaConfig(
+        text_config=tiny.text_config(), vision_config=None, diffusion_config=tower, image_token_index=5
+    )
+    with torch.device("meta"):
+        model = SDLlavaForConditionalGeneration(config)
+    model.set_stage("finetune")
+    one, two = (estimate_memory(model, n, config.num_image_tokens + 20, checkpointing=True) for n in (1, 2))
+    assert one.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert one.activations < two.activations < 3 * one.activations
 
 
 def test_a_run_prints_its_memory_except_on_a_cpu(composed, capsys):

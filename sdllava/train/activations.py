@@ -2,10 +2,13 @@
 
 import copy
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -28,6 +31,8 @@ class LiveResults(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].dtype == torch.bool or 1  # the value is unknown: masks count as full
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor):
@@ -46,6 +51,33 @@ class LiveResults(TorchDispatchMode):
         self.bytes -= size
 
 
+class FusedAttention(TorchFunctionMode):
+    """Attention that allocates what fused kernels allocate, without probabilities. It computes nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        return _FusedAttention.apply(named["query"], named["key"], named["value"])
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps the inputs, the output and the logarithm of each row's sum for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     """The dtype of the model's matrix products: its half precision if a part of it has one, as under autocast."""
     found = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -55,7 +87,7 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
 def peak_activations(model: PreTrainedModel, batch_size: int, length: int, checkpointing: bool) -> int:
     """Peak bytes of intermediate results in a forward and backward pass, without gradients of parameters.
 
-    Attention on the meta device stores its probabilities, fused attention does not, so the count is an upper bound.
+    Attention counts as fused, where it goes through `scaled_dot_product_attention`.
 
     Args:
         model: The model, on any device. It is not changed.
@@ -65,10 +97,12 @@ def peak_activations(model: PreTrainedModel, batch_size: int, length: int, check
     """
     twin = _on_meta(model.get_base_model() if hasattr(model, "get_base_model") else model)
     if checkpointing:
-        twin.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        twin.model.language_model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), FusedAttention())}
+        )
     twin.train()
     trained = sum(p.numel() * p.element_size() for p in twin.parameters() if p.requires_grad)
-    with LiveResults(twin) as live:
+    with FusedAttention(), LiveResults(twin) as live:
         loss = _loss(twin, batch_size, max(length, twin.config.num_image_tokens + 1))
         forward = live.peak
         if loss.requires_grad:
