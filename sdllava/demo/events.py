@@ -57,12 +57,14 @@ class CurrentQuestion:
         shown (`int`): The checkpoint whose maps are shown.
         attention (`list[QuestionAttention]`): The attention maps of its words, for each image.
         delta ([`DeltaMap`]): Its effect on the features.
+        answered_at (`float`, *optional*): The guidance scale of its last answers.
     """
 
     text: str
     shown: int
     attention: list[QuestionAttention]
     delta: DeltaMap
+    answered_at: float | None = None
 
     def words(self) -> list[tuple[str, int]]:
         """The words that have a map on the page, with their indices."""
@@ -157,6 +159,7 @@ class Page:
         example, said = found
         images, _, picture, *_ = self._open([example.image], example)
         current, _, attention, effect, *_ = self.ask(images, example.question, scale, 0)
+        current.answered_at = scale
         answers = answers_html(self._answers(said, example.answer), example.answer)
         history = [[example.question, f"{scale:g}", *said]]
         return Opening(images, current, picture, attention, effect, answers, history)
@@ -164,11 +167,11 @@ class Page:
     def upload(self, files: list[bytes] | None) -> tuple:
         """Open uploaded images."""
         if not files:
-            return (gr.skip(),) * 9
+            return (gr.skip(),) * 11
         try:
             images = open_uploads(files, self.engines[0].limits)
         except (ValueError, OSError) as error:
-            return (*(gr.skip(),) * 6, None, problem_html(str(error)), gr.skip())
+            return (*(gr.skip(),) * 8, None, problem_html(str(error)), gr.skip())
         return self._open(images)
 
     def choose_example(self, event: gr.SelectData) -> tuple:
@@ -186,7 +189,8 @@ class Page:
             warnings.append(PHOTOGRAPH[0].upper() + PHOTOGRAPH[1:])
         question = example.question if example else gr.skip()
         picture = pictures_html(images, caption, warnings)
-        return OpenImages(encoded, example), question, picture, None, "", "", None, "", ""
+        no_words = gr.update(choices=[], value=None, visible=False)
+        return OpenImages(encoded, example), question, picture, None, no_words, "", "", "", None, "", ""
 
     def ask(self, opened: OpenImages | None, question: str, scale: float, shown: int) -> tuple:
         """Compute the attention maps of a question and its effect on the features, or say what is missing.
@@ -205,17 +209,17 @@ class Page:
         field = gr.update(elem_classes=["invalid"] if question_problem else [])
         marks = (field, problem_html(question_problem), problem_html(image_problem))
         if opened is None or question_problem:
-            return (None, gr.update(choices=[], value=None), "", "", *marks)
+            return (*(gr.skip(),) * 4, *marks)
         engine, encoded = self.engines[shown], opened.encoded[shown]
         current = CurrentQuestion(question, shown, engine.attention(encoded, question), engine.delta(encoded, question))
-        words = gr.update(choices=current.words(), value=WHOLE)
+        words = gr.update(choices=current.words(), value=WHOLE, visible=True)
         return (current, words, self.choose_word(current, WHOLE), self._effect(current, scale), *marks)
 
     def answers(
         self, opened: OpenImages | None, current: CurrentQuestion | None, scale: float, history: list
     ) -> Iterator[tuple]:
-        """Stream the answers, then add them to the history."""
-        if opened is None or current is None:
+        """Stream the answers, then add them to the history. Nothing happens if the question has them already."""
+        if opened is None or current is None or current.answered_at == scale:
             yield (gr.skip(),) * 2
             return
         example = opened.example
@@ -226,6 +230,7 @@ class Page:
             for text in stream:
                 said[-1] = text
                 yield answers_html(self._answers(said), expected), gr.skip()
+        current.answered_at = scale
         html = answers_html(self._answers(said, expected), expected)
         yield html, [[current.text, f"{scale:g}", *said], *history]
 

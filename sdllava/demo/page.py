@@ -45,6 +45,7 @@ def build_page(*engines: Engine) -> gr.Blocks:
 def _main_components(page: Page, opening: Opening) -> dict[str, Any]:
     """Pictures, question and answers."""
     main = page.engines[0]
+    of = f" of {main.name}" if len(page.engines) > 1 else ""
     images, current = (gr.State(value, time_to_live=3600) for value in (opening.images, opening.current))
     with gr.Row(elem_id="main"):
         with gr.Column(min_width=280):
@@ -68,7 +69,7 @@ def _main_components(page: Page, opening: Opening) -> dict[str, Any]:
             effect = gr.HTML(opening.effect, elem_id="effect")
             scale = gr.Slider(
                 0, MAX_SCALE, main.guidance_scale or 1.0, step=0.5,
-                label="Guidance scale: how strongly the question changes the features",
+                label=f"Guidance scale{of}: how strongly the question changes the features",
                 visible=main.guidance_scale is not None, elem_id="scale",
             )  # fmt: skip
     return {
@@ -104,7 +105,8 @@ def _connect(page: Page, c: SimpleNamespace) -> None:
     """Connect the components' events to the methods of `page`. Calls of the model run one at a time."""
     model: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
     opened = [
-        c.images, c.question, c.picture, c.current, c.attention, c.effect, c.upload, c.upload_problem, c.image_problem,
+        c.images, c.question, c.picture, c.current, c.words, c.attention, c.effect, c.answers, c.upload,
+        c.upload_problem, c.image_problem,
     ]  # fmt: skip
     asked = [c.current, c.words, c.attention, c.effect, c.question, c.question_problem, c.image_problem]
     answered = [c.answers, c.history]
