@@ -135,9 +135,10 @@ def _fetch(url: str) -> bytes:
     body = bytearray()
     end = time.monotonic() + MAX_DOWNLOAD_SECONDS
     try:
-        with httpx.stream("GET", url, timeout=30, follow_redirects=True) as response:
+        options = {"timeout": 30, "follow_redirects": True, "headers": {"Accept-Encoding": "identity"}}
+        with httpx.stream("GET", url, **options) as response:
             response.raise_for_status()
-            for chunk in response.iter_bytes():
+            for chunk in response.iter_raw():  # not unpacked: a packed answer can be far larger than its chunks
                 body += chunk
                 if len(body) > MAX_DOWNLOAD:
                     raise ValueError(f"Image {url!r} is larger than {MAX_DOWNLOAD >> 20} MiB. Download it yourself.")

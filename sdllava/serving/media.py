@@ -93,12 +93,12 @@ async def fetch(url: str, domains: Sequence[str], limits: Limits) -> bytes:
                 request = client.build_request(
                     "GET",
                     parsed.copy_with(host=address),
-                    headers={"Host": parsed.netloc.decode("ascii")},
+                    headers={"Host": parsed.netloc.decode("ascii"), "Accept-Encoding": "identity"},
                     extensions={"sni_hostname": host},
                 )
                 response = await client.send(request, stream=True)
                 try:
-                    if response.is_redirect:
+                    if response.has_redirect_location:
                         url = str(parsed.join(response.headers["location"]))
                         continue
                     response.raise_for_status()
@@ -112,7 +112,7 @@ async def fetch(url: str, domains: Sequence[str], limits: Limits) -> bytes:
 
 async def _read(response: httpx.Response, max_bytes: int) -> bytes:
     body = bytearray()
-    async for chunk in response.aiter_bytes():
+    async for chunk in response.aiter_raw():  # not unpacked: a packed answer can be far larger than its chunks
         body += chunk
         if len(body) > max_bytes:
             raise _too_large(max_bytes)

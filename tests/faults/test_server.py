@@ -344,7 +344,9 @@ def files():
                 self.send_header("Location", redirects[self.path])
                 self.end_headers()
                 return
-            self.send_response(200 if self.path != "/missing" else 404)
+            self.send_response({"/missing": 404, "/nowhere": 302}.get(self.path, 200))
+            if self.path == "/packed":
+                self.send_header("Content-Encoding", "gzip")
             self.end_headers()
             data = encoded(Image.new("RGB", (20, 10)), "PNG")
             for _ in range(1000 if self.path == "/long" else 1):
@@ -389,6 +391,8 @@ def fetching(monkeypatch, files):
         ("http://public.test:PORT/file", 400, "are not fetched"),
         ("http://public.test:PORT/circle", 400, "is redirected over 3 times"),
         ("http://public.test:PORT/missing", 400, "cannot be fetched (HTTPStatusError)"),
+        ("http://public.test:PORT/nowhere", 400, "cannot be fetched (HTTPStatusError)"),
+        ("http://public.test:PORT/packed", 200, ""),
         ("http://public.test:PORT/long", 413, "An image has more than 50000 bytes"),
         ("http://public.test:PORT/trickle", 504, "took too long"),
         ("http://public.test:1/", 400, "cannot be fetched (ConnectError)"),
