@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from sdllava.data import sources
 from sdllava.data.images import open_image, resolve_image
 from sdllava.data.records import RecordError, sample_key, split_content, split_turns, to_record
 from sdllava.data.sources import DataSource, load_data, row_features
@@ -341,3 +342,18 @@ def test_images_are_upright(images):
     exif[0x0112] = 6  # a quarter turn
     turned.save(images / "turned.jpg", exif=exif)
     assert open_image("turned.jpg", str(images)).size == (6, 8)
+
+
+def test_a_json_file_is_converted_once_to_memory_mapped_arrow(tmp_path, images):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([llava(i, "0.png") for i in range(3)]))
+
+    def arrow_file() -> tuple[str, int]:
+        (file,) = sources._json_table(str(path), str(images)).cache_files
+        return file["filename"], Path(file["filename"]).stat().st_mtime_ns
+
+    first = arrow_file()
+    assert arrow_file() == first
+    path.write_text(json.dumps([llava(i, "1.png") for i in range(4)]))
+    assert arrow_file()[0] != first[0]
+    assert len(load_data([DataSource(str(path), image_folder=str(images))])) == 4
