@@ -80,14 +80,15 @@ def base_of(name: str) -> str | None:
 
 
 def architecture(name: str) -> tuple:
-    """What distinguishes the models of recipes, apart from the values of timesteps and scales."""
+    """What distinguishes the models of recipes, apart from sizes and the values of taps, timesteps and scales."""
     values = {**(values_of(base_of(name)) if base_of(name) else {}), **values_of(name)}
-    taps = tuple(tap.rpartition("-")[2] for tap in values.get("taps", ["Q"]))
-    fields = ("diffusion", "vision", "fusion", "fusion_grid_size", "implicit_caption_tokens")
+    diffusion = REPOSITORIES[values["diffusion"]].replace("sd1", "sd2") if "diffusion" in values else None
+    fields = ("vision", "fusion", "fusion_grid_size", "implicit_caption_tokens")
     switches = ("unet_lora_r", "lora_r")
-    scales = values.get("guidance_scales", [0])
-    ensemble = values.get("ensemble") if len(scales) > 1 else None
-    return (*(values.get(field) for field in fields), taps, len(scales), ensemble, *(values.get(s) for s in switches))
+    taps, scales = values.get("taps", [TAP]), values.get("guidance_scales", [0])
+    ensemble = values.get("ensemble") if len(taps) * len(scales) > 1 else None
+    maps = (len(taps), len(scales), ensemble)
+    return (diffusion, *(values.get(f) for f in fields), *maps, *(values.get(s) for s in switches))
 
 
 FAMILY_RECIPES = {name for name in list_recipes() if name.removeprefix("clip-").startswith(tuple(FAMILIES))}
@@ -269,11 +270,16 @@ def recipe_parts(build_once) -> Path:
     return build_once("recipe-parts", fill)
 
 
+@functools.cache
+def parsed(name: str) -> tuple:
+    """The arguments of a recipe on a CPU."""
+    return parse_arguments(KINDS, ["--config", name, "--bf16", "false", "--use_cpu", "--load_in_4bit", "false"])
+
+
 def tiny_config(name: str, arguments: ModelArguments) -> SDLlavaConfig:
     """The configuration that a recipe gives with tiny parts; a later stage's changes that of the earlier one."""
     if base := base_of(name):
-        model_args, *_ = parse_arguments(KINDS, ["--config", base, "--bf16", "false", "--use_cpu"])
-        return apply_overrides(tiny_config(base, model_args), arguments)
+        return apply_overrides(tiny_config(base, parsed(base)[0]), arguments)
     diffusion = vision = None
     if arguments.diffusion:
         kind = REPOSITORIES[arguments.diffusion]
@@ -299,8 +305,7 @@ def test_every_recipe_parses_and_configures_a_model(name):
     values, is_own = values_of(name), name.startswith("own-data")
     assert is_own or values["output_dir"] == f"runs/{name}"
     assert (values["stage"] == "finetune") == (base_of(name) is not None)
-    arguments = ["--config", name, "--bf16", "false", "--use_cpu", "--load_in_4bit", "false"]
-    model_args, _, data_args, training_args = parse_arguments(KINDS, arguments)
+    model_args, _, data_args, training_args = parsed(name)
     assert model_args.stage == values["stage"]
     data_args.prompt_options()
     if not is_own:
