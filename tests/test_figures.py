@@ -24,8 +24,11 @@ def test_panels_fit_a_page_and_are_as_large_as_possible(blocks, panels):
     assert side > 0.35
 
 
-def test_few_maps_stay_below_each_other():
+def test_few_maps_stay_below_each_other_and_words_form_a_square():
     assert layout(3, 2)[:2] == (3, 1)
+    assert layout(9, 1)[:2] == (3, 4)
+    assert layout(8, 12, aspect=0.5)[2] == layout(8, 12)[2]  # limited by the width of the page
+    assert layout(66, 2, aspect=0.5)[2] > layout(66, 2)[2]  # wide images leave room
 
 
 def test_a_map_of_the_padded_square_is_cropped_to_the_image():

@@ -5,7 +5,7 @@ Maps use viridis and cividis, which colour-blind readers can order. Lines use th
 
 import os
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,29 +88,39 @@ def few_samples(count: int, least: int, what: str) -> str:
     return "" if count >= least else f"Only {count} {what}: the estimate is noisy. Use at least {least}."
 
 
-def layout(blocks: int, panels: int) -> tuple[int, int, float]:
-    """How blocks of panels are arranged to fit a page.
+def layout(blocks: int, panels: int, aspect: float = 1.0) -> tuple[int, int, float]:
+    """How blocks of panels are arranged to fit a page: single panels as a square, wider blocks below each other.
 
     Args:
         blocks: The number of blocks.
         panels: The number of panels in a block, side by side.
+        aspect: The height of a panel divided by its width.
 
     Returns:
-        `tuple[int, int, float]`: Rows and columns of blocks, and the side of a panel in inches, as large as possible.
+        `tuple[int, int, float]`: Rows and columns of blocks, and the width of a panel in inches, as large as possible.
     """
 
     def side(columns: int) -> float:
         rows = ceil(blocks / columns)
-        return min(LARGEST_PANEL, PAGE[0] / (columns * panels), PAGE[1] / rows - LABEL_HEIGHT)
+        return min(LARGEST_PANEL, PAGE[0] / (columns * panels), (PAGE[1] / rows - LABEL_HEIGHT) / aspect)
 
-    columns = max(range(1, blocks + 1), key=lambda n: (round(side(n), 3), -n))
+    def squareness(columns: int) -> float:
+        height = ceil(blocks / columns) * (side(columns) * aspect + LABEL_HEIGHT)
+        return -abs(log(max(columns * side(columns), 0.1) / max(height, 0.1)))
+
+    columns = max(range(1, blocks + 1), key=lambda n: (round(side(n), 3), squareness(n) if panels == 1 else -n))
     return ceil(blocks / columns), columns, max(side(columns), 0.2)
 
 
-def _blocks(blocks: int, panels: int, title: str) -> tuple["Figure", list[list["Axes"]]]:
+def _aspect(images: Sequence[Image.Image]) -> float:
+    """The height of a panel for images, divided by its width."""
+    return max(image.height / image.width for image in images)
+
+
+def _blocks(blocks: int, panels: int, title: str, aspect: float) -> tuple["Figure", list[list["Axes"]]]:
     """A figure with the axes of each block; what is left over is invisible."""
-    rows, columns, side = layout(blocks, panels)
-    figure = new_figure(columns * panels * side + 0.3, rows * (side + LABEL_HEIGHT) + 0.6, title)
+    rows, columns, side = layout(blocks, panels, aspect)
+    figure = new_figure(columns * panels * side + 0.3, rows * (side * aspect + LABEL_HEIGHT) + 0.6, title)
     axes = figure.subplots(rows, columns * panels, squeeze=False).reshape(rows * columns, panels)
     for number, axis in enumerate(axes.flat):
         axis.set_anchor("N")  # below its label, also where the panels of a row have different heights
@@ -215,11 +225,12 @@ def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) 
         title: Title of the figure.
     """
     words = [i for i, word in enumerate(rows[0][1].words) if not word.special]
+    aspect = _aspect([attention.image for _, attention in rows])
     if len(rows) == 1:
-        figure, blocks = _blocks(len(words) + 1, 1, title)
+        figure, blocks = _blocks(len(words) + 1, 1, title, aspect)
         lines = [[axis for block in blocks for axis in block]]
     else:
-        figure, lines = _rows(len(rows), len(words) + 1, title)
+        figure, lines = _rows(len(rows), len(words) + 1, title, aspect)
     for line, (label, attention) in zip(lines, rows, strict=True):
         _bare(line[0]).imshow(_small(attention.image))
         line[0].set_ylabel(label, fontsize=7)
@@ -228,14 +239,15 @@ def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) 
         for axis, i, grid in zip(line[1:], words, relative, strict=True):
             label = f"{attention.words[i].text}\n{means[i].item():.1%}"
             drawn = overlay(axis, attention.image, grid, float(relative.min()), float(relative.max()), label)
-        colour_bar(figure, drawn, line, f"{attention.unit}\nrelative to its mean (above)")
+        colour_bar(figure, drawn, line, "")
+    figure.supxlabel(f"{rows[0][1].unit}, relative to its mean (the percentage above each map)", fontsize=7)
     return figure
 
 
-def _rows(count: int, panels: int, title: str) -> tuple["Figure", list[list["Axes"]]]:
+def _rows(count: int, panels: int, title: str, aspect: float) -> tuple["Figure", list[list["Axes"]]]:
     """A figure with the axes of rows that are compared by column."""
-    side = min(LARGEST_PANEL, PAGE[0] / panels, PAGE[1] / count - LABEL_HEIGHT)
-    figure = new_figure(panels * side + 1.5, count * (side + LABEL_HEIGHT) + 0.6, title)
+    side = min(LARGEST_PANEL, PAGE[0] / panels, (PAGE[1] / count - LABEL_HEIGHT) / aspect)
+    figure = new_figure(panels * side + 1.5, count * (side * aspect + LABEL_HEIGHT) + 0.6, title)
     return figure, [list(line) for line in figure.subplots(count, panels, squeeze=False)]
 
 
@@ -255,7 +267,7 @@ def pca_figure(
         registers: Registers of the same taps, timesteps and scales, whose positions are circled.
     """
     circled = {(r.tap, r.timestep, r.guidance_scale): r.outlying for r in registers}
-    figure, blocks = _blocks(len(maps) + 1, len(images), title)
+    figure, blocks = _blocks(len(maps) + 1, len(images), title, _aspect(images))
     for axis, image in zip(blocks[0], images, strict=True):
         _bare(axis).imshow(_small(image))
     for block, pca_map in zip(blocks[1:], maps, strict=True):
@@ -294,7 +306,7 @@ def delta_figure(
         deltas: From [`~sdllava.analysis.features.delta_maps`], with images in the order of the questions.
         title: Title of the figure.
     """
-    figure, blocks = _blocks(len(deltas) + 1, 2 * len(images), title)
+    figure, blocks = _blocks(len(deltas) + 1, 2 * len(images), title, _aspect(images))
     for i, (image, question) in enumerate(zip(images, questions, strict=True)):
         _bare(blocks[0][2 * i]).imshow(_small(image))
         blocks[0][2 * i].set_title(question, fontsize=7, loc="left", wrap=True)
