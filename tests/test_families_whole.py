@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,24 @@ def test_each_word_has_a_map(composed_family):
         np.testing.assert_allclose(total, 1, atol=1e-5)
     else:
         assert 0 < total.max() < 1  # the rest is attention of the image to itself
+
+
+def test_the_page_shows_maps_and_an_answer(composed_family):
+    pytest.importorskip("gradio", reason="the demo page needs gradio")
+    from sdllava.demo.engine import Engine
+    from sdllava.demo.events import OpenImages, Page
+    from sdllava.serving.limits import PAGE_LIMITS
+
+    limits = replace(PAGE_LIMITS, max_new_tokens=3)
+    engine = Engine(composed_family.model, composed_family.processor, "tiny", limits)
+    opened = OpenImages([engine.encode([composed_family.image])])
+    current, _, attention, effect, *_ = Page([engine]).ask(opened, QUESTION, 4.0, 0)
+    words = [label for label, _ in current.words()]
+    assert words == ["whole question", *QUESTION.split() * (2 if composed_family.kind == "sd3" else 1)]
+    assert "data:image" in attention
+    assert "data:image" in effect
+    assert current.delta.heat.shape[1:] == (composed_family.model.model.diffusion_tower.taps[0].height,) * 2
+    assert list(engine.answer(opened.encoded[0], QUESTION))
 
 
 def test_ask_draws_a_heat_map(composed_family, tmp_path):
