@@ -10,10 +10,11 @@ ROOT = Path(__file__).parents[1]
 CONTENTS = (
     "sdllava/py.typed",
     "sdllava/miniature/sdllava-mini/model.safetensors",
+    "sdllava/miniature/sdllava-smol/adapter_model.safetensors",
     "sdllava/train/recipes/align.yaml",
     "sdllava/train/configs/zero2.yaml",
     "sdllava/hub/card.md.jinja",
-    "sdllava/evaluation/metrics/mmvp/mmvp.py",
+    "sdllava/evaluation/metrics/benchmark_score/benchmark_score.py",
 )
 """Files that the wheel must contain, one of each kind that is not a module."""
 

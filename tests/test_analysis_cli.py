@@ -94,7 +94,8 @@ def test_features_delta_similarity_and_cka(published, images, tmp_path):
     assert set(grid["references"]) == {"CLIP", "DINOv2"}
 
     outputs = ("-o", tmp_path / "c.png", "-o", tmp_path / "c.json")
-    run("cka", images, *model, "--question", "red", "--guidance-scales", "0,4", *outputs)
+    result = run("cka", images, *model, "--question", "red", "--guidance-scales", "0,4", *outputs)
+    assert "Only 4 images: the estimate is noisy. Use at least 30." in result.stderr
     matrix = json.loads((tmp_path / "c.json").read_text())
     assert np.shape(matrix["matrix"]) == (4, 4)
     assert matrix["num_images"] == 4

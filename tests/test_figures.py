@@ -55,6 +55,16 @@ def test_similarity_at_one_timestep_is_drawn_as_bars():
     assert [bar.get_width() for bar in axes.patches] == [0.5, 0.9, 0.2]
 
 
+def test_the_similarity_of_many_taps_fits_a_page():
+    taps = [f"U-L0-R{i}-B0-Out" for i in range(94)]
+    grid = SimilarityGrid(taps, [10, 50, 250], [0.0], np.full((94, 3, 1), 0.5), np.zeros((94, 3, 1)), 3)
+    figure = similarity_figure(grid, {"CLIP": 0.2}, "title")
+    width, height = figure.get_size_inches()
+    assert (width <= PAGE[0] + 1, height <= PAGE[1] + 1) == (True, True)
+    names = [label.get_text() for axes in figure.axes[:3] for label in axes.get_yticklabels()]
+    assert [name for name in names if not name.startswith("0.")][:95] == [*taps, "CLIP"]
+
+
 def test_few_samples_are_named():
     assert few_samples(4, 30, "images") == "Only 4 images: the estimate is noisy. Use at least 30."
     assert few_samples(30, 30, "images") == ""

@@ -38,8 +38,9 @@ def test_a_version_without_a_dated_section_raises(version):
         release.release_notes(CHANGELOG, version)
 
 
-def test_the_version_of_the_package_has_a_section_in_the_changelog():
+def test_the_version_has_a_section_in_the_changelog_and_the_required_files_exist():
     assert f"\n## {release.package_version()} (" in (ROOT / "CHANGELOG.md").read_text()
+    assert [name for name in release.CONTENTS if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+ROW_HEIGHT = 0.24
+"""Height of a row of a matrix, in inches."""
+MOST_ROWS = int((PAGE[1] - 1.6) / ROW_HEIGHT)
+"""Rows of a matrix that fit a page. More continue next to it."""
+
+
 def _matrix(axes: "Axes", values: np.ndarray, rows: Sequence[str], columns: Sequence[str], low: float) -> Any:
     """Annotated values in [low, 1]."""
     drawn = axes.imshow(values, cmap="cividis", vmin=low, vmax=1, aspect="auto")
@@ -35,15 +41,21 @@ def similarity_figure(grid: SimilarityGrid, references: dict[str, float], title:
     """
     if len(grid.timesteps) == 1 and len(grid.guidance_scales) == 1:
         return _similarity_bars(grid, references, title)
-    panels = len(grid.guidance_scales)
     rows = [*grid.taps, *references]
-    figure = new_figure((0.7 * len(grid.timesteps) + 1) * panels + 3, 0.32 * len(rows) + 1.6, title)
+    parts = ceil(len(rows) / MOST_ROWS)
+    part = ceil(len(rows) / parts)
+    panels = parts * len(grid.guidance_scales)
+    width = 0.7 * len(grid.timesteps) * panels + 2.2 * parts
+    figure = new_figure(width + 1, ROW_HEIGHT * part + 1.6, title)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     others = np.repeat(np.array(list(references.values()))[:, None], len(grid.timesteps), axis=1)
     low = float(np.floor(10 * min(0.9, grid.positions.min(), *references.values())) / 10)
-    for i, axis in enumerate(axes):
+    for number, axis in enumerate(axes):
+        start, i = number // len(grid.guidance_scales) * part, number % len(grid.guidance_scales)
         values = np.concatenate([grid.positions[:, :, i], others.reshape(-1, len(grid.timesteps))])
-        drawn = _matrix(axis, values, rows if i == 0 else [""] * len(rows), [str(t) for t in grid.timesteps], low)
+        names = rows if i == 0 else [""] * len(rows)
+        shown = slice(start, start + part)
+        drawn = _matrix(axis, values[shown], names[shown], [str(t) for t in grid.timesteps], low)
         axis.set_title(f"s = {grid.guidance_scales[i]:g}", fontsize=8)
         axis.set_xlabel("timestep", fontsize=7)
     colour_bar(figure, drawn, axes.tolist(), "mean cosine similarity of a pair")

@@ -294,10 +294,13 @@ def cka(
     source = open_source(sweep, images, model, device, question, selected, prompt, image_folder)
     result = compute(source.features, batch_size, cast(Literal["minibatch", "full"], method))
 
+    warning = _warn_of_few(result.num_images, LEAST_IMAGES, "images")
+
     def draw() -> "Figure":
         from ..analysis.similarity_plots import cka_figure
 
-        return cka_figure(result, f"Linear CKA ({method}) over {result.num_images} images\n{source.model}")
+        title = f"Linear CKA ({method}) over {result.num_images} images\n{source.model}"
+        return cka_figure(result, f"{title}{warning}")
 
     meta = {"model": source.model, "keys": result.keys, "num_images": result.num_images, "method": method}
     write_outputs(output, draw, {"matrix": result.matrix}, meta)
