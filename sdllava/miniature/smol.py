@@ -100,11 +100,12 @@ def write_language_model(folder: str | os.PathLike) -> None:
         ImportError, ValueError: As [`language_model_file`].
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     file = language_model_file()
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    read = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
+    config = LlamaConfig.from_pretrained(**source)  # the Auto class would parse the whole file twice for it
+    read = LlamaForCausalLM.from_pretrained(config=config, dtype=torch.float32, **source)
     config = copy.deepcopy(read.config)
     del config.quantization_config  # the object that was read refuses to be saved
     config.name_or_path = ""
