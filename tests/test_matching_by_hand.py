@@ -186,7 +186,9 @@ def family_matcher(build_once):
 
     def load(kind: str, **options) -> DiffusionMatcher:
         folder = build_once("deepfloyd_if" if kind == "if" else kind, getattr(tiny_families, f"save_{kind}"))
-        return load_matcher(str(folder), MatchingOptions(timesteps=(489,), trials=1, **options))
+        found = load_matcher(str(folder), MatchingOptions(timesteps=(489,), trials=1, **options))
+        found.tower.config.image_size = 64  # a 64th of the default's pixels
+        return DiffusionMatcher(found.tower, found.tokenizers, found.options)
 
     return load
 
