@@ -113,6 +113,8 @@ def test_what_comes_after_the_tap_is_neither_in_memory_nor_in_the_file(folder, w
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.equal(loaded(images, ids).last_hidden_state, expected)
+    moved = loaded(images[[2, 0, 1]], ids[[2, 0, 1]]).last_hidden_state
+    torch.testing.assert_close(moved, expected[[2, 0, 1]], rtol=0, atol=5e-5)
     alone = loaded(images[1:2], ids[1:2]).last_hidden_state
     torch.testing.assert_close(alone[0], expected[1], rtol=0, atol=5e-5)
     assert not torch.allclose(loaded(images[1:2], ids[:1]).last_hidden_state[0], expected[1], atol=1e-3)
