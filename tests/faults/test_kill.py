@@ -18,7 +18,10 @@ import pytest
 
 pytest.importorskip("trl", reason="the extra train is not installed")
 import forks
+import loopback_hub
 import numpy as np
+from huggingface_hub import constants
+from loopback_hub import LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file
 from train_fixtures import command
@@ -28,11 +31,13 @@ from sdllava.analysis.loading import load_analysis_model
 from sdllava.analysis.sweep import select_features, write_sweep
 from sdllava.atomic_files import NotWrittenError
 from sdllava.evaluation.evaluate import EvaluationOptions, evaluate
+from sdllava.hub.push import push_folder
 from sdllava.run_records import is_lock, locked
 from sdllava.train import run as train_run
 
 pytestmark = pytest.mark.slow
 
+EARLIER = Path(__file__).parents[1] / "data" / "earlier-version"
 KILLS = int(os.environ.get("KILLS", "3"))
 FULL = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 3, "prompt_dropout": 0.5}
 LORA = {**FULL, "lora_r": 4, "unet_lora_r": 2, "lora_dropout": 0.3}
@@ -103,6 +108,31 @@ def test_a_killed_command_ends_with_the_bytes_of_an_undisturbed_one(works, name,
         forks.run(partial(works[name], output), log)
         assert files(output) == expected
         shutil.rmtree(output)
+        if (kills := kills + 1) == KILLS:
+            break
+    assert kills
+
+
+def push(endpoint: str) -> None:
+    """Push a checkpoint to tester/model, in a process of its own."""
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = endpoint, False, True
+    push_folder(EARLIER, "tester/model", token=loopback_hub.TOKEN)
+
+
+def test_a_killed_push_leaves_the_repository_empty_or_whole_and_completes(tmp_path):
+    source, log, kills = random.Random("push"), tmp_path / "log", 0
+    with LoopbackHub().running() as hub:
+        seconds = forks.run(partial(push, hub.endpoint), log)
+        expected = hub.files("tester/model")
+    for _ in range(KILLS * 3):
+        with LoopbackHub().running() as hub:
+            if forks.kill(partial(push, hub.endpoint), log, seconds, source) < 0:
+                continue  # it ended before
+            repository = hub.repositories.get("tester/model")
+            assert repository is None or hub.files("tester/model") in ({}, expected)
+            forks.run(partial(push, hub.endpoint), log)
+            assert hub.files("tester/model") == expected
         if (kills := kills + 1) == KILLS:
             break
     assert kills

@@ -1,6 +1,7 @@
 """The wheel is reproducible, and the audit can be run."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -32,3 +33,21 @@ def test_two_builds_give_the_same_wheel(tmp_path):
         wheels.append(next((folder / "dist").glob("*.whl")))
     assert wheels[0].name == wheels[1].name
     assert wheels[0].read_bytes() == wheels[1].read_bytes()
+
+
+def test_the_audit_says_what_was_not_looked_up():
+    report = runpy.run_path(str(ROOT / "scripts" / "audit.py"))["report"]
+    known = {"name": "a", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
+    clean, skipped = {"name": "b", "version": "1", "vulns": []}, {"name": "c", "skip_reason": "not found"}
+    assert report({"dependencies": [clean]}) == ("1 of 1 packages looked up, 0 vulnerabilities.", 0)
+    assert report({"dependencies": [skipped, skipped]}) == (
+        "Skipped: the database that pip-audit reaches has none of the 2 packages.",
+        0,
+    )
+    text, status = report({"dependencies": [known, skipped]})
+    assert text.splitlines() == [
+        "a 1: CVE-1, fixed in 2",
+        "1 of 2 packages looked up, 1 vulnerabilities.",
+        "Not looked up: c",
+    ]
+    assert status == 1
