@@ -71,7 +71,8 @@ notebooks: $(VENV)/.dev  ## every notebook, executed on the miniature
 audit:  ## known vulnerabilities of the versions in constraints.txt; skipped without network
 	$(PYTHON) -m venv .venv-audit
 	@if .venv-audit/bin/python -m pip install -q --upgrade pip-audit; \
-	then .venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt; \
+	then .venv-audit/bin/pip-audit --disable-pip --no-deps -r constraints.txt -f json --progress-spinner off \
+	| $(PYTHON) scripts/audit.py; \
 	else echo "Skipped: pip-audit cannot be installed without network."; fi
 
 wheel: $(VENV)/.dev  ## dist/*.whl; two builds of a commit are equal
