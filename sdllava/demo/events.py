@@ -54,7 +54,7 @@ class CurrentQuestion:
 
     Args:
         text (`str`): The question.
-        shown (`int`): The checkpoint whose maps are shown.
+        shown (`int`): The checkpoint whose maps the page shows.
         attention (`list[QuestionAttention]`): The attention maps of its words, for each image.
         delta ([`DeltaMap`]): Its effect on the features.
         answered_at (`float`, *optional*): The guidance scale of its last answers.
@@ -199,7 +199,7 @@ class Page:
             opened: The images.
             question: The question.
             scale: The guidance scale of the first checkpoint.
-            shown: The checkpoint whose maps are shown.
+            shown: The checkpoint whose maps the page shows.
         """
         image_problem, question_problem = "" if opened else NO_IMAGE, ""
         try:
