@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 COUNT ?= 20000
 
-.PHONY: audit demo docs notebooks test test-slow test-all test-oldest test-deepspeed test-lmms test-vllm fuzz lint release wheel clean
+.PHONY: audit demo docs notebooks test test-slow test-all test-oldest test-deepspeed test-lmms test-vllm gpu-report fuzz lint release wheel clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,7 +50,11 @@ DEEPSPEED_NEEDS = einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 test-deepspeed: .venv-deepspeed/.done  ## ZeRO-2 and ZeRO-3 on two CPU processes, in an environment of their own
-	DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest -m "" tests/test_train_deepspeed.py
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv-deepspeed/extensions \
+	.venv-deepspeed/bin/python -m pytest -m "" tests/test_train_deepspeed.py
+
+gpu-report: $(VENV)/.dev  ## gpu-report.md: what only a GPU can measure, within nine minutes on a machine with one
+	$(BIN)/python perf/gpu_report.py gpu-report.md
 
 release: wheel  ## packages in dist/, checked, and the notes of the version in dist/notes.md
 	$(BIN)/python -m build --sdist --no-isolation

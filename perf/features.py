@@ -85,10 +85,10 @@ class Subject:
                 setattr(ours.backbone, name, getattr(stock.backbone, name))
         return ours.eval()
 
-    def compiled_copy(self) -> SDLlavaDiffusionModel:
-        """Our tower around the same weights, with a compiled UNet pass."""
+    def compiled_copy(self, **options: Any) -> SDLlavaDiffusionModel:
+        """Our tower around the same weights, with a UNet pass compiled with options of `torch.compile`."""
         compiled = self._truncated(self.stock)
-        compiled.compile_pass()
+        compiled.compile_pass(**options)
         return compiled
 
     def plain_copy(self) -> SDLlavaDiffusionModel:
@@ -198,17 +198,21 @@ def unet_calls(subject: Subject, halves: int) -> dict[str, Call]:
     }
 
 
-def time_compiled(bench: Bench, subject: Subject) -> None:
-    """Adds the rows of both halves with our tower, uncompiled and compiled."""
-    compiled, prompts, n = subject.compiled_copy(), prompts_of(subject, halves=2), subject.n
+def time_compiled(bench: Bench, subject: Subject, backend: str) -> None:
+    """Adds the rows of both halves with our tower, uncompiled and compiled, on a GPU also with CUDA graphs."""
+    ways: dict[str, dict[str, Any]] = {"compiled": {"backend": backend}}
+    if bench.device.type == "cuda":
+        ways["compiled with CUDA graphs"] = {"mode": "reduce-overhead"}
+    prompts, n = prompts_of(subject, halves=2), subject.n
+    towers = {"ours": subject.ours, **{name: subject.compiled_copy(**options) for name, options in ways.items()}}
     bench.console.print("compiling and warming up", style="dim")
-    found, expected = (tower.extract(subject.latents, prompts) for tower in (compiled, subject.ours))
+    found = {name: tower.extract(subject.latents, prompts).clone() for name, tower in towers.items()}
     calls = {
-        f"UNet, both halves, ours, batch {n}": lambda: subject.ours.extract(subject.latents, prompts),
-        f"UNet, both halves, compiled, batch {n}": lambda: compiled.extract(subject.latents, prompts),
+        f"UNet, both halves, {name}, batch {n}": lambda tower=tower: tower.extract(subject.latents, prompts)
+        for name, tower in towers.items()
     }
-    _, row = bench.time(calls, per_call=n).values()
-    row.note = difference(found, expected)
+    for name, row in zip(towers, bench.time(calls, per_call=n).values(), strict=True):
+        row.note = "" if name == "ours" else difference(found[name], found["ours"])
 
 
 def lever_calls(subject: Subject) -> list[dict[str, Call]]:
@@ -261,6 +265,7 @@ def main(
     dtype: DType = DEFAULT_DTYPE,
     repeats: Repeats = 5,
     output: Output = None,
+    compile_backend: Annotated[str, typer.Option(help="Of `torch.compile`.")] = "inductor",
 ) -> None:
     """Measures the UNet, the encoders and whole questions, compared with stock diffusers."""
     parts = part or [Part.unet, Part.guided, Part.encoder, Part.question]
@@ -278,7 +283,7 @@ def main(
             if Part.encoder in parts:
                 bench.time(encoder_calls(subject, size), per_call=n)
             if Part.compiled in parts:
-                time_compiled(bench, subject)
+                time_compiled(bench, subject, compile_backend)
             if Part.levers in parts:
                 for calls in lever_calls(subject):
                     bench.time(calls, per_call=n)

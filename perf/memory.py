@@ -7,6 +7,7 @@ and reports the peak.
     python perf/memory.py --device cuda --measure
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,7 +110,7 @@ def measured(size: str, device: str, dtype: str, four_bit: bool = False) -> floa
 
 def main(
     measure: Annotated[
-        bool, typer.Option(help="Also build both models and measure. Needs a GPU and bitsandbytes.")
+        bool, typer.Option(help="Also build both models and measure. Needs a GPU, in 4 bits bitsandbytes.")
     ] = False,
     size: Size = "full",
     device: Device = DEFAULT_DEVICE,
@@ -136,7 +137,11 @@ def main(
     if measure:
         found["measured_gib"] = {}
         for name in columns:
-            gib = measured(size, device, dtype, four_bit=name.startswith("4-bit"))
+            four_bit = name.startswith("4-bit")
+            if four_bit and find_spec("bitsandbytes") is None:
+                console.print(f"not measured, {name}: bitsandbytes is not installed")
+                continue
+            gib = measured(size, device, dtype, four_bit)
             found["measured_gib"][name] = gib
             console.print(f"measured, {name}: {gib:.2f} GiB on {describe_machine(torch.device(device))}")
     else:

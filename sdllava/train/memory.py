@@ -82,6 +82,12 @@ def estimate_memory(
         zero_stage: DeepSpeed's stage, in 0..3.
         processes: Processes that share the model's states under ZeRO.
     """
+    states = state_bytes(model, zero_stage, processes)
+    return MemoryEstimate(*states, peak_activations(model, batch_size, length, checkpointing))
+
+
+def state_bytes(model: PreTrainedModel, zero_stage: int = 0, processes: int = 1) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer states of one process. See [`estimate_memory`]."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     optimizer = 2 * gradients
@@ -91,12 +97,7 @@ def estimate_memory(
     elif compute_dtype(model) != torch.float32:
         weights += 2 * sum(p.numel() for p in trained if p.element_size() == 4 and p.ndim > 1)  # autocast's cache
     shares = [processes if zero_stage >= stage else 1 for stage in (3, 2, 1)]
-    return MemoryEstimate(
-        weights // shares[0],
-        gradients // shares[1],
-        optimizer // shares[2],
-        peak_activations(model, batch_size, length, checkpointing),
-    )
+    return weights // shares[0], gradients // shares[1], optimizer // shares[2]
 
 
 def print_memory(model: PreTrainedModel, batch_size: int, length: int, checkpointing: bool) -> None:
