@@ -385,8 +385,7 @@ def test_upload_ask_choose_a_word_and_move_the_slider_with_the_keyboard(open_bro
     assert [label.text for label in find(driver, "#words label")] == ["whole question", "red"]
 
     whole = picture(driver, "attention")
-    driver.switch_to.active_element.send_keys(Keys.TAB)
-    find(driver, "#words input")[0].send_keys(Keys.ARROW_RIGHT)
+    find(driver, "#words input")[1].send_keys(Keys.SPACE)
     wait(driver, lambda: picture(driver, "attention") not in (None, whole))
     assert "“red”" in find(driver, "#attention")[0].text
 

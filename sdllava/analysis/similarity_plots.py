@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-ROW_HEIGHT = 0.24
+ROW_HEIGHT = 0.2
 """Height of a row of a matrix, in inches."""
 MOST_ROWS = int((PAGE[1] - 1.6) / ROW_HEIGHT)
 """Rows of a matrix that fit a page. More continue next to it."""
@@ -45,8 +45,8 @@ def similarity_figure(grid: SimilarityGrid, references: dict[str, float], title:
     parts = ceil(len(rows) / MOST_ROWS)
     part = ceil(len(rows) / parts)
     panels = parts * len(grid.guidance_scales)
-    width = 0.7 * len(grid.timesteps) * panels + 2.2 * parts
-    figure = new_figure(width + 1, ROW_HEIGHT * part + 1.6, title)
+    cells = min(0.7 * len(grid.timesteps) * panels, max(2.0, PAGE[0] - 2.2 * parts))
+    figure = new_figure(cells + 2.2 * parts + 1, ROW_HEIGHT * part + 1.6, title)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     others = np.repeat(np.array(list(references.values()))[:, None], len(grid.timesteps), axis=1)
     low = float(np.floor(10 * min(0.9, grid.positions.min(), *references.values())) / 10)
