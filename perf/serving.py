@@ -35,7 +35,7 @@ from sdllava.scenes.language import sample_question
 from sdllava.scenes.render import render
 
 NUM_FOLLOW_UPS = 3
-"""Images with two questions each, to measure the time to the first token."""
+"""Images with two questions each, with which the time to the first token is measured."""
 
 
 def servers(model: Path, threads: int) -> dict[str, tuple[list[str], dict[str, str]]]:
