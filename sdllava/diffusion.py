@@ -1,5 +1,6 @@
 """The diffusion tower: a frozen text-to-image model as a question-conditioned visual encoder (S3, sections 3 and 4)."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -435,7 +436,9 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
                 f"guidance_scales={list(guidance_scales)} has {len(guidance_scales)} entries, but this model combines "
                 f"{len(self.config.guidance_scales)}. Give as many as {self.config.guidance_scales}."
             )
-        return [float(s) for s in guidance_scales]
+        if not all(map(math.isfinite, scales := [float(scale) for scale in guidance_scales])):
+            raise ValueError(f"guidance_scales={scales} has a value that is not finite. Use numbers such as 4.0.")
+        return scales
 
     def _null_prompts(self, latents: torch.Tensor) -> Prompts:
         is_offloaded = self.backbone.prompt_weight.device.type == "meta"

@@ -12,10 +12,23 @@ def check_question(question: Any) -> str:
 
     Raises:
         TypeError: It is not a string.
-        ValueError: It is empty.
+        ValueError: It is empty, or has a surrogate.
     """
     if not isinstance(question, str):
         raise TypeError(f"Question {question!r} is not a string. Give text.")
     if not question.strip():
         raise ValueError(f"Question {question!r} is empty. Ask something about the image.")
+    check_encodable(question, "Question")
     return question
+
+
+def check_encodable(text: str, what: str) -> None:
+    """Check that a text has no surrogates, as arguments that are not UTF-8 have.
+
+    Raises:
+        ValueError: It has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} {text!r:.80} has a surrogate, which is not a character. Give UTF-8.") from error

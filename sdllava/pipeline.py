@@ -119,6 +119,8 @@ class VisualQuestionAnsweringPipeline(Pipeline):
             TypeError: An image or question has the wrong type.
             ValueError: An image cannot be read, a question is empty, or `top_k` is below 1.
         """
+        if isinstance(image, list | tuple) and not image:
+            return []
         if question is None:
             return super().__call__(image, **kwargs)
         many = (list, tuple, KeyDataset)
@@ -127,7 +129,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         images = image if isinstance(image, many) else [image]
         questions = question if isinstance(question, many) else [question]
         pairs = [{"image": one, "question": q} for q in questions for one in images]
-        return super().__call__(pairs, **kwargs)
+        return super().__call__(pairs, **kwargs) if pairs else []
 
     def preprocess(self, inputs: dict[str, Any], **parameters: Any) -> dict[str, Any]:
         """Decode the image and check the question."""

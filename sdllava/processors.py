@@ -15,6 +15,7 @@ from .chat_templates import user_turn_markers
 from .checkpoint_files import damage_reported
 from .configuration import AUTO_MAP
 from .image_loading import ImageLike, load_rgb, pad_to_square
+from .names import check_encodable
 from .parts import Parts, diffusion_image_processor, read_llava_parts, read_parts
 from .prompts import clean_prompts, prompt_length
 from .questions import clean_question, questions_in_messages, questions_in_text
@@ -216,6 +217,8 @@ class SDLlavaProcessor(ProcessorMixin):
         if images is None and text is None:
             raise ValueError("Both images and text are None. Give images, text, or both.")
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
+        if texts == []:
+            raise ValueError("text is an empty list. Give at least one text.")
         self._check_counts(images, texts)
         loaded = self._load_images(images)
         merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -245,6 +248,7 @@ class SDLlavaProcessor(ProcessorMixin):
         for sample in texts:
             if not isinstance(sample, str):
                 raise TypeError(f"Text {sample!r} is not a string. Give a string or a list of strings.")
+            check_encodable(sample, "Text")
         placeholders = [sample.count(self.image_token) for sample in texts]
         nested = isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images)
         if nested and len(images) == len(texts):
@@ -332,6 +336,7 @@ class SDLlavaProcessor(ProcessorMixin):
         for entry in questions or [question]:
             if not isinstance(entry, str):
                 raise TypeError(f"Question {entry!r} is not a string. Give a string per image.")
+            check_encodable(entry, "Question")
         if len(questions) != num_images:
             raise ValueError(
                 f"There are {len(questions)} question(s) for {num_images} image(s). Give one for all, or one per image."
@@ -358,8 +363,10 @@ class SDLlavaProcessor(ProcessorMixin):
             kwargs: As for `ProcessorMixin.apply_chat_template`.
 
         Raises:
-            ValueError: The template is not valid, does what the sandbox forbids, or rejects the conversation.
+            ValueError: The conversation is not a list of messages with roles, or the template is not valid, does what
+                the sandbox forbids, or rejects the conversation.
         """
+        _check_conversation(conversation)
         if question is not None:
             processor_kwargs = {**(processor_kwargs or {}), "question": question}
         try:
@@ -385,6 +392,24 @@ class SDLlavaProcessor(ProcessorMixin):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+def _check_conversation(conversation: Any) -> None:
+    entries = conversation if isinstance(conversation, list | tuple) else []
+    is_batch = bool(entries) and all(isinstance(entry, list | tuple) for entry in entries)
+    for messages in entries if is_batch else [conversation]:
+        if not isinstance(messages, list | tuple) or not messages:
+            raise ValueError(f"{messages!r:.80} is not a conversation. Give a list of messages.")
+        for message in messages:
+            content = message.get("content") if isinstance(message, dict) else None
+            parts = content if isinstance(content, list | tuple) else []
+            has_role = isinstance(message, dict) and isinstance(message.get("role"), str)
+            is_content = content is None or isinstance(content, str | list | tuple)
+            if not has_role or not is_content or not all(isinstance(part, dict) for part in parts):
+                raise ValueError(
+                    f"{message!r:.80} is not a message. Give a dictionary with a role, and content: a text, or a list "
+                    'such as [{"type": "image"}, {"type": "text", "text": "What is it?"}].'
+                )
 
 
 def _flat(images: Any) -> list:

@@ -67,7 +67,9 @@ def test_normalised_text():
     ("row", "reason"),
     [
         ({"image": "a.png", "question": "What?"}, "row 1, lacks 'answer'"),
-        (["a.png"], "row 1, lacks 'image'"),
+        (["a.png"], "line 1, is not a JSON object"),
+        ({"image": "a.png", "question": "?", "answer": "z", "options": ["z"] * 27}, "at most 26 texts"),
+        ({"image": "a.png", "question": "?", "answer": "z", "options": {"A": "z"}}, "at most 26 texts"),
         ({"image": "a.png", "question": "?", "options": ["x", "y"], "answer": "z"}, r"'z', which is not one of"),
         ({"image": "../a.png", "question": "?", "answer": "z"}, "leads out of"),
         ({"image": "c.png", "question": "?", "answer": "z"}, "'c.png' is missing"),

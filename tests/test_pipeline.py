@@ -128,11 +128,17 @@ def test_guidance_can_be_chosen(vqa):
         ({"question": 5}, TypeError, "Question 5 is not a string"),
         ({"question": "What?", "top_k": 0}, ValueError, "top_k=0 is not a number of answers. Use at least 1"),
         ({}, ValueError, "Give image= and question="),
+        ({"question": "What \udcff?"}, ValueError, "has a surrogate, which is not a character"),
+        ({"question": "What?", "guidance_scales": [float("nan")]}, ValueError, "has a value that is not finite"),
     ],
 )
 def test_bad_input_raises(vqa, inputs, error, message):
     with pytest.raises(error, match=message):
         vqa(image=picture(), **inputs)
+
+
+def test_no_images_or_questions_have_no_answers(vqa):
+    assert vqa(image=[], question="What?") == vqa(image=picture(), question=[]) == vqa(image=[]) == []
 
 
 def test_image_text_to_text(composed, tmp_path):

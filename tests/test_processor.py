@@ -302,11 +302,22 @@ def test_batches_are_padded_on_the_left(processor):
         ({"images": red(), "text": "<image>", "question": ["a", "b"]}, ValueError, r"2 question\(s\) for 1 image"),
         ({"images": red(), "text": [3]}, TypeError, "Text 3 is not a string"),
         ({}, ValueError, "Give images, text, or both"),
+        ({"text": []}, ValueError, "text is an empty list"),
+        ({"text": "\ud800"}, ValueError, "Text .* has a surrogate"),
+        ({"images": red(), "text": "<image>", "question": "\ud800"}, ValueError, "Question .* has a surrogate"),
     ],
 )
 def test_bad_input_raises(processor, arguments, error, message):
     with pytest.raises(error, match=message):
         processor(return_tensors="pt", **arguments)
+
+
+@pytest.mark.parametrize(
+    "conversation", [None, "x", [], [{}], [[]], [{"content": "x"}], [{"role": "user", "content": ["x"]}], [[["x"]]]]
+)
+def test_what_is_not_a_conversation_raises(processor, conversation):
+    with pytest.raises(ValueError, match=r"is not a (conversation|message)\. Give a"):
+        processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
 
 
 def test_one_processor_in_8_threads_gives_what_it_gives_alone(processor):

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import is_offline_mode
 from PIL import Image
 
+from ...data.json_files import json_lines
 from ...image_loading import load_rgb
 
 if TYPE_CHECKING:
@@ -239,15 +240,14 @@ def read_json_lines(path: Path) -> list[dict]:
     """The rows of a JSON Lines file, blank lines skipped.
 
     Raises:
-        ValueError: A line is not valid JSON. The message has its number.
+        ValueError: A line is not a JSON object in UTF-8. The message has its number.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{str(path)!r}, line {number}, is not valid JSON: {error.msg}. Repair it.") from None
+    with path.open("rb") as stream:
+        for number, row in json_lines(stream):
+            if not isinstance(row, dict):
+                raise ValueError(f"{str(path)!r}, line {number}, is not a JSON object: {row!s:.200}. Repair it.")
+            rows.append(row)
     return rows
 
 

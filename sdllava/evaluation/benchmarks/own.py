@@ -5,6 +5,7 @@ A row has `image` (a path, or a list of paths), `question`, and either `answer` 
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,8 @@ class Own(Benchmark):
         """
         rows = read_json_lines(folder)
         samples = [self._sample(row, number, folder) for number, row in enumerate(rows, 1)]
-        names = [sample.id for sample in samples]
-        if repeated := next((name for name in names if names.count(name) > 1), None):
+        names = Counter(sample.id for sample in samples)
+        if repeated := next((name for name, count in names.items() if count > 1), None):
             raise ValueError(f"{str(folder)!r} has the id {repeated!r} twice. Use each id once, or leave ids out.")
         return samples
 
@@ -83,6 +84,8 @@ class Own(Benchmark):
         if missing:
             raise ValueError(f"{where} lacks {missing[0]!r}. A row needs {', '.join(NEEDED)}, and may have options.")
         options = row.get("options") or []
+        if not isinstance(options, list) or len(options) > len(LETTERS):
+            raise ValueError(f"{where} has the options {options!r:.80}. Give a list of at most {len(LETTERS)} texts.")
         answers = [str(answer) for answer in (row["answer"] if isinstance(row["answer"], list) else [row["answer"]])]
         target: Any = answers
         prompt = str(row["question"])
