@@ -219,18 +219,29 @@ def test_every_family_matches_by_denoising_error(family_matcher, kind):
     assert found[0, 0, 0, 0] == pytest.approx(empty - own, abs=1e-5)
 
 
-def text_logits(denoiser, tap, run) -> torch.Tensor:
-    """Products of the image's queries and the text's keys of a layer in a whole stock pass."""
-    attention, outputs = denoiser.get_submodule(tap.module_path.removesuffix(".to_q")), {}
-    keys = "to_k" if tap.after_text else "add_k_proj"
-    handles = [
-        getattr(attention, name).register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out}))
-        for name in ("to_q", keys)
-    ]
+def keys_of_text(tap) -> str:
+    return "to_k" if tap.after_text else "add_k_proj"
+
+
+def stock_outputs(denoiser, taps, run) -> dict[str, torch.Tensor]:
+    """What the projections of queries and of the text's keys return in a whole stock pass, by path."""
+    outputs, handles = {}, []
+    for tap in taps:
+        attention = tap.module_path.removesuffix(".to_q")
+        for path in (tap.module_path, f"{attention}.{keys_of_text(tap)}"):
+            module = denoiser.get_submodule(path)
+            handles.append(module.register_forward_hook(lambda m, args, out, path=path: outputs.update({path: out})))
     run()
     for handle in handles:
         handle.remove()
-    query, key = (outputs[name].unflatten(2, (attention.heads, -1)) for name in ("to_q", keys))
+    return outputs
+
+
+def text_logits(denoiser, tap, outputs) -> torch.Tensor:
+    """Products of the image's queries and the text's keys of a layer."""
+    attention = denoiser.get_submodule(path := tap.module_path.removesuffix(".to_q"))
+    names = ("to_q", keys_of_text(tap))
+    query, key = (outputs[f"{path}.{name}"].unflatten(2, (attention.heads, -1)) for name in names)
     norms = [getattr(attention, name, None) for name in ("norm_q", "norm_k" if tap.after_text else "norm_added_k")]
     query, key = (x if norm is None else norm(x) for x, norm in zip((query, key), norms, strict=True))
     if tap.after_text:  # text, then image
@@ -250,8 +261,7 @@ def test_every_family_matches_by_attention(family_matcher, kind):
     found = matcher.score([image], texts)[0, 0, :, 0]
     _, _, noisy = noisy_latents(matcher, image, sampled=True)
     prompts, _ = matcher._prompts(texts)
-    backbone, pooled = matcher.tower.backbone, np.zeros(2)
-    taps = attention_taps(matcher.tower, "last")
+    backbone, taps, pooled = matcher.tower.backbone, attention_taps(matcher.tower, "last"), []
     assert (
         matcher.layers
         == {
@@ -262,13 +272,14 @@ def test_every_family_matches_by_attention(family_matcher, kind):
         }[kind]
     )
     for row in range(2):
-        for tap in taps:
-            run = lambda row=row: backbone.denoise(backbone.denoiser, noisy, 489, pick(prompts, row))  # noqa: E731
-            pooled[row] += float(text_logits(backbone.denoiser, tap, run).logsumexp(-1).mean()) / len(taps)
+        run = lambda row=row: backbone.denoise(backbone.denoiser, noisy, 489, pick(prompts, row))  # noqa: E731
+        outputs = stock_outputs(backbone.denoiser, taps, run)
+        logits = [text_logits(backbone.denoiser, tap, outputs) for tap in taps]
+        pooled.append(np.mean([float(layer.logsumexp(-1).mean()) for layer in logits]))
     np.testing.assert_allclose(found, pooled, atol=1e-5)
-    maps = family_matcher(kind, **READINGS["s3"], tokens="text", unconditional=False)
-    scores = maps.score([image], texts)
-    assert scores.shape == (1, 1, 2, 1)
+    summed = MatchingOptions(timesteps=(489,), trials=1, **READINGS["s3"], tokens="text", unconditional=False)
+    scores = DiffusionMatcher(matcher.tower, matcher.tokenizers, summed).score([image], texts[:1])
+    assert scores.shape == (1, 1, 1, 1)
     assert np.isfinite(scores).all()
 
 
