@@ -9,6 +9,7 @@ runs the whole UNet.
 """
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any
 
 import models
@@ -207,8 +208,8 @@ def time_compiled(bench: Bench, subject: Subject, backend: str) -> None:
     towers = {"ours": subject.ours, **{name: subject.compiled_copy(**options) for name, options in ways.items()}}
     bench.console.print("compiling and warming up", style="dim")
     found = {name: tower.extract(subject.latents, prompts).clone() for name, tower in towers.items()}
-    calls = {
-        f"UNet, both halves, {name}, batch {n}": lambda tower=tower: tower.extract(subject.latents, prompts)
+    calls: dict[str, Call] = {
+        f"UNet, both halves, {name}, batch {n}": partial(tower.extract, subject.latents, prompts)
         for name, tower in towers.items()
     }
     for name, row in zip(towers, bench.time(calls, per_call=n).values(), strict=True):

@@ -192,7 +192,8 @@ def fetch(url: str, place: Path) -> bool:
         return False
     from huggingface_hub import hf_hub_download
 
-    hf_hub_download(**_hub_file(url), local_dir=place.parent)
+    repo_id, filename = _hub_file(url)
+    hf_hub_download(repo_id, filename, repo_type="dataset", local_dir=place.parent)
     return True
 
 
@@ -204,14 +205,14 @@ def published_sha256(name: str) -> str | None:
     """
     from huggingface_hub import HfApi
 
-    where = _hub_file(SETS[name].url)
-    (found,) = HfApi().get_paths_info(where["repo_id"], where["filename"], repo_type="dataset")
+    repo_id, filename = _hub_file(SETS[name].url)
+    (found,) = HfApi().get_paths_info(repo_id, filename, repo_type="dataset")
     return getattr(getattr(found, "lfs", None), "sha256", None)
 
 
-def _hub_file(url: str) -> dict[str, str]:
+def _hub_file(url: str) -> tuple[str, str]:
     repo_id, _, filename = url.removeprefix(f"{HUB}/").partition("/resolve/main/")
-    return {"repo_id": repo_id, "filename": filename, "repo_type": "dataset"}
+    return repo_id, filename
 
 
 def unpack(name: str, folder: Path) -> list[str]:

@@ -237,6 +237,7 @@ def _stream(source: DataSource, one_record_per_turn: bool) -> "IterableDataset":
     import datasets
 
     generator: Callable[..., Iterator[dict[str, Any]]] = _shard_rows
+    arguments: dict[str, Any]
     if _is_json(source.path):
         _require_file(source.path)
         generator, arguments = _json_rows, {"path": source.path, "folder": _folder(source)}
