@@ -135,7 +135,7 @@ def _fetch(url: str) -> bytes:
     body = bytearray()
     end = time.monotonic() + MAX_DOWNLOAD_SECONDS
     try:
-        options = {"timeout": 30, "follow_redirects": True, "headers": {"Accept-Encoding": "identity"}}
+        options: dict[str, Any] = {"timeout": 30, "follow_redirects": True, "headers": {"Accept-Encoding": "identity"}}
         with httpx.stream("GET", url, **options) as response:
             response.raise_for_status()
             for chunk in response.iter_raw():  # not unpacked: a packed answer can be far larger than its chunks

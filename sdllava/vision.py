@@ -46,7 +46,7 @@ def read_vision(vision: str, image_size: int | None = None) -> tuple[PreTrainedC
             config = AutoConfig.from_pretrained(**where)
             config = getattr(config, "vision_config", config)
             is_known = config.model_type in VISION_MODELS
-            processor = AutoImageProcessor.from_pretrained(**where) if is_known else None
+            processor: Any = AutoImageProcessor.from_pretrained(**where) if is_known else None
         except (OSError, ValueError) as error:
             raise missing(vision, "vision encoder", error) from error
     if not is_known:
