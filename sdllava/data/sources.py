@@ -165,7 +165,7 @@ class _Fetch:
         self.tables = tables
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        samples = {}
+        samples: dict[tuple[int, int], dict[str, Any]] = {}
         for source, table in enumerate(self.tables):
             numbers = sorted({row for of, row in zip(batch["source"], batch["row"], strict=True) if of == source})
             if numbers:
