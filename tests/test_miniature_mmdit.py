@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from research.miniature import mmdit
 from research.miniature.loop import Run
 from research.miniature.mmdit import KeyBias, build_transformer, text_encoders, transformer_config, zero_row_bias
 from research.miniature.pretrain import build, pretrain
@@ -104,6 +106,12 @@ def test_a_stopped_training_resumes_and_its_pipeline_is_published(smoke_mmdit, t
     given = part.encode_prompts(["a red star"])
     torch.testing.assert_close(given["encoder_hidden_states"][:, :-1], tokens[:, :-T5_LENGTH])
     torch.testing.assert_close(given["pooled_projections"], pooled)
+
+
+def test_the_page_is_what_the_generator_writes_from_its_numbers():
+    folder = Path(mmdit.__file__).parent
+    numbers = json.loads((folder / "mmdit.json").read_text(encoding="utf-8"))
+    assert (folder / "mmdit.md").read_text(encoding="utf-8") == transformer_page.transformer_page(numbers)
 
 
 @pytest.mark.slow

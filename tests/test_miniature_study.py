@@ -187,7 +187,7 @@ def test_the_page_has_the_trends_that_are_measured():
     assert {part: [found["trend"] for found in numbers[part]["claims"]] for part in numbers} == TRENDS
 
 
-@pytest.mark.parametrize("name", ["README.md", "making.md", "study.md"])
+@pytest.mark.parametrize("name", ["README.md", "making.md", "study.md", "mmdit.md"])
 def test_links_and_commands_of_the_pages_exist(name):
     text = (FOLDER / name).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#\s]+)", text):

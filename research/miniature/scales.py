@@ -86,7 +86,7 @@ class Scale:
     stages: dict[str, StageBudget]
     sample_steps: int = 25
     latent_scenes: int = 8192
-    validate_every: int = 400
+    validate_every: int = 250
 
 
 _MINI = Scale(

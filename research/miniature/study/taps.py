@@ -91,7 +91,8 @@ def _targets(scenes: list[Scene]) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.cat([one_hot(known[name], len(values)) for name, values in ATTRIBUTES.items()], dim=1), known
 
 
-def _latents(model: AnalysisModel, scenes: list[Scene]) -> Tensor:
+def scene_latents(model: AnalysisModel, scenes: list[Scene]) -> Tensor:
+    """The latents of scenes `(n, 4, h, w)`."""
     batches = [scenes[start : start + BATCH] for start in range(0, len(scenes), BATCH)]
     return torch.cat([model.latents([render(scene) for scene in batch]) for batch in batches])
 
@@ -146,7 +147,7 @@ def accuracies(
     targets = {split: _targets(scenes[split]) for split in scenes}
     model = load_analysis_model(str(parts / diffusion))
     model.tower.config.noise_seed = noise_seed
-    latents = {split: _latents(model, scenes[split]) for split in scenes}
+    latents = {split: scene_latents(model, scenes[split]) for split in scenes}
 
     def read_out(features: dict[str, Tensor]) -> Units:
         fitted = fit_readout(features["train"], targets["train"][0])

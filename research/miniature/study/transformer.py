@@ -24,8 +24,7 @@ from sdllava.evaluation.prompt_choices import derangement
 from sdllava.guidance import guide
 from sdllava.hooked_backbone import as_dict
 from sdllava.scenes.language import caption
-from sdllava.scenes.render import render
-from sdllava.scenes.world import Scene, sample_scene
+from sdllava.scenes.world import sample_scene
 from sdllava.sd3 import T5_LENGTH
 
 from ..mmdit import KeyBias, zero_row_bias
@@ -37,11 +36,11 @@ from .matching import run_matcher
 from .questions import BOTH
 from .readout import auc, fit_readout, ordered_pairs
 from .scales import StudyScale
-from .taps import BATCH, Place, accuracies, results
+from .taps import BATCH, Place, accuracies, results, scene_latents
 from .training import Variant
 
 FOLDER = "mmdit"
-TIMESTEPS = (50, 180, 420)
+TIMESTEPS = (180, 420)
 DEFAULT_TIMESTEP = 180
 GUIDANCE = (1.0, 4.0)
 DIRECTIONS = (4, 16, 64)
@@ -192,13 +191,12 @@ def read_halves(
 
 
 def _read_all(
-    model: AnalysisModel, scenes: list[Scene], texts: list[str], taps: list[str], mode: str, title: str
+    model: AnalysisModel, latents: Tensor, texts: list[str], taps: list[str], mode: str, title: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
     batches = []
-    for start in tqdm(range(0, len(scenes), BATCH), desc=title, leave=False):
+    for start in tqdm(range(0, len(latents), BATCH), desc=title, leave=False):
         rows = slice(start, start + BATCH)
-        latents = model.latents([render(scene) for scene in scenes[rows]])
-        batches.append(read_halves(model, latents, texts[rows], taps, DEFAULT_TIMESTEP, mode))
+        batches.append(read_halves(model, latents[rows], texts[rows], taps, DEFAULT_TIMESTEP, mode))
     return {
         tap: (torch.cat([batch[tap][0] for batch in batches]), torch.cat([batch[tap][1] for batch in batches]))
         for tap in taps
@@ -234,10 +232,11 @@ def _leakage(model: AnalysisModel, scenes: Leaking, taps: list[str]) -> tuple[Ke
     """Units by mode, tap and guidance scale; and by tap and the number of directions that were projected out."""
     units: Keyed = {}
     projected: Keyed = {}
+    latents = {split: scene_latents(model, found) for split, found in scenes.scenes.items()}
     for mode in MODES:
         read = {
             (split, wrong): _read_all(
-                model, scenes.scenes[split], scenes.captions(split, wrong), taps, mode, f"{mode}, {split}"
+                model, latents[split], scenes.captions(split, wrong), taps, mode, f"{mode}, {split}"
             )
             for split, wrong in (("train", False), ("train", True), ("test", True))
         }
@@ -346,7 +345,7 @@ QUESTION_TRENDS = {
 
 
 def measure_questions(parts: Path, work: Path, scale: StudyScale) -> dict[str, Any]:
-    """As (c): CLIP alone, the transformer alone, and both, at s = 0, 1 and 4."""
+    """As (c): only CLIP, only the transformer, and both, at s = 0, 1 and 4."""
     return questions.measure(parts, work, scale, QUESTION_VARIANTS, QUESTION_TRENDS)
 
 
