@@ -147,7 +147,7 @@ def test_every_damaged_part_is_one_documented_error_within_5_seconds_and_1_gb(pu
         ("sd2", "model_index.json"),
     ],
 )
-def test_code_of_a_part_is_not_executed_without_a_question_on_the_terminal(
+def test_code_of_a_part_is_not_executed(published, tmp_path, monkeypatch, part, file):
     published, tmp_path, monkeypatch, part, file
 ):
     folder, marker = shutil.copytree(published[part], tmp_path / "part"), tmp_path / "executed"
