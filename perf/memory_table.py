@@ -94,13 +94,13 @@ WAYS = (
 
 
 def settings(name: str, stage: str) -> dict[str, Any]:
-    """The values of a recipe's stage. Where a pair has several second stages, they need the same memory."""
-    if f"{name}/{stage}" in RECIPES:
-        own = load_recipe(find_recipe(f"{name}/{stage}"))
-    else:
-        own = load_recipe(RECIPES[next(known for known in RECIPES if known.startswith(name) and known.endswith(stage))])
+    """The values of a recipe's stage, with those of its first stage. Pairs with several scales are read at s = 4."""
+    found = next((known for known in (f"{name}/{stage}", f"{name}-s4/{stage}") if known in RECIPES), None)
+    if found is None:  # the first stage is another recipe's
+        return settings(RECIPES[f"{name}/finetune"].changes["init_from"].split("/")[1], stage)
+    own = load_recipe(RECIPES[found])
     first = own.get("init_from")
-    return own if first is None else {**settings(first.removeprefix("runs/").removesuffix("/align"), "align"), **own}
+    return own if first is None else {**settings(first.split("/")[1], "align"), **own}
 
 
 def configuration(values: dict[str, Any], text_config: PreTrainedConfig) -> SDLlavaConfig:
