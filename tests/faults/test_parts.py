@@ -148,8 +148,6 @@ def test_every_damaged_part_is_one_documented_error_within_5_seconds_and_1_gb(pu
     ],
 )
 def test_code_of_a_part_is_not_executed(published, tmp_path, monkeypatch, part, file):
-    published, tmp_path, monkeypatch, part, file
-):
     folder, marker = shutil.copytree(published[part], tmp_path / "part"), tmp_path / "executed"
     for place in (folder, folder / Path(file).parent):
         (place / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
