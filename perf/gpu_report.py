@@ -131,9 +131,9 @@ def section_arguments(section: Section, size: str, device: str, dtype: str, outp
 
 def call(section: Section, arguments: dict[str, Any], log: Path) -> None:
     """Run a section in this process, which ends with its status. Its output goes to a file."""
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
+    sys.stdout = sys.stderr = stream = open(log, "a", buffering=1)  # noqa: SIM115 - until the process ends
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
     sys.argv = command_line(section, arguments)
     try:
         if section.module == "pytest":
@@ -143,8 +143,7 @@ def call(section: Section, arguments: dict[str, Any], log: Path) -> None:
         traceback.print_exc()
         raise
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        stream.flush()
 
 
 def use_cuda(device: str) -> None:
