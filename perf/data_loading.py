@@ -68,8 +68,8 @@ def read_all(path: Path, seed: int, barrier: Any, results: Any) -> None:
     loaded = time.perf_counter()
     order = list(range(len(data)))
     random.Random(seed).shuffle(order)
-    for start in range(0, len(order), BATCH):
-        data[order[start : start + BATCH]]  # as torch's data loader reads
+    for position in range(0, len(order), BATCH):
+        data[order[position : position + BATCH]]  # as torch's data loader reads
     read = time.perf_counter()
     barrier.wait()
     results.put((before, proportional_bytes(), loaded - start, read - loaded))
@@ -112,7 +112,8 @@ def time_first_step(path: Path, results: Any) -> None:
 
     mark("imports")
     flags = f"--init_from mini --train_data {path} --image_folder {path.parent} --output_dir {path.parent / 'run'} "
-    flags += "--max_steps 1 --save_strategy no --per_device_train_batch_size 2 --bf16 false --disable_tqdm true"
+    flags += "--max_steps 1 --max_length 2048 --per_device_train_batch_size 2 "
+    flags += "--save_strategy no --bf16 false --disable_tqdm true"
     training.register()
     run = training.parse_run(flags.split())
     collator = training.build_collator(run, training.build_processor(run.model))
