@@ -83,6 +83,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         _remove(written)
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a name is that under which `atomic_path` writes: of a running process, or left by a killed one."""
+    return re.fullmatch(r"\..+-\d+-.+", path.name) is not None
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a UTF-8 text file atomically. Raises as `atomic_path`."""
     with atomic_path(path) as written:

@@ -24,7 +24,8 @@ SKIPPED = {
     "a server": r"^sdllava (?:serve|demo)\b|127\.0\.0\.1|--judge",
     "data that is downloaded": r"--benchmark (?!mini)|data (?:prepare|verify)|val2014|results/[AB]\b|coco/",
     "training, which tests/test_train_*.py run": r"^sdllava (?:train|cache|merge|convert|compose|push)\b",
-    "an ellipsis or a placeholder": r"\.\.\.|…|[<>]|\b(?:MODEL|FOLDER\w*|DATA|NAME|OUTPUT|PATH|FILE|IMAGE|DIFFUSION|COMMAND|RECIPE)\b",
+    "an ellipsis or a placeholder": r"\.\.\.|…|[<>]|\b(?:MODEL|FOLDER\w*|DATA|NAME|OUTPUT|PATH|FILE|IMAGE|DIFFUSION"
+    r"|COMMAND|RECIPE)\b",
     "seven minutes": r"--benchmark mini_pairs --limit 90",
     "the result of a skipped command": r"runs/(?!own-merged)|--model my-\w+|captions\.jsonl",
 }

@@ -459,6 +459,7 @@ def test_another_run_in_the_folder(loaded, tmp_path):
     ):
         evaluate(loaded, "mmvp", tmp_path / "out", EvaluationOptions(data=str(folder), limit=4))
     RunFolder(tmp_path / "empty", {"a": 1})
+    (tmp_path / "empty" / ".host-1-run.json").write_text("{")  # left by a process that was killed as it began
     evaluate(loaded, "mmvp", tmp_path / "empty", EvaluationOptions(data=str(folder), limit=2))  # nothing to lose
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..atomic_files import reported, write_json, write_text
+from ..atomic_files import is_unfinished, reported, write_json, write_text
 from ..run_records import begin_run, is_lock
 
 
@@ -39,6 +39,10 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
+def _is_ours(path: Path) -> bool:
+    return path.name in ("blind", "run.json") or is_lock(path) or is_unfinished(path)
+
+
 class RunFolder:
     """The folder of one run of one model on one benchmark.
 
@@ -57,10 +61,7 @@ class RunFolder:
         if known.exists() and self.finished():
             begin_run(known, settings)
         elif rank == 0:
-            ours = ("blind", "run.json")
-            if self.path.is_dir() and (
-                foreign := [p.name for p in self.path.iterdir() if not (p.name in ours or is_lock(p))]
-            ):
+            if self.path.is_dir() and (foreign := [p.name for p in self.path.iterdir() if not _is_ours(p)]):
                 raise ValueError(
                     f"{str(self.path)!r} contains {foreign[0]!r} and no run to resume. Choose another --output."
                 )
