@@ -15,6 +15,7 @@ from loopback_hub import LoopbackHub, Repository
 from PIL import Image
 from train_fixtures import command, weights
 from typer.testing import CliRunner
+from without_package import REFUSE_PACKAGE
 
 from sdllava import SDLlavaDiffusionModel, SDLlavaForConditionalGeneration, SDLlavaProcessor
 from sdllava.analysis.attention import model_attention
@@ -260,13 +261,9 @@ def test_both_stages_train(folders, work, kind):
     assert changed == {"fusion", "multi_modal_projector", "language_model"}
 
 
-WITHOUT_PACKAGE = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "sdllava":
-            raise ModuleNotFoundError("sdllava is not installed")
-sys.meta_path.insert(0, Refuse())
+WITHOUT_PACKAGE = (
+    REFUSE_PACKAGE
+    + """
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 image, *folders = sys.argv[1:]
@@ -279,6 +276,7 @@ for folder in folders:
     with torch.no_grad():
         print(model(**processor.apply_chat_template(messages, **options)).logits[0, -1, :5].tolist())
 """
+)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import tiny
 import torch
 from PIL import Image
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from without_package import REFUSE_PACKAGE
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
 
@@ -30,13 +31,9 @@ def test_the_code_of_a_checkpoint_gives_the_same_model(composed):
     torch.testing.assert_close(features[0], expected[0], rtol=0, atol=1e-5)
 
 
-WITHOUT_PACKAGE = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "sdllava":
-            raise ModuleNotFoundError("sdllava is not installed")
-sys.meta_path.insert(0, Refuse())
+WITHOUT_PACKAGE = (
+    REFUSE_PACKAGE
+    + """
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers import pipeline
@@ -62,6 +59,7 @@ print("ANSWER", vqa(image=image, question="What?", max_new_tokens=3))
 model.save_pretrained(sys.argv[1] + "-again")
 processor.save_pretrained(sys.argv[1] + "-again")
 """
+)
 
 
 @pytest.mark.slow

@@ -4,15 +4,13 @@ import contextlib
 import json
 import os
 import random
-import resource
 import shutil
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-import forks
-import psutil
 import pytest
+from damaged_folders import Case, assert_one_documented_error_each
 from safetensors.torch import load_file, save_file
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
@@ -175,35 +173,16 @@ def test_every_damage_is_one_documented_error_within_5_seconds_and_1_gb(composed
     cases = list(damages())
     assert len(cases) >= 120
     load(composed)  # imports what loading needs
-    before = psutil.Process().memory_info().rss
-    failures = []
 
-    def attempt() -> None:
-        for number, (name, damage, file) in enumerate(cases):
-            folder = tmp_path / str(number)
-            shutil.copytree(composed, folder)
-            damage(folder)
-            begin = time.process_time()
-            try:
-                load(folder)
-                outcome = "loaded"
-            except CheckpointError as error:
-                message = str(error)
-                is_named = f"{folder}" in message and (file in message or file == "")
-                outcome = "" if is_named and "Download or save it again" in message else f"message: {message}"
-            except BaseException as error:
-                outcome = f"{type(error).__name__}: {str(error)[:200]}"
-            seconds = time.process_time() - begin
-            shutil.rmtree(folder)
-            if outcome or seconds > 5:
-                failures.append(f"{name}: {outcome} ({seconds:.1f} s)")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        (tmp_path / "report.json").write_text(json.dumps([failures, peak]))
+    def is_documented(file: str, message: str, folder: str) -> bool:
+        is_named = folder in message and (file in message or file == "")
+        return is_named and "Download or save it again" in message
 
-    forks.run(attempt, tmp_path / "log")
-    failures, peak = json.loads((tmp_path / "report.json").read_text())
-    assert not failures, "\n".join(failures)
-    assert peak - before < 1 << 30
+    attempts = [
+        Case(name, composed, damage, load, (CheckpointError,), partial(is_documented, file))
+        for name, damage, file in cases
+    ]
+    assert_one_documented_error_each(attempts, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])

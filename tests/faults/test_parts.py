@@ -1,18 +1,15 @@
 """Damaged and hostile parts given to `sdllava compose`: one documented error each that names file or folder and fix."""
 
 import contextlib
-import json
 import os
-import resource
 import shutil
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import forks
-import psutil
 import pytest
 from conftest import TOWER
+from damaged_folders import Case, assert_one_documented_error_each
 from test_checkpoints import GARBAGE, Damage, edited, first, forged, with_content
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
@@ -105,34 +102,17 @@ def test_every_damaged_part_is_one_documented_error_within_5_seconds_and_1_gb(pu
     assert len(cases) >= 120
     for part in ("llm", "llava"):
         compose(published, part, published[part])  # imports what reading needs
-    before = psutil.Process().memory_info().rss
-    failures = []
 
-    def attempt() -> None:
-        for number, (part, name, damage) in enumerate(cases):
-            folder = shutil.copytree(published[part], tmp_path / str(number))
-            damage(folder)
-            begin = time.process_time()
-            try:
-                compose(published, part, folder)
-                outcome = "composed"
-            except (OSError, ValueError) as error:
-                message = str(error)
-                has_fix = "Download or save it again" in message or "does not have the published layout" in message
-                outcome = "" if f"{folder}" in message and has_fix else f"message: {message}"
-            except BaseException as error:
-                outcome = f"{type(error).__name__}: {str(error)[:200]}"
-            seconds = time.process_time() - begin
-            shutil.rmtree(folder)
-            if outcome or seconds > 5:
-                failures.append(f"{part} {name}: {outcome} ({seconds:.1f} s)")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        (tmp_path / "report.json").write_text(json.dumps([failures, peak]))
+    def is_documented(message: str, folder: str) -> bool:
+        has_fix = "Download or save it again" in message or "does not have the published layout" in message
+        return folder in message and has_fix
 
-    forks.run(attempt, tmp_path / "log")
-    failures, peak = json.loads((tmp_path / "report.json").read_text())
-    assert not failures, "\n".join(failures)
-    assert peak - before < 1 << 30
+    errors = (OSError, ValueError)
+    attempts = [
+        Case(f"{part} {name}", published[part], damage, partial(compose, published, part), errors, is_documented)
+        for part, name, damage in cases
+    ]
+    assert_one_documented_error_each(attempts, tmp_path)
 
 
 @pytest.mark.parametrize(
