@@ -28,7 +28,7 @@ def write_composed(folder: Path, language_model: str | None = None) -> None:
         language_model (`str`, *optional*): Folder or repository id of another language model.
 
     Raises:
-        ImportError: There is no other language model, and a package of SmolLM2 is missing.
+        ImportError: `language_model` is None, and a package of SmolLM2 is missing.
     """
     with tempfile.TemporaryDirectory() as parts:
         if language_model is None:

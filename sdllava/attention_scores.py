@@ -58,6 +58,7 @@ def hooked_scores(
     handles: list[RemovableHandle] = []
 
     def hook_layer(name: str, tap: Tap) -> None:
+        """Register the hooks that read a layer's inputs and query."""
         attention: Any = denoiser.get_submodule(tap.module_path.removesuffix(".to_q"))
         inputs: dict[str, Any] = {}
 

@@ -82,7 +82,7 @@ def few_samples(count: int, least: int, what: str) -> str:
 
     Args:
         count: The number of samples.
-        least: The number from which on there is no warning.
+        least: Smaller numbers get a warning.
         what: What the samples are, in the plural.
     """
     return "" if count >= least else f"Only {count} {what}: the estimate is noisy. Use at least {least}."

@@ -108,9 +108,9 @@ def _connect(page: Page, c: SimpleNamespace) -> None:
         c.images, c.question, c.picture, c.current, c.words, c.attention, c.effect, c.answers, c.upload,
         c.upload_problem, c.image_problem,
     ]  # fmt: skip
-    asked = [c.current, c.words, c.attention, c.effect, c.question, c.question_problem, c.image_problem]
+    outputs = [c.current, c.words, c.attention, c.effect, c.question, c.question_problem, c.image_problem]
     answered = [c.answers, c.history]
-    ask = (page.ask, [c.images, c.question, c.scale, c.shown], asked)
+    ask = (page.ask, [c.images, c.question, c.scale, c.shown], outputs)
     answers = (page.answers, [c.images, c.current, c.scale, c.history], answered)
 
     c.upload.upload(page.upload, c.upload, opened, **model)
