@@ -1,5 +1,6 @@
 """The page of the study on the diffusion transformer, written from its parts' numbers."""
 
+import json
 from pathlib import Path
 
 from sdllava.atomic_files import write_json, write_text
@@ -35,12 +36,14 @@ held-out scenes, questions or pairs; one model was trained, with one seed.
 """
 
 
-UNET_OBJECTS = 68.4
-"""Percent of objects at their place in the UNet's samples, from the check in study.md."""
+def unet_objects() -> float:
+    """Percent of objects at their place in the samples of the UNet, from its check in the numbers of study.md."""
+    numbers = json.loads((Path(__file__).parents[1] / "study.json").read_text(encoding="utf-8"))
+    return 100 * numbers["a"]["checks"]["unet"]["object"]
 
 
 def _training(found: Numbers) -> list[str]:
-    last = found["training"][-1]
+    last, unet = found["training"][-1], unet_objects()
     reached = 100 * last["object"]
     rows = [
         [
@@ -59,8 +62,8 @@ def _training(found: Numbers) -> list[str]:
         "correct shape:",
         table(["step", "error", "wrong caption", "anywhere", "in their quadrant", "colour", "shape"], rows),
         f"At step {last['step']} of {SCALES['mini'].budgets['mmdit'].steps}, {number(reached)}% of the objects are in "
-        f"their quadrant, against {UNET_OBJECTS}% in the UNet's samples: "
-        + ("the transformer follows its prompts as well." if reached >= UNET_OBJECTS else "not as many.")
+        f"their quadrant, against {number(unet)}% in the UNet's samples: "
+        + ("the transformer follows its prompts as well." if reached >= unet else "not as many.")
         + " The numbers below are of the weights at the last row, or of those before the next one.",
     ]
 
