@@ -19,8 +19,9 @@ $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 demo: $(VENV)/.demo  ## ask the embedded miniature about a picture
-	$(BIN)/sdllava mini scene demo-scene.png
+	$(BIN)/sdllava mini scene demo-scene.png --seed 27
 	$(BIN)/sdllava ask demo-scene.png "What colour is the circle?" "How many objects are there?" --max-new-tokens 16
+	@echo "demo-scene.png is described above the answers. One answer in ten about such scenes is wrong, see README.md."
 
 test: $(VENV)/.dev  ## the tests that are neither slow nor need a GPU
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10

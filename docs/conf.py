@@ -9,6 +9,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx import addnodes
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
@@ -34,8 +37,11 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_use_param = False  # arguments that share a description stay one entry
+napoleon_use_ivar = True
 python_use_unqualified_type_names = True
-maximum_signature_line_length = 88
+maximum_signature_line_length = 78
 default_role = "code"
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(?!sdllava\.).*"), (r"py:class", r"sdllava\..*\.(T|U|Class)")]
@@ -67,9 +73,12 @@ FOLDERS = {
     "analysis": "Analysis",
     "hub": "Hub",
     "serving": "Server",
+    "demo": "Demo page",
     "scenes": "Rendered scenes",
 }
 """The folders of the package in the API reference, with their titles."""
+LONGEST_VALUE = 60
+"""Characters of a constant's value in the API reference."""
 
 
 def write_api_pages(app: Any) -> None:
@@ -106,15 +115,35 @@ def _write(name: str, text: str) -> None:
 def read_notation(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Turn transformers' notation in docstrings into Sphinx's.
 
-    Links such as [`~sdllava.taps.list_taps`] become references, a list of arguments that continues on the next line
-    becomes one line, |x| is not a substitution, tables become literal blocks, and `name`s becomes valid.
+    Links such as [`~sdllava.taps.list_taps`] become references, arguments whose names and type continue on the next
+    line become one line, |x| is not a substitution, tables and code blocks become directives, and `name`s becomes
+    valid. What precedes a colon in the first line of an attribute is not its type.
     """
-    text = re.sub(r"(?m)^(\s+\w[\w, ]*,)\n\s+(?=[\w, ]+(?: \(.*\))?:)", r"\1 ", "\n".join(lines))
+    text = "\n".join(lines)
+    if what in ("attribute", "data", "property"):
+        text = re.sub(r"\A([^\n]*?:) ", r"\1\n", text)
+    text = re.sub(r"(?m)^(\s+\w[\w, ]*,)\n\s+(?=[\w, ]+(?: \(.*\))?:)", r"\1 ", text)
+    text = re.sub(r"(?m)^(\s+\w[\w, ]* \([^:\n]*)\n\s+(?=[^:\n]*\):)", r"\1 ", text)
     text = re.sub(r"\[`(~?sdllava\.[\w.]+)`\]", r":py:obj:`\1`", text)
     text = re.sub(r"\[(`[^`]+`)\]", r"\1", text)
     text = re.sub(r"(?m)^(?!\| |\|-).*\|.*$", lambda line: _escape_bars(line[0]), text)
-    text = re.sub(r"(?m)(?:^\|.*\n)+", lambda table: "::\n\n" + re.sub("(?m)^(?=.)", "    ", table[0]) + "\n", text)
-    lines[:] = re.sub(r"(?<![`:\w])(`[^`\n]+`)(?=\w)", r"\1\\ ", text).split("\n")
+    text = re.sub(r"(?m)(?:^\|.*\n)+", lambda table: _list_table(table[0]), text)
+    text = re.sub(r"(?ms)^( *)```(\w+)\n(.*?)^ *```$", lambda code: _code_block(*code.groups()), text)
+    literal = r"(?<![`:\w])`([^`\n]+)`(?!`)(?=(\w?))"
+    lines[:] = re.sub(literal, lambda found: f"``{found[1]}``" + ("\\ " if found[2] else ""), text).split("\n")
+
+
+def _list_table(table: str) -> str:
+    """A Markdown table as a directive."""
+    header, _, *rows = [line.strip("|").split("|") for line in table.splitlines()]
+    lines = [".. list-table::", "    :header-rows: 1", ""]
+    for row in (header, *rows):
+        lines += [f"    {' ' if column else '*'} - {cell.strip()}" for column, cell in enumerate(row)]
+    return "\n".join([*lines, "", ""])
+
+
+def _code_block(indent: str, language: str, code: str) -> str:
+    return f"{indent}.. code-block:: {language}\n\n" + re.sub("(?m)^(?=.)", "    ", code)
 
 
 def _escape_bars(line: str) -> str:
@@ -122,7 +151,38 @@ def _escape_bars(line: str) -> str:
     return re.sub(r"(`+.*?`+)|\|", lambda found: found[1] or r"\|", line)
 
 
+def read_signature(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str, str | None] | None:
+    """Leave the fields of transformers' configurations out, and write defaults that are not Python as an ellipsis.
+
+    Sphinx would split such signatures at every comma.
+    """
+    if signature is None:
+        return None
+    if signature.startswith("(transformers_version: ") and "*, " in signature:
+        signature = "(*, " + signature.partition("*, ")[2]
+    return re.sub(r"= <.*?>+(?=, |\))", "= ...", signature), returned
+
+
+def skip_member(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
+    """Skip the fields of named tuples that have no description."""
+    return True if (getattr(thing, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def shorten(app: Any, domain: str, kind: str, content: Any) -> None:
+    """Write values that do not fit a line as an ellipsis, and remove the base class `object`."""
+    for value in content.parent.findall(addnodes.desc_annotation):
+        if value.astext().startswith(" = ") and len(value.astext()) > LONGEST_VALUE:
+            value[-1] = nodes.Text("…")
+    if kind == "class" and content.children and content[0].astext() == "Bases: object":
+        content.remove(content[0])
+
+
 def setup(app: Any) -> None:
     """Register the hooks."""
     app.connect("builder-inited", write_api_pages)
     app.connect("autodoc-process-docstring", read_notation, priority=400)
+    app.connect("autodoc-process-signature", read_signature)
+    app.connect("autodoc-skip-member", skip_member)
+    app.connect("object-description-transform", shorten)

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import answering  # noqa: F401 - the sections' scripts and libraries, imported once for all processes
-import attention_kernels  # noqa: F401
+import attention_kernels  # noqa: F401 - as above
 import features
 import follow_up
-import memory  # noqa: F401
+import memory  # noqa: F401 - as above
 import torch
-import training  # noqa: F401
+import training  # noqa: F401 - as above
 import typer
 from measure import Device, Size, describe_machine
 
@@ -167,7 +167,7 @@ def run(target: Callable[..., None], arguments: Sequence[Any], method: str, limi
     Returns:
         `str`: `ok`, or why not.
     """
-    process: Any = multiprocessing.get_context(method).Process(target=target, args=tuple(arguments))  # type: ignore[attr-defined]
+    process: Any = multiprocessing.get_context(method).Process(target=target, args=tuple(arguments))  # type: ignore[attr-defined]  # contexts of any method have it
     process.start()
     process.join(limit)
     if process.is_alive():

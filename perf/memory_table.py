@@ -15,19 +15,19 @@ import families
 import models
 import torch
 import typer
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import Dinov2Config, PreTrainedConfig
 
 from sdllava import SDLlavaConfig, SDLlavaDiffusionConfig, SDLlavaForConditionalGeneration
 from sdllava.presets import PRESETS
 from sdllava.train.activations import peak_activations
-from sdllava.train.adapters import LANGUAGE_TARGETS, SAVED_MODULES, inject_unet_lora
-from sdllava.train.arguments import DIFFUSION_FIELDS, MODEL_FIELDS
+from sdllava.train.adapters import inject_unet_lora, language_lora
+from sdllava.train.arguments import DIFFUSION_FIELDS, MODEL_FIELDS, AdapterArguments, ModelArguments
 from sdllava.train.build import hold_trained_in_float32
 from sdllava.train.memory import state_bytes
+from sdllava.train.recipe_loading import find_recipe, load_recipe
 from sdllava.train.recipe_rows import CLIP, SD15
 from sdllava.train.recipe_table import RECIPES
-from sdllava.train.recipes import find_recipe, load_recipe
 
 ROWS = (
     "clip",
@@ -137,12 +137,15 @@ def build(name: str, way: Way, text_config: PreTrainedConfig) -> Any:
         if tower is not None and hasattr(tower.backbone, "vae"):
             tower.backbone.vae.float()
         model.set_stage(way.stage)
-        if values.get("unet_lora_r"):
-            inject_unet_lora(model, values["unet_lora_r"], values["unet_lora_alpha"])
         if way.lora:
-            saved = [part for part in SAVED_MODULES if getattr(model.model, part) is not None]
-            lora = load_recipe(find_recipe("own-data/lora"))["lora_r"]
-            model = get_peft_model(model, LoraConfig(r=lora, target_modules=LANGUAGE_TARGETS, modules_to_save=saved))
+            rank = load_recipe(find_recipe("own-data/lora"))["lora_r"]
+            unet = {key: values[key] for key in ("unet_lora_r", "unet_lora_alpha") if key in values}
+            run = ModelArguments(stage="finetune", init_from=name)
+            adapter = language_lora(model, AdapterArguments(lora_r=rank, **unet), run)
+            assert adapter is not None  # the rank is not 0
+            model = get_peft_model(model, adapter)
+        elif "unet_lora_r" in values:
+            inject_unet_lora(model, values["unet_lora_r"], values["unet_lora_alpha"])
     if not way.zero_stage:
         hold_trained_in_float32(model)
     return model

@@ -20,6 +20,8 @@ import torch
 import typer
 from measure import DEFAULT_DEVICE, DEFAULT_DTYPE, Bench, Call, Device, DType, Output, Repeats, Size
 
+from sdllava.train.memory import estimate_memory
+
 Stage = Literal["align", "finetune"]
 
 PAPER_RATES: dict[Stage, float] = {"align": 9.7, "finetune": 4.6}
@@ -106,6 +108,9 @@ def measure_stage(bench: Bench, model: Any, stage: Stage, batch: int, steps: int
         f"{label} by length": [make_batch(model, tokens[i * batch : (i + 1) * batch]) for i in range(steps)],
     }
     calls = {way: epoch(model, optimizer, batches) for way, batches in groups.items()}
+    longest = model.config.num_image_tokens + tokens[-1]
+    estimate = estimate_memory(model, batch, longest, checkpointing=True)
+    bench.remark(f"{label}: estimated memory {estimate.total / 2**30:.2f} GiB")
     for row in bench.time(calls, per_call=len(tokens), reference=label).values():
         rate = len(tokens) / row.median
         row.note = f"{rate:.2f} samples/s, {check_frozen(model, optimizer)}"

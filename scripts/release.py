@@ -59,15 +59,20 @@ def check_wheel(path: Path, version: str) -> None:
         version: The version of the package.
 
     Raises:
-        ValueError: It has another version, lacks a file, or contains what does not belong into it.
+        ValueError: It has another version, lacks a file, contains what does not belong into it, or has links
+            in its description that do not work on PyPI.
     """
     if not path.name.startswith(f"sdllava-{version}-"):
         raise ValueError(f"{path.name!r} is not the wheel of version {version!r}. Empty dist/ and build again.")
-    names = zipfile.ZipFile(path).namelist()
+    wheel = zipfile.ZipFile(path)
+    names = wheel.namelist()
     if missing := [name for name in CONTENTS if name not in names]:
         raise ValueError(f"{path.name!r} lacks {missing[0]!r}. Add it to package-data in pyproject.toml.")
     if foreign := [name for name in names if not name.startswith(("sdllava/", f"sdllava-{version}.dist-info/"))]:
         raise ValueError(f"{path.name!r} contains {foreign[0]!r}, which is not part of the package.")
+    metadata = wheel.read(f"sdllava-{version}.dist-info/METADATA").decode()
+    if relative := re.search(r"\]\((?![a-z]+:|#)[^)]*\)", metadata):
+        raise ValueError(f"{path.name!r} has the relative link {relative[0]!r} in its description. Mend setup.py.")
 
 
 def main(dist: Path, notes: Path) -> None:

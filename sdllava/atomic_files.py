@@ -16,6 +16,7 @@ import psutil
 from safetensors import SafetensorError
 
 _PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_OLD = "-replaced"  # the folder that is being replaced
 _PLACE_MESSAGES = re.compile(rf"PytorchStreamWriter|os error ({'|'.join(map(str, _PLACE_ERRORS))})\b")
 
 
@@ -54,7 +55,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file or a folder under a temporary name, and rename it when the block ends.
 
     An exception in the block removes what was written and leaves `path` as it was. What a killed process left is
-    removed by the next call for the same path. Missing parent folders are created.
+    removed by the next call for the same path; a folder that it was about to replace is put back. Missing parent
+    folders are created.
 
     Args:
         path: The file or folder to write. An existing one is replaced.
@@ -69,12 +71,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
-    for stale in path.parent.glob(f".{host}-*-{glob.escape(path.name)}"):
-        process = stale.name.removeprefix(f".{host}-").removesuffix(f"-{path.name}")
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            _remove(stale)
+    _clean_up(path, host)
     written = path.with_name(f".{host}-{os.getpid()}-{path.name}")
-    _remove(written)
     try:
         with reported(path):
             yield written
@@ -105,13 +103,39 @@ def move_into_place(written: Path, place: Path) -> None:
         if path.is_file():
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
-    if not place.is_dir():
-        os.replace(written, place)
-        return
-    old = written.with_name(f"{written.name}.old")
-    os.replace(place, old)
+    old = written.with_name(f"{written.name}{_OLD}")
+    if place.is_dir():
+        os.replace(place, old)
     os.replace(written, place)
+    _flush_names(place.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _clean_up(path: Path, host: str) -> None:
+    """Put back the folder that a killed process was about to replace, and remove what it wrote."""
+    for suffix in (_OLD, ""):
+        for left in path.parent.glob(f".{host}-*-{glob.escape(path.name + suffix)}"):
+            process = left.name.removeprefix(f".{host}-").removesuffix(f"-{path.name}{suffix}")
+            is_ours = process == str(os.getpid())  # of an earlier process with this number, as in a container
+            if not process.isdigit() or (psutil.pid_exists(int(process)) and not is_ours):
+                continue
+            if suffix == _OLD and not path.exists():
+                os.replace(left, path)
+            _remove(left)
+
+
+def _flush_names(folder: Path) -> None:
+    """Flush the names in a folder to the disk, where the system and the file system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

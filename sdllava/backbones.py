@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from .backbone import DiffusionBackbone, PublishedDiffusion
 from .checkpoint_files import FIELD_ERRORS, CheckpointError, part_reported, unexpected_reported
@@ -52,12 +53,7 @@ def read_published(diffusion: str, **fields: Any) -> PublishedDiffusion:
         OSError: A part cannot be read.
         ValueError: Its family is not supported, its parts do not fit together, or a field does not fit them.
     """
-    with part_reported(diffusion, "the diffusion model"):
-        parts, tokenizers = _published_family(diffusion).read_part_configs(diffusion)
-    for part, name in _POSITIVE:
-        value = (parts.get(part) or {}).get(name, 1)
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise CheckpointError.of(diffusion, f"{name} of its {part} is {value!r}, not a positive number")
+    parts, tokenizers = _read_part_configs(diffusion)
     with unexpected_reported(diffusion, "the diffusion model", FIELD_ERRORS):
         fields = {"image_size": find_family(parts).default_image_size, **fields}
         config = SDLlavaDiffusionConfig(**parts, **fields)
@@ -71,16 +67,31 @@ def read_whole(diffusion: str, image_size: int | None = None, max_image_size: in
         diffusion: As for `read_published`.
         image_size: Height and width of images, in pixels. Default: those that the model was trained on.
         max_image_size: The largest default.
+
+    Raises:
+        OSError: A part cannot be read.
+        ValueError: As `read_published`.
     """
-    parts, tokenizers = _published_family(diffusion).read_part_configs(diffusion)
-    family = find_family(parts)
-    native = family.native_image_size(parts)
-    size = image_size or min(native, max_image_size or native)
-    taps = [tap.name for tap in family.list_taps(parts, size // family.latent_scale(parts))]
-    last = [tap for tap in taps if tap.endswith(("Cross-Q", "Joint-Q"))][-1:] or taps[-1:]
-    fields = {"use_t5": False} if family.name == "stable_diffusion_3" and len(tokenizers) < 3 else {}
-    config = SDLlavaDiffusionConfig(**parts, **fields, truncate=False, taps=last, image_size=size)
-    return PublishedDiffusion(diffusion, config, tokenizers)
+    parts, tokenizers = _read_part_configs(diffusion)
+    with unexpected_reported(diffusion, "the diffusion model", FIELD_ERRORS):
+        family = find_family(parts)
+        native = family.native_image_size(parts)
+        size = image_size or min(native, max_image_size or native)
+        taps = [tap.name for tap in family.list_taps(parts, size // family.latent_scale(parts))]
+        last = [tap for tap in taps if tap.endswith(("Cross-Q", "Joint-Q"))][-1:] or taps[-1:]
+        fields = {"use_t5": False} if family.name == "stable_diffusion_3" and len(tokenizers) < 3 else {}
+        config = SDLlavaDiffusionConfig(**parts, **fields, truncate=False, taps=last, image_size=size)
+        return PublishedDiffusion(diffusion, config, tokenizers)
+
+
+def _read_part_configs(diffusion: str) -> tuple[dict[str, Any], list[PreTrainedTokenizerBase]]:
+    with part_reported(diffusion, "the diffusion model"):
+        parts, tokenizers = _published_family(diffusion).read_part_configs(diffusion)
+    for part, name in _POSITIVE:
+        value = (parts.get(part) or {}).get(name, 1)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise CheckpointError.of(diffusion, f"{name} of its {part} is {value!r}, not a positive number")
+    return parts, tokenizers
 
 
 def _published_family(diffusion: str) -> type[DiffusionBackbone]:

@@ -41,7 +41,7 @@ class CheckpointMixin:
     since the code that travels with a checkpoint cannot write cards."""
 
     def freeze(self) -> None:
-        """Stop gradients to what never trains by default; loading gives every parameter its gradient back."""
+        """Stop gradients to what never trains by default; loading resets `requires_grad` to True."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.save_pretrained`, with the code next to it for processes without this package."""
@@ -179,7 +179,7 @@ def fetch_frozen(model: PreTrainedModel) -> None:
                 f"than those that this checkpoint left out (hash {expected[:16]}). Find a copy of the original."
             )
         module = body.get_submodule(FROZEN_PARTS[part])
-        if part == "diffusion" and model.config.diffusion_config.vae_in_fp32:
+        if part == "diffusion" and model.config.diffusion_config.vae_in_fp32 and hasattr(module, "vae"):
             module.vae.float()  # tensors that no file holds were made in the model's own dtype
         own = module.state_dict()
         with torch.no_grad():

@@ -13,7 +13,7 @@ from .diffusion_configuration import SDLlavaDiffusionConfig
 from .hooked_backbone import HookedBackbone, as_dict, published
 from .noise import ddpm_rates
 from .repositories import missing, split_revision
-from .text_encoders import attention_mask, check_vocabularies, check_width, empty_prompt, read_t5
+from .text_encoder_configs import attention_mask, check_vocabularies, check_width, empty_prompt, read_t5
 
 T5_LENGTH = 77
 """Tokens of a prompt in the published pipeline."""

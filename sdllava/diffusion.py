@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .attention_maps import (
@@ -20,14 +17,12 @@ from .attention_maps import (
     choose_layers,
     concept_layers,
 )
-from .backbone import Prompts, PublishedDiffusion, without_autocast
-from .backbones import build_backbone, freeze, read_published
-from .checkpoints import CheckpointMixin
+from .backbone import Prompts, without_autocast
 from .configuration import SDLlavaDiffusionConfig
+from .frozen_diffusion import FrozenDiffusionModel
 from .grids import as_map, resize_grid
-from .guidance import FeatureEnsemble, ZeroLinear, guide
+from .guidance import guide
 from .noise import draw_noise
-from .repositories import as_dtype
 from .unet_pass import CompiledPass
 
 
@@ -47,7 +42,7 @@ class SDLlavaDiffusionOutput(ModelOutput):
     conditional_features: torch.Tensor | None = None
 
 
-class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
+class SDLlavaDiffusionModel(FrozenDiffusionModel):
     """Conditions a frozen diffusion model on a prompt and reads its features.
 
     The image is encoded to latents and noised; the denoiser runs up to the taps; guidance, ensemble and grid follow.
@@ -55,121 +50,11 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
     `text_encoder_2`).
     """
 
-    config: SDLlavaDiffusionConfig
-    config_class = SDLlavaDiffusionConfig
-    base_model_prefix = "diffusion_tower"
-    main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "BasicTransformerBlock",
-        "JointTransformerBlock",
-        "FluxTransformerBlock",
-        "FluxSingleTransformerBlock",
-        "ResnetBlock2D",
-        "CLIPEncoderLayer",
-        "T5Block",
-    ]
-    _keys_to_ignore_on_load_unexpected = [r"^(lm_head|model)\."]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
     def __init__(self, config: SDLlavaDiffusionConfig):
         super().__init__(config)
-        self.taps = config.resolved_taps()
-        self.backbone = build_backbone(config)
-        if config.truncate:
-            self.backbone.cut(self.taps)
-        self.ensemble = FeatureEnsemble(config)
-        self._keep_in_fp32_modules_strict = ["vae"] if config.vae_in_fp32 else []
         self._null_prompt: tuple[Any, Prompts] | None = None
         self._compiled_pass: CompiledPass | None = None
         self._captures: list[AttentionCapture] = []
-        self.freeze()
-        self.post_init()
-
-    @classmethod
-    def from_component_pretrained(
-        cls,
-        diffusion: str,
-        truncate: bool = False,
-        dtype: torch.dtype | str = torch.float32,
-        **config: Any,
-    ) -> "SDLlavaDiffusionModel":
-        """Load a published diffusers repository or folder as a tower.
-
-        Args:
-            diffusion (`str`): Repository id, `id@revision`, or local folder in the diffusers layout, with safetensors.
-            truncate (`bool`): Cut away what comes after the last tap.
-            dtype (`torch.dtype` or `str`): Of the weights; the VAE stays in float32 unless `vae_in_fp32=False`.
-            config: Fields of [`SDLlavaDiffusionConfig`].
-
-        Raises:
-            OSError: A part cannot be read.
-            ValueError: The parts do not fit together, a field does not fit them, or the weights are pickles.
-        """
-        return cls.from_published(read_published(diffusion, truncate=truncate, **config), dtype)
-
-    @classmethod
-    def from_published(
-        cls, published: PublishedDiffusion, dtype: torch.dtype | str = torch.float32
-    ) -> "SDLlavaDiffusionModel":
-        """Load a published diffusion model whose configuration has been read.
-
-        Args:
-            published: From `read_published` or `read_whole`.
-            dtype (`torch.dtype` or `str`): Of the weights; the VAE stays in float32 where the configuration says so.
-
-        Raises:
-            OSError: A part cannot be read.
-            ValueError: The weights are pickles.
-        """
-        with torch.device("meta"):
-            tower = cls(published.config)
-        return tower.load_published(published.source, as_dtype(dtype))
-
-    def load_published(self, diffusion: str, dtype: torch.dtype) -> "SDLlavaDiffusionModel":
-        """Fill a tower that was built on the meta device with the weights of the repository that it describes.
-
-        Args:
-            diffusion: Where its configuration was read.
-            dtype: Of the weights; the VAE stays in float32 where the configuration says so.
-
-        Raises:
-            OSError: A part cannot be read.
-            ValueError: The weights are pickles.
-        """
-        self.backbone.load_published(diffusion, dtype)
-        if self.config.truncate:
-            self.backbone.cut(self.taps)
-        self.ensemble = FeatureEnsemble(self.config).to(dtype)
-        self.config.dtype = dtype
-        self.freeze()
-        return self.eval()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; of a whole model's checkpoint, only the tower is read."""
-        kwargs.setdefault("key_mapping", {r"^model\.diffusion_tower\.": ""})
-        return super().from_pretrained(*args, **kwargs)
-
-    def use_tiny_vae(self, source: str) -> None:
-        """Encode images with a tiny autoencoder instead of the VAE, also in checkpoints saved from now on.
-
-        It costs a ninth of the VAE's operations, and its features differ slightly.
-
-        Args:
-            source (`str`): Repository id, `id@revision` or folder of a diffusers `AutoencoderTiny`, for example
-                `madebyollin/taesd`.
-
-        Raises:
-            OSError: It cannot be read.
-            ValueError: This family has no VAE, its latents do not fit the UNet, or its weights are pickles.
-        """
-        self.config.vae_config = self.backbone.load_tiny_vae(source)
-        self.freeze()
 
     def compile_pass(self, **options: Any) -> None:
         """Compile the denoiser's pass up to the taps, for calls that record no gradients.
@@ -181,43 +66,6 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
             options: Of `torch.compile`; `mode="reduce-overhead"` uses CUDA graphs on a GPU.
         """
         self._compiled_pass = self.backbone.compile_pass(self.taps, **options)
-
-    @property
-    def unet(self) -> Any:
-        """The denoiser."""
-        return self.backbone.denoiser
-
-    @property
-    def vae(self) -> Any:
-        """The image encoder of a latent diffusion model."""
-        return self.backbone.vae
-
-    @property
-    def text_encoder(self) -> Any:
-        """The first text encoder."""
-        return self.backbone.text_encoder
-
-    def freeze(self) -> None:
-        """Stop gradients to the diffusion model's own weights; the ensemble's weights stay trainable."""
-        freeze(self.backbone)
-
-    def train(self, mode: bool = True) -> "SDLlavaDiffusionModel":
-        """As `nn.Module.train`, but a frozen diffusion model stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.train(mode and any(p.requires_grad for p in self.backbone.parameters()))
-        return self
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """diffusers' modules initialise themselves when they are built."""  # noqa: D403  # the library's own name
-        self.backbone.compute_buffers(module)
-        if isinstance(module, FeatureEnsemble) and module.mode == "learned":
-            init.zeros_(module.weight)
-        elif isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif module is getattr(self.ensemble, "gate_norm", None):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
 
     @torch.no_grad()
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -347,7 +195,7 @@ class SDLlavaDiffusionModel(CheckpointMixin, PreTrainedModel):
         """X = X_u + s (X_c - X_u) for each guidance scale s (S3, equation 1), ensembled.
 
         The unconditional half is skipped at s = 1 and where `unconditional_features` are given, the conditional half
-        at s = 0, where `conditional_features` are given, and where there is no prompt, which makes X = X_u.
+        at s = 0, where `conditional_features` are given, and without a prompt, which makes X = X_u.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(n, 3, image_size, image_size)`): In [-1, 1]; not needed where

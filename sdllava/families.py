@@ -54,7 +54,7 @@ class DiffusionFamily(ABC):
         """Height and width of the images that the model was trained on, in pixels."""
 
     def patch_size(self, parts: PartConfigs) -> int:
-        """Pixels along one side of the smallest square that the denoiser keeps apart; images are multiples of it."""
+        """Pixels along one side of the smallest square that the denoiser distinguishes; images are multiples of it."""
         return 1
 
     def max_image_size(self, parts: PartConfigs) -> int | None:

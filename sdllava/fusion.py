@@ -1,4 +1,4 @@
-"""How vision and diffusion features become one sequence, and its way into the language model (S3, 5.2 and A.2)."""
+"""How vision and diffusion features become one sequence, and the projector to the language model (S3, 5.2 and A.2)."""
 
 import math
 
@@ -171,7 +171,7 @@ def build_fusion(config: SDLlavaConfig) -> nn.Module | None:
 
 
 class ImplicitCaptioner(nn.Module):
-    """The vision encoder's global image feature as prompt tokens of the diffusion model (S4, introduction and 6.1)."""
+    """The vision encoder's global image feature as prompt tokens of the diffusion model (S4, introduction)."""
 
     def __init__(self, config: SDLlavaConfig):
         super().__init__()

@@ -89,8 +89,8 @@ def read_parts(
             raise missing(language_model, "language model", error) from error
     vision_config = image_processor = None
     if vision is not None:
-        asked_size = model_fields.pop("vision_image_size", None)
-        vision_config, image_processor, size = read_vision(vision, asked_size)
+        given_size = model_fields.pop("vision_image_size", None)
+        vision_config, image_processor, size = read_vision(vision, given_size)
         model_fields["vision_image_size"] = size
 
     tokenizer.add_tokens(["<image>"], special_tokens=True)

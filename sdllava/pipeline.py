@@ -167,10 +167,10 @@ class VisualQuestionAnsweringPipeline(Pipeline):
     def _answer(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
         special = torch.tensor(tokenizer.all_special_ids, device=tokens.device)
-        said = ~torch.isin(tokens, special)
-        if not said.any():  # an empty answer: the end token is all there is
-            said = torch.arange(len(tokens), device=tokens.device) == 0
-        score = logprobs[: len(tokens)].float().exp()[said[: len(logprobs)]].mean()
+        is_answer = ~torch.isin(tokens, special)
+        if not is_answer.any():  # an empty answer: the end token is all there is
+            is_answer = torch.arange(len(tokens), device=tokens.device) == 0
+        score = logprobs[: len(tokens)].float().exp()[is_answer[: len(logprobs)]].mean()
         return {"answer": tokenizer.decode(tokens, skip_special_tokens=True).strip(), "score": float(score)}
 
     def postprocess(self, model_outputs: dict[str, list], **parameters: Any) -> list[dict[str, Any]]:

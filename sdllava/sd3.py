@@ -14,7 +14,7 @@ from .diffusion_configuration import SDLlavaDiffusionConfig
 from .flow import FlowBackbone
 from .hooked_backbone import as_dict, published
 from .repositories import missing, split_revision
-from .text_encoders import check_channels, check_vocabularies, check_width, empty_prompt, read_clip, read_t5
+from .text_encoder_configs import check_channels, check_vocabularies, check_width, empty_prompt, read_clip, read_t5
 
 T5_LENGTH = 256
 """Tokens of T5's part of a prompt in the published pipeline; zeros without T5."""

@@ -21,7 +21,7 @@ from .latent_backbone import LatentBackbone
 from .noise import ddpm_rates
 from .repositories import missing, split_revision
 from .small_maps import multiply_small_maps
-from .text_encoders import check_vocabularies, check_width, empty_prompt, read_clip
+from .text_encoder_configs import check_vocabularies, check_width, empty_prompt, read_clip
 
 _BEFORE_CROSS_ATTENTION = (
     "down_blocks.0.resnets.0",

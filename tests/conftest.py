@@ -1,6 +1,7 @@
 """Fixtures that many tests share: tiny published repositories, built once a run."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -26,6 +27,12 @@ def pytest_configure(config):
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         for name in ("train_fixtures", "fixtures_evaluation"):
             config.pluginmanager.import_plugin(name)
+
+
+def pytest_collection_finish():
+    """Keep what the libraries hold out of later garbage collections, each of which would take 0.3 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,8 @@ class LoopbackHub:
         self.requests: list[str] = []
         handler = type("Handler", (_Handler,), {"hub": self})
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
-        self.endpoint, self.large_file_host = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        hosts = zip(("127.0.0.1", "localhost"), self.servers, strict=True)  # clients follow redirects to the same host
+        self.endpoint, self.large_file_host = (f"http://{name}:{server.server_port}" for name, server in hosts)
 
     @contextmanager
     def running(self):
@@ -110,7 +111,11 @@ class LoopbackHub:
         """Environment of a client process with an empty cache: this Hub only, Xet off."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         ours = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        ours |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+        ours |= {
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
         return kept | ours | ({} if token is None else {"HF_TOKEN": token})
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:

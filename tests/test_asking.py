@@ -31,6 +31,7 @@ def test_an_unknown_variant(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_resamples")
 def test_a_pair_of_runs(tmp_path):
     arguments = ["--out", str(tmp_path), "--variant", "1 token", "--seeds", "1", "--scenes", "6", "--limit", "9"]
     result = CliRunner().invoke(app, ["asking", *arguments])

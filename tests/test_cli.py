@@ -169,19 +169,21 @@ def test_the_version_is_printed():
         (["train", "--config=own-data/ful"], "Recipe 'own-data/ful' does not exist"),
         (["train", "--config", "own-data/full", "--per_device_train_batch_size", "0"], "batch_size is 0. Use at least"),
         (["push", "OUT", "me/model"], "is not a folder"),
-        (["mini", "scenes", "OUT", "--split", "dev"], "'dev'"),
+        (["mini", "scenes", "s.parquet", "--split", "dev"], "'dev'"),
+        (["mini", "scenes", "OUT"], "Use one of .parquet"),
     ],
 )
 def test_errors_name_the_value_and_the_fix(arguments, message, composed, published, photograph, tmp_path):
     (tmp_path / "EMPTY").mkdir()
     places = {"PHOTO": photograph, "COMPOSED": composed, "EMPTY": tmp_path / "EMPTY", "OUT": tmp_path / "OUT"}
     places |= {"LLM": published["llm"], "CLIP": published["clip"], "OUT/x.png": tmp_path / "OUT" / "x.png"}
-    places |= {"OUT/heat.png": tmp_path / "OUT" / "heat.png"}
+    places |= {"OUT/heat.png": tmp_path / "OUT" / "heat.png", "s.parquet": tmp_path / "s.parquet"}
     done = run(*(places.get(argument, argument) for argument in arguments))
     assert done.exit_code == 1
     assert message in done.stderr
     assert done.stderr.startswith(("sdllava: ", "Warning: the miniature"))
     assert not (tmp_path / "OUT").exists()
+    assert not (tmp_path / "s.parquet").exists()
 
 
 @pytest.mark.parametrize(

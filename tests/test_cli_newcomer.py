@@ -14,7 +14,7 @@ from sdllava.commands.doctor import cache_report, missing_packages
 from sdllava.commands.main import app
 from sdllava.commands.recipes import matches, summarise, train_help
 from sdllava.commands.reporting import QUIET
-from sdllava.train.recipes import list_recipes
+from sdllava.train.recipe_loading import list_recipes
 from sdllava.version import __version__
 
 HEAVY = ("torch", "transformers", "diffusers", "datasets", "trl", "matplotlib", "gradio")

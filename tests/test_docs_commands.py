@@ -1,6 +1,8 @@
 """Documented commands and Python examples run as printed, where they need neither the Hub nor a server."""
 
 import functools
+import glob
+import json
 import re
 import shlex
 import shutil
@@ -22,7 +24,7 @@ INLINE = re.compile(r"`(sdllava [^`]+)`")
 SKIPPED = {
     "a repository of the Hub": r"(?<![-\w./])(?!(?:runs|images|results|cache|own-data|coco)/)[A-Za-z][\w-]*/[\w.-]+",
     "a server": r"^sdllava (?:serve|demo)\b|127\.0\.0\.1|--judge",
-    "data that is downloaded": r"--benchmark (?!mini)|data (?:prepare|verify)|val2014|results/[AB]\b|coco/",
+    "data that is downloaded": r"--benchmark (?!mini|sugarcrepe)|data (?:prepare|verify)|val2014|results/[AB]\b",
     "training, which tests/test_train_*.py run": r"^sdllava (?:train|cache|merge|convert|compose|push)\b",
     "an ellipsis or a placeholder": r"\.\.\.|…|[<>]|\b(?:MODEL|FOLDER\w*|DATA|NAME|OUTPUT|PATH|FILE|IMAGE|DIFFUSION"
     r"|COMMAND|RECIPE)\b",
@@ -78,6 +80,19 @@ def test_the_pages_have_commands_to_run():
     assert sum(map(len, RUN.values())) >= 12
 
 
+def write_coco(folder: Path) -> None:
+    """Four images in place of COCO's photographs, with captions and an item of SugarCrepe each."""
+    (folder / "val2017").mkdir(parents=True)
+    names = [f"{number:012}.jpg" for number in range(4)]
+    for number, name in enumerate(names):
+        make_image(number, (64, 64)).save(folder / "val2017" / name)
+    captions = [{"filename": name, "sentences": [f"a red circle {name}"]} for name in names]
+    pair = {"kind": "swap_obj", "caption": "a red circle", "negative_caption": "a blue circle"}
+    items = [pair | {"id": name, "filename": name} for name in names]
+    for file, rows in (("karpathy_120.jsonl", captions), ("sugarcrepe_120.jsonl", items)):
+        (folder / file).write_text("\n".join(map(json.dumps, rows)))
+
+
 @pytest.fixture(scope="module")
 def documented_files(tmp_path_factory) -> Path:
     """The files that the documentation names: scenes, photographs, questions, and a trained model."""
@@ -90,13 +105,21 @@ def documented_files(tmp_path_factory) -> Path:
         shutil.copy(scenes / "0.png", folder / name)
     for name in ("photo.jpg", "a.jpg", "b.jpg"):
         make_image(len(name), (64, 64)).save(folder / name)
+    write_coco(folder / "coco")
     for name in ("photos", "pairs", "images"):
         shutil.copytree(scenes, folder / name)
     (folder / "own.jsonl").write_text('{"image": "1.png", "question": "How many objects are there?", "answer": "2"}\n')
+    evaluation = ["evaluate", "--model", "mini", "--benchmark", "mini", "--limit", "2", "--output"]
+    assert CliRunner().invoke(app, [*evaluation, str(folder / "results")]).exit_code == 0
+    (folder / "results" / "mini").rename(folder / "results" / "runs-sd21-t50")
     (folder / "runs").mkdir()
     for name in ("M", "YOUR_CHECKPOINT", "runs/own-merged"):
         (folder / name).symlink_to(mini_path())
     return folder
+
+
+def _as_in_a_shell(word: str) -> list[str]:
+    return sorted(glob.glob(word)) or [word]
 
 
 @pytest.mark.slow
@@ -106,11 +129,14 @@ def test_documented_commands_run(page, documented_files, monkeypatch):
     monkeypatch.setattr("sdllava.evaluation.bootstrap.REPLICATES", 20)
     monkeypatch.setattr("sdllava.analysis.loading.load_analysis_model", functools.cache(load_analysis_model))
     for command in RUN[page]:
-        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        words = [word for given in shlex.split(command)[1:] for word in _as_in_a_shell(given)]
+        result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, f"{page}: {command}\n{result.output[-1500:]}{result.exception!r}"
 
 
-PYTHON_NEEDS = re.compile(r"me/my-model|llava-hf/|openai|YOUR_CHECKPOINT|flux-llava|prefix_cache|vllm|datasets|http")
+PYTHON_NEEDS = re.compile(
+    r"me/my-model|llava-hf/|openai|YOUR_CHECKPOINT|flux-llava|prefix_cache|vllm|datasets|http|shapes_dataset"
+)
 
 
 @pytest.mark.slow

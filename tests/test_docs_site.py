@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdllava.train import jobs_page
-from sdllava.train.recipe_table import RECIPES
+from sdllava.train.recipe_loading import list_recipes
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -27,13 +27,14 @@ def test_the_page_of_jobs_equals_the_table_of_recipes():
     page = (DOCS / "jobs.md").read_text()
     assert page == jobs_page.documentation()
     listed = re.findall(r"^job (\S+)", page, re.M)
-    assert sorted(listed) == sorted(RECIPES)
+    assert sorted(listed) == list_recipes()
 
 
 def test_every_page_is_in_the_site():
     listed = re.findall(r"```\{toctree\}\n(.*?)```", (DOCS / "index.md").read_text(), re.S)
     entries = {line for block in listed for line in block.splitlines() if line and not line.startswith(":")}
     assert {path.stem for path in DOCS.glob("*.md")} - {"index"} <= entries
+    assert {f"/research/miniature/{path.stem}" for path in (ROOT / "research" / "miniature").glob("*.md")} <= entries
     for entry in entries:
         assert ((ROOT / entry[1:]) if entry.startswith("/") else DOCS / entry).with_suffix(".md").is_file(), entry
 
@@ -44,6 +45,9 @@ def test_the_hub_reads_the_command_of_a_job(tmp_path):
     script = function.replace("hf jobs run --detach", "hf jobs run --dry-run") + "\njob clip/finetune --max_steps 1\n"
     environment = {**os.environ, "OWNER": "me", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path), "NO_COLOR": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    options = subprocess.run(["hf", "jobs", "run", "--help"], env=environment, capture_output=True, text=True).stdout
+    if "--dry-run" not in options:
+        pytest.skip("this huggingface_hub cannot check a job without starting it")
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Job not submitted" in done.stdout

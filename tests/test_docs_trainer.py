@@ -12,7 +12,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "trainer.md"
 CODE = dict(zip(("trainer", "sft"), re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S), strict=True))
 
 
-@pytest.mark.parametrize("name", ["trainer", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trainer", "sft"])
 def test_the_code_of_the_page_trains(name, work, tmp_path, monkeypatch):
     report_to = "trackio" if name == "sft" and find_spec("trackio") else "none"
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))

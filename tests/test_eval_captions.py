@@ -156,7 +156,7 @@ def spice_stand_in(tmp_path, monkeypatch):
     """pycocoevalcap with a small Java program as `spice-1.0.jar` and an empty CoreNLP."""
     package = pytest.importorskip("pycocoevalcap")
     if not shutil.which("javac") or not shutil.which("jar"):
-        pytest.skip("there is no Java compiler")
+        pytest.skip("needs a Java compiler, javac and jar")
     source = Path(package.__path__[0])
     shutil.copytree(source, tmp_path / "pycocoevalcap", ignore=shutil.ignore_patterns("*.jar", "*.gz", "meteor"))
     folder = tmp_path / "pycocoevalcap" / "spice"
@@ -174,6 +174,7 @@ def spice_stand_in(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 @needs_java
 @pytest.mark.usefixtures("few_resamples")
 def test_spice_runs_a_java_program_and_its_scores_are_in_the_results(spice_stand_in):

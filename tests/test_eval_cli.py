@@ -137,6 +137,7 @@ def test_impossible_options_fail_before_anything_is_written(published, composed,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_leakage_command(composed, tmp_path):
     """The sweep's table has the leakage on captions next to the scores of the other benchmarks."""
     write_captions(tmp_path / "captions", 3)

@@ -12,10 +12,10 @@ from sdllava.evaluation.compare import Comparison, Run
 from sdllava.evaluation.matching import MatchingOptions
 
 
-def comparison(*towers):
+def comparison(*towers, samples=300):
+    scores = {"intervals_95": {"pairs": [0.0, 90.0]}, "samples": samples}
     runs = [
-        Run(str(k), {"tower": tower, "scores": {"pairs": 10.0 * k}, "intervals_95": {"pairs": [0.0, 90.0]}}, [])
-        for k, tower in enumerate(towers)
+        Run(str(k), {"tower": tower, "scores": {"pairs": 10.0 * k}, **scores}, []) for k, tower in enumerate(towers)
     ]
     return Comparison("mmvp", "pairs", runs, [], [])
 
@@ -30,6 +30,11 @@ def test_the_heat_map_has_a_row_per_tap_and_a_column_per_timestep(monkeypatch):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["U-L1", "D-L2"]
     np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), [[30.0, 10.0], [np.nan, 20.0]])
     assert sorted(text.get_text() for text in axes.texts) == [f"{k}0.0\n[0.0, 90.0]" for k in (1, 2, 3)]
+    plots.plot_timesteps(comparison(*towers, samples=4), "grid.png")
+    assert [figure.axes[0].get_title() for figure in drawn] == [
+        "mmvp: pairs, 95% intervals, 300 samples",
+        "mmvp: pairs, 95% intervals, 4 samples\nFewer than 10 samples say little",
+    ]
     with pytest.raises(ValueError, match="None of these results has a diffusion model's taps"):
         plots.plot_timesteps(comparison(None), "grid.png")
 

@@ -141,7 +141,7 @@ def every_layer(folder):
     ("kind", "options", "layers", "formula"),
     [
         ("sd2", {}, LAST, released_code),
-        ("sd1", {}, LAST, released_code),
+        pytest.param("sd1", {}, LAST, released_code, marks=pytest.mark.slow),
         ("sd2", {"unconditional": False}, LAST, functools.partial(released_code, unconditional=False)),
         ("sd2", {"bias": True}, LAST, functools.partial(released_code, bias=True)),
         ("sd2", {"layers": ("U-L1-R1-B0-Cross-Q",)}, ["up_blocks.1.attentions.1.transformer_blocks.0.attn2"], None),

@@ -7,6 +7,7 @@ import pytest
 from fixtures_evaluation import make_image, write_blink, write_captions, write_mmvp, write_naturalbench
 
 from sdllava.evaluation.benchmarks import BENCHMARKS, MATCHING_BENCHMARKS, get_benchmark
+from sdllava.evaluation.benchmarks.base import Sample
 from sdllava.evaluation.metrics import metric_path
 from sdllava.evaluation.runner import make_record, summarise
 
@@ -18,25 +19,45 @@ def load(tmp_path, monkeypatch):
     return lambda name: evaluate.load(str(metric_path()), name, cache_dir=str(tmp_path))
 
 
+def of_folder(name, write, *arguments):
+    return lambda folder: get_benchmark(name).read(write(folder, *arguments))
+
+
+def made(targets, **info):
+    """Samples with given targets; `info` has one value for all, or a list with one for each."""
+    entries = [{key: value[k] if type(value) is list else value for key, value in info.items()} for k in range(4)]
+    return lambda _: [Sample(str(k), "?", (), target, "?", info=entries[k]) for k, target in enumerate(targets)]
+
+
+OWN = {"answers": [["red"], ["blue"], ["2", "two"], ["no"]], "options": (), "category": ["a", "a", "b", "b"]}
+SAMPLES = {
+    "mmvp": (of_folder("mmvp", write_mmvp, 4), "A"),
+    "naturalbench": (of_folder("naturalbench", write_naturalbench, 2), "Yes"),
+    "blink": (of_folder("blink", write_blink, 2), "(A)"),
+    "captions": (of_folder("captions", write_captions, 3), "a red dog"),
+    "gqa": (made(["yes", "cat", "yes", "no"], image=list("aabb")), "Yes."),
+    "easy_vqa": (made(["red", "red", "yes", "no"], image=list("aabc"), kind=["colour", "colour", "yes", "yes"]), "red"),
+    "shapes": (made([True, False, True, True], group=list("aabb")), "Yes."),
+    "nlvr": (made([True, False, True, True], group=list("aabb")), "true"),
+    "own": (made(["red", "blue", "2", "no"], **OWN), "The answer is red"),
+    "mini": (
+        made(["red", "red", "a", "2"], part="questions", pattern=["colour"] * 2 + ["text", "count"], num_answers=6),
+        "Red.",
+    ),
+    "mini_captions": (lambda _: get_benchmark("mini_captions").read(None)[:3], "a red circle"),
+}
+
+
 @pytest.mark.usefixtures("simple_tokens", "few_resamples")
-@pytest.mark.parametrize(
-    ("name", "write", "reply"),
-    [
-        ("mmvp", lambda folder: write_mmvp(folder, 4), "A"),
-        ("naturalbench", lambda folder: write_naturalbench(folder, 2), "Yes"),
-        ("blink", lambda folder: write_blink(folder, 2), "(A)"),
-        ("captions", lambda folder: write_captions(folder, 3), "a red dog"),
-    ],
-)
-def test_the_scores_are_those_of_a_run(load, tmp_path, name, write, reply):
-    benchmark = get_benchmark(name)
-    folder = tmp_path / name
-    write(folder)
-    samples = benchmark.read(folder)
-    replies = [f"{reply} {k}" if name == "captions" else reply for k in range(len(samples))]
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_scores_are_those_of_a_run(load, tmp_path, name):
+    benchmark, (read, reply) = get_benchmark(name), SAMPLES[name]
+    samples = read(tmp_path / name)
+    replies = [f"{reply} {k}" if "captions" in name else reply for k in range(len(samples))]
     records = [make_record(benchmark, *pair, None) for pair in zip(samples, replies, strict=True)]
     lines = [json.dumps(record) for record in records]  # as in samples.jsonl
     expected = summarise(benchmark, records)["scores"]
+    assert max(expected.values()) > 0
     assert load(name).compute(predictions=replies, references=lines) == pytest.approx(expected)
 
 

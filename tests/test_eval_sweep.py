@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from sdllava.commands.main import app
 from sdllava.evaluation.evaluate import LoadedModel
+from sdllava.evaluation.guidance_sweep import sweep_scores
 from sdllava.evaluation.results import read_records
 from sdllava.miniature import mini_path
 
@@ -59,3 +60,26 @@ def test_a_swept_run_equals_single_runs(monkeypatch, tmp_path):
 )
 def test_wrong_sweeps_raise_before_a_model_is_loaded(options, reason):
     assert reason in " ".join(run(*EVALUATE, *options, code=1).output.split())
+
+
+def test_a_run_that_was_not_judged_has_no_score_in_the_table_of_leakage(tmp_path):
+    run = {"benchmark": "llava_bench", "model": {}, "metric": "score", "scores": {}, "guidance_scales": [0.0]}
+    judged = {**run, "guidance_scales": [4.0], "scores": {"score": 60.0}, "intervals_95": {"score": [50.0, 70.0]}}
+    for results in (run, judged):
+        folder = tmp_path / f"guidance-{results['guidance_scales'][0]:g}"
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(results))
+    expected = {4.0: {"llava_bench score": {"score": 60.0, "interval": [50.0, 70.0]}}}
+    assert sweep_scores(sorted(tmp_path.iterdir())) == expected
+
+
+def test_the_judge_reaches_the_runs_next_to_leakage(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("sdllava.evaluation.judge.make_judge", lambda *_: "the judge")
+    monkeypatch.setattr(LoadedModel, "load", staticmethod(lambda *_, **__: None))
+    monkeypatch.setattr("sdllava.evaluation.evaluate.load_samples", lambda *_: ())
+    monkeypatch.setattr("sdllava.evaluation.leakage.LeakageSetting.make", lambda *_: None)
+    monkeypatch.setattr("sdllava.evaluation.leakage.leakage_sweep", lambda *_: {})
+    monkeypatch.setattr("sdllava.evaluation.guidance_sweep.guidance_sweep", lambda *args: seen.append(args[5]) or [])
+    run("evaluate", "--model", "mini", "--benchmark", "llava_bench,captions", "--leakage", "--output", tmp_path)
+    assert seen == ["the judge"]

@@ -53,6 +53,7 @@ def test_easy_vqa(tmp_path):
     assert get_benchmark("easy_vqa", "short").read(tmp_path)[0].prompt.endswith("using a single word or phrase.")
 
 
+@pytest.mark.slow
 def test_easy_vqa_reads_the_installed_package(monkeypatch):
     pytest.importorskip("easy_vqa")
     benchmark = get_benchmark("easy_vqa")
@@ -83,6 +84,16 @@ def test_shapes(tmp_path):
         benchmark.read(tmp_path)
 
 
+def write_nlvr(folder, rows):
+    (folder / "images" / "7").mkdir(parents=True)
+    for identifier, *_ in rows:
+        for order in range(6):
+            make_image(order).save(folder / "images" / "7" / f"dev-{identifier}-{order}.png")
+    lines = [{"identifier": i, "sentence": s, "label": label, "directory": "7"} for i, s, label in rows]
+    (folder / "dev.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("reply", "parsed"), [("yes", True), ("It is false, not true.", False), ("No.", False), ("blue", None), ("", None)]
 )
@@ -92,13 +103,7 @@ def test_replies_to_statements(reply, parsed):
 
 def test_nlvr_both_layouts(tmp_path):
     rows = [("1572-0", "There is a blue box", "true"), ("31-2", "All boxes are black", "false")]
-    original = tmp_path / "o"
-    for identifier, *_ in rows:
-        (original / "images" / "7").mkdir(parents=True, exist_ok=True)
-        for order in range(6):
-            make_image(order).save(original / "images" / "7" / f"dev-{identifier}-{order}.png")
-    lines = [{"identifier": i, "sentence": s, "label": label, "directory": "7"} for i, s, label in rows]
-    (original / "dev.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    original = write_nlvr(tmp_path / "o", rows)
     table = [
         {"identifier": i, "sentence": s, "label": label == "true", "permutation": order, "image": make_image(order)}
         for i, s, label in rows

@@ -76,6 +76,22 @@ def test_every_tap_of_pixart_equals_a_hook_on_the_whole_stock_model(pixart, whol
         assert features.shape == (3, tap.height * tap.width, tap.channels)
 
 
+@torch.no_grad()
+def test_taps_of_a_pixart_of_several_resolutions_get_the_image_size(tmp_path):
+    """PixArt-alpha at 1024 pixels reads height, width and aspect ratio, as its pipeline gives them."""
+    sizes = {"num_attention_heads": 3, "cross_attention_dim": 48}  # a third for each of the three numbers
+    folder = tiny_families.save_pixart(tmp_path, use_additional_conditions=True, **sizes)
+    tower = SDLlavaDiffusionModel.from_component_pretrained(str(folder), **FIELDS)
+    prompts, noisy, expected = tower.encode_prompts(prompt_ids(folder)[:2]), torch.randn(2, 4, 8, 8), []
+    handle = tower.backbone.transformer.transformer_blocks[1].register_forward_hook(lambda m, a, o: expected.append(o))
+    size = {"resolution": torch.tensor([[64.0, 64.0]] * 2), "aspect_ratio": torch.ones(2, 1)}
+    rows = [prompts[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
+    tower.backbone.transformer(noisy, rows[0], torch.tensor([50, 50]), size, encoder_attention_mask=rows[1])
+    handle.remove()
+    (tap,) = (tap for tap in tower.config.all_taps() if tap.name == "T-B1-Out")
+    assert torch.equal(tower.backbone.read(noisy, 50, prompts, [tap])[0], expected[0])
+
+
 def test_the_adaln_tap_is_the_normalised_block_input(pixart, whole):
     prompts = whole.encode_prompts(prompt_ids(pixart)[:1])
     noisy, block = torch.randn(1, 4, 8, 8), whole.backbone.transformer.transformer_blocks[1]

@@ -415,6 +415,7 @@ def test_the_adaln_tap_of_a_joint_block_is_its_normalised_input(folders, towers)
     torch.testing.assert_close(norm, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", [SDLlavaDiffusionModel, SDLlavaForConditionalGeneration])
 def test_four_bits_are_for_language_models_and_t5(folders, published, tmp_path, model_class):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
@@ -435,3 +436,28 @@ def test_four_bits_are_for_language_models_and_t5(folders, published, tmp_path, 
     ids = prompt_ids(folders["sd3"], "sd3")
     features = tower(torch.zeros(3, 3, 64, 64), *ids).last_hidden_state
     assert features.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "published"),
+    [("sd3", {"dual_attention_layers": (), "qk_norm": None}), ("flux", {"guidance_embeds": False})],
+    ids=["sd3-medium", "schnell"],
+)
+@torch.no_grad()
+def test_every_tap_of_the_other_published_models_equals_a_hook(tmp_path, kind, published):
+    """Stable Diffusion 3 medium has no norm of queries and no second attention, FLUX.1-schnell no guidance."""
+    folder = getattr(tiny_families, f"save_{kind}")(tmp_path, **published)
+    tower = SDLlavaDiffusionModel.from_component_pretrained(str(folder), **fields(kind))
+    prompts, noisy = tower.encode_prompts(*prompt_ids(folder, kind)), torch.randn(3, 4, 8, 8)
+    inputs, outputs = stock_inputs(kind, tower, noisy, 260, prompts), {}
+    handles = []
+    for tap in tower.config.all_taps():
+        module = tower.backbone.transformer.get_submodule(tap.module_path)
+        keep = lambda m, args, output, name=tap.name: outputs.update({name: output})  # noqa: E731
+        handles.append(module.register_forward_hook(keep))
+    tower.backbone.transformer(**{**inputs, **({"guidance": None} if kind == "flux" else {})})
+    for handle in handles:
+        handle.remove()
+    taps = tower.config.all_taps()
+    for tap, features in zip(taps, tower.backbone.read(noisy, 260, prompts, taps), strict=True):
+        assert torch.equal(features, image_part(kind, tap.name, outputs[tap.name])), tap

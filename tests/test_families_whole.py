@@ -1,5 +1,6 @@
-"""Each diffusion family in a whole model: composed, asked, evaluated, inspected, trained, loaded elsewhere."""
+"""Each diffusion family in a whole model: composed, prompted, evaluated, inspected, trained, loaded elsewhere."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from sdllava import SDLlavaDiffusionModel, SDLlavaForConditionalGeneration, SDLl
 from sdllava.analysis.attention import model_attention
 from sdllava.backbones import read_published
 from sdllava.commands.main import app
+from sdllava.train.cache import FeatureCache
+from sdllava.train.cache_writer import cache_record, write_cache
+from sdllava.train.collator import SDLlavaCollator
 
 KINDS = ("pixart", "sd3", "flux", "if")
 TAPS = {"pixart": "T-B1-Cross-Q", "sd3": "T-B1-Joint-Q", "flux": "T-B2-Joint-Q", "if": "U-L1-R0-B0-Cross-Q"}
@@ -64,7 +68,10 @@ def compose(folders, published, build_once):
     return lambda kind: build_once(f"composed-{kind}", lambda folder: write(kind, folder)) / "model"
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=pytest.mark.slow if kind in ("pixart", "flux") else []) for kind in KINDS],
+)
 def composed_family(request, compose) -> Composed:
     path = compose(request.param)
     model = SDLlavaForConditionalGeneration.from_pretrained(path).eval()
@@ -225,7 +232,9 @@ def test_a_missing_text_encoder_raises(folders, tmp_path, kind):
     for part in folders[kind].iterdir():
         if part.name != "text_encoder":
             (tmp_path / part.name).symlink_to(part)
-    with pytest.raises(OSError, match=r"Cannot read the .* model from .*text_encoder.* not have the published layout"):
+    with pytest.raises(
+        OSError, match=r"from .*\(text_encoder/config.json is missing\)\. Give a repository .* has every part"
+    ):
         read_published(str(tmp_path), **SIZES, taps=[TAPS[kind]])
 
 
@@ -248,6 +257,54 @@ def test_a_gated_repository_without_access_names_its_licence(monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["if", "sd3"])
+def test_frozen_parts_that_were_left_out_come_back(compose, folders, tmp_path, kind):
+    model = SDLlavaForConditionalGeneration.from_pretrained(compose(kind))
+    model.config.components = {"diffusion": {"id": str(folders[kind])}}
+    model.save_pretrained(tmp_path, bundle_frozen=False)
+    expected, found = model.state_dict(), SDLlavaForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("kind", ["if", "sd3"])
+def test_a_cache_gives_the_features_and_records_every_text_encoder(compose, tmp_path, kind):
+    path = compose(kind)
+    model = SDLlavaForConditionalGeneration.from_pretrained(path).eval()
+    processor = SDLlavaProcessor.from_pretrained(path)
+    image = tiny_families.noise_image()
+    image.save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "Yes."}]
+    rows = [{"image": "a.png", "folder": str(tmp_path), "conversations": turns}]
+    write_cache(model, SDLlavaCollator(processor), rows, tmp_path / "cache", "conditional", "float32")
+    cache = FeatureCache(tmp_path / "cache")
+    encoders = {"if": {"text_encoder"}, "sd3": {"vae", "text_encoder", "text_encoder_2", "text_encoder_3"}}[kind]
+    assert cache.record["weights"].keys() == {"unet", "vision_tower"} | encoders
+    (key,) = cache.shards
+    inputs = processor(images=image, text="<image>\nx", question=QUESTION, return_tensors="pt")
+    tower = model.model.diffusion_tower
+    ids = {name.removeprefix("diffusion_"): value for name, value in inputs.items() if "diffusion_input_ids" in name}
+    with torch.no_grad():
+        expected = tower(pixel_values=inputs["diffusion_pixel_values"], **ids).conditional_features
+    torch.testing.assert_close(cache.read(key)["conditional_features"], expected[0], rtol=0, atol=1e-5)
+
+
+def test_a_cache_notices_a_changed_second_text_encoder_unless_an_earlier_version_wrote_it(compose):
+    model = SDLlavaForConditionalGeneration.from_pretrained(compose("sd3"))
+    processor = SDLlavaProcessor.from_pretrained(compose("sd3"))
+    written = cache_record(model, processor, "conditional", "float32")
+    earlier = copy.deepcopy(written)
+    for name in ("text_encoder_2", "text_encoder_3"):
+        del earlier["weights"][name]
+    assert cache_record(model, processor, "conditional", "float32", written) == written
+    with torch.no_grad():
+        next(model.model.diffusion_tower.backbone.text_encoder_2.parameters()).add_(1)
+    found = cache_record(model, processor, "conditional", "float32", written)
+    changed = {name for name, value in found["weights"].items() if value != written["weights"][name]}
+    assert changed == {"text_encoder_2"}
+    assert cache_record(model, processor, "conditional", "float32", earlier) == earlier
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_stages_train(folders, work, kind):
     from sdllava.train.run import train

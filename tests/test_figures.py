@@ -6,8 +6,8 @@ import pytest
 
 from sdllava.analysis.features import PCA, PCAMap
 from sdllava.analysis.plots import LABEL_HEIGHT, PAGE, draw_colours, few_samples, layout, new_figure, pca_figure
-from sdllava.analysis.similarity import SimilarityGrid
-from sdllava.analysis.similarity_plots import similarity_figure
+from sdllava.analysis.similarity import CKAResult, SimilarityGrid
+from sdllava.analysis.similarity_plots import cka_figure, similarity_figure
 from sdllava.evaluation.benchmarks.groups import group_counts, in_groups
 from sdllava.evaluation.bootstrap import wilson
 
@@ -55,14 +55,34 @@ def test_similarity_at_one_timestep_is_drawn_as_bars():
     assert [bar.get_width() for bar in axes.patches] == [0.5, 0.9, 0.2]
 
 
-def test_the_similarity_of_many_taps_fits_a_page():
-    taps = [f"U-L0-R{i}-B0-Out" for i in range(94)]
-    grid = SimilarityGrid(taps, [10, 50, 250], [0.0], np.full((94, 3, 1), 0.5), np.zeros((94, 3, 1)), 3)
-    figure = similarity_figure(grid, {"CLIP": 0.2}, "title")
+def fits_a_page(figure):
     width, height = figure.get_size_inches()
-    assert (width <= PAGE[0] + 1, height <= PAGE[1] + 1) == (True, True)
+    return width <= PAGE[0] + 1 and height <= PAGE[1] + 1
+
+
+@pytest.mark.parametrize("timesteps", [[50], [10, 50, 250]], ids=["bars", "matrix"])
+def test_the_similarity_of_many_taps_fits_a_page(timesteps):
+    taps, shape = [f"U-L0-R{i}-B0-Out" for i in range(94)], (94, len(timesteps), 1)
+    grid = SimilarityGrid(taps, timesteps, [0.0], np.full(shape, 0.5), np.zeros(shape), 3)
+    figure = similarity_figure(grid, {"CLIP": 0.2}, "title")
+    assert fits_a_page(figure)
     names = [label.get_text() for axes in figure.axes[:3] for label in axes.get_yticklabels()]
     assert [name for name in names if not name.startswith("0.")][:95] == [*taps, "CLIP"]
+
+
+@pytest.mark.parametrize(("num_taps", "scales"), [(2, [0.0, 1.0, 4.0]), (88, [0.0, 1.0, 4.0]), (88, [0.0, 1, 2, 4, 8])])
+def test_cka_fits_a_page_and_the_cells_of_many_taps_have_no_numbers(num_taps, scales):
+    taps = [f"U-L0-R{i}-B0-Out" for i in range(num_taps)]
+    keys = [(tap, 50, scale) for scale in scales for tap in taps]
+    figure = cka_figure(CKAResult(keys, np.full((len(keys), len(keys)), 0.5), 6), "title")
+    assert fits_a_page(figure)
+    first, *_, last, _ = (axes for axes in figure.axes if axes.get_visible())
+    assert len(first.texts) == (4 if num_taps == 2 else 0)
+    labels = [label.get_text() for label in first.get_yticklabels()]
+    assert labels == taps[:: taps.index(labels[1])]
+    assert len(labels) == 2 or 10 < len(labels) < 40
+    assert len(last.lines) == (2 if num_taps == 2 else 0)  # 88 lines look alike
+    assert len(last.images) == (0 if num_taps == 2 else 1)
 
 
 def test_few_samples_are_named():

@@ -96,8 +96,12 @@ def test_the_pushed_handler_answers_requests_of_an_endpoint(handler, tmp_path):
     for wrong in ({"inputs": "text"}, {"inputs": {"image": image}}, {}):
         with pytest.raises(ValueError, match="Give an object with image and question"):
             handler(wrong)
-    with pytest.raises(ValueError, match=r"(?i)base64"):
-        handler({"inputs": {"image": "not base64!", "question": question}})
+    for text in ("not base64!", "/etc/passwd", "https://example.org/a.png"):
+        with pytest.raises(ValueError, match=rf"Image '{text}' is not base64 .*Encode the bytes of its file"):
+            handler({"inputs": {"image": text, "question": question}})
+    postscript = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n").decode()
+    with pytest.raises(ValueError, match=r"not an image that Pillow can read\. Give PNG, JPEG or WebP"):
+        handler({"inputs": {"image": postscript, "question": question}})
 
 
 def test_push_writes_a_space_of_the_model(tmp_path):

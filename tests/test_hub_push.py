@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,15 +11,16 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import forks
 import pytest
+from hub_clients import become_client, run_command
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
-from sdllava.hub.push import collect
+from sdllava.hub.push import collect, push_folder
 from sdllava.remote_code import travelling_files
 
 EARLIER = Path(__file__).parent / "data" / "earlier-version"
-PUSH = [sys.executable, "-m", "sdllava", "push"]
 
 
 @pytest.fixture
@@ -66,8 +68,7 @@ ADDED = ("README.md", "handler.py", "requirements.txt")
 
 
 def run_push(hub, home: Path, *arguments, token: str | None = "hf_loopback") -> subprocess.CompletedProcess:
-    command = [*PUSH, *map(str, arguments)]
-    return subprocess.run(command, env=hub.environment(home, token), capture_output=True, text=True, timeout=120)
+    return run_command(hub, home, "push", *arguments, token=token)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -123,7 +124,6 @@ def test_an_invalid_name_is_reported_before_anything_is_written(hub, tmp_path):
     assert not (tmp_path / "space").exists()
 
 
-@pytest.mark.slow
 def test_an_upload_that_breaks_off_is_repeated_within_a_push(hub, tmp_path):
     hub.break_uploads(1)
     assert run_push(hub, tmp_path, EARLIER, "tester/model").returncode == 0
@@ -132,12 +132,15 @@ def test_an_upload_that_breaks_off_is_repeated_within_a_push(hub, tmp_path):
 
 
 def test_a_killed_push_leaves_nothing_and_is_complete_when_repeated(hub, tmp_path):
+    def push() -> None:
+        become_client(hub, tmp_path)
+        push_folder(EARLIER, "tester/model")
+
     stalled = hub.stall_uploads()
-    command = [*PUSH, str(EARLIER), "tester/model"]
-    process = subprocess.Popen(command, env=hub.environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pid = forks.start(push, tmp_path / "log")
     assert stalled.wait(60)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    os.kill(pid, signal.SIGKILL)
+    forks.end(pid)
     hub.stalled = None
     hub.resume.set()
     assert hub.files("tester/model") == {}
@@ -156,7 +159,6 @@ def test_weights_of_an_earlier_push_are_deleted(pushed, checkpoint, tmp_path):
     assert weights == {path.name for path in checkpoint.glob("*.safetensors*")}
 
 
-@pytest.mark.slow
 def test_a_download_that_breaks_off_is_completed_and_ranges_are_served(pushed, tmp_path):
     pushed.break_downloads(1)
     code = "from huggingface_hub import hf_hub_download; print(hf_hub_download('tester/model', 'model.safetensors'))"
@@ -175,7 +177,7 @@ def test_a_download_that_breaks_off_is_completed_and_ranges_are_served(pushed, t
 
 @pytest.mark.parametrize(
     ("token", "reason"),
-    [("hf_wrong", "Invalid credentials"), pytest.param(None, "Invalid username", marks=pytest.mark.slow)],
+    [("hf_wrong", "Invalid credentials"), (None, "Invalid username")],
 )
 def test_a_wrong_token_gets_a_clear_error(hub, tmp_path, token, reason):
     result = run_push(hub, tmp_path, EARLIER, "tester/model", token=token)
@@ -187,7 +189,6 @@ def test_a_wrong_token_gets_a_clear_error(hub, tmp_path, token, reason):
     assert "hf auth login" in last
 
 
-@pytest.mark.slow
 def test_a_card_written_by_hand_in_the_repository_stays(pushed, tmp_path):
     mine = Path(shutil.copytree(EARLIER, tmp_path / "mine"))
     (mine / "README.md").write_text("# Mine\n")

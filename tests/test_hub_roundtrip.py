@@ -1,12 +1,15 @@
 """Push to the loopback Hub and load in other processes with empty caches: bitwise equal results."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
+from hub_clients import become_client
 from loopback_hub import LoopbackHub
 
 HERE = Path(__file__).parent
@@ -33,11 +36,23 @@ def run(hub, home: Path, *arguments, token: str | None = "hf_loopback") -> str:
     return result.stdout
 
 
+def fork(hub, home: Path, *arguments) -> None:
+    """Run a script in a fork of this process, where `sdllava` is installed, with an empty cache."""
+
+    def work() -> None:
+        become_client(hub, home)
+        sys.path[:0] = [str(HERE)]
+        sys.argv = [str(argument) for argument in arguments]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    forks.run(work, home / "log")
+
+
 @pytest.fixture(scope="module")
 def pushed(hub, published, tmp_path_factory) -> Path:
     """The answers of the process that pushed a model in every way."""
     memory = tmp_path_factory.mktemp("memory")
-    run(hub, tmp_path_factory.mktemp("home"), HERE / "hub_push_script.py", *[published["sd2"].parent, memory])
+    fork(hub, tmp_path_factory.mktemp("home"), HERE / "hub_push_script.py", published["sd2"].parent, memory)
     return memory
 
 
@@ -52,7 +67,7 @@ def read(hub, pushed, tmp_path_factory) -> Path:
 def with_package(hub, pushed, tmp_path_factory) -> Path:
     """The folder of a process with the package, which answers and then trains."""
     home = tmp_path_factory.mktemp("home")
-    run(hub, home, HERE / "hub_package_script.py", pushed, home)
+    fork(hub, home, HERE / "hub_package_script.py", pushed, home)
     return home
 
 

@@ -46,7 +46,7 @@ RULES = [
     ),
     Rule(
         "asked",
-        r"\b(is|are|was|were|be|been|being) asked\b|\basked (of|about|with|for|features)\b",
+        r"\basked\b",
         "the prompt is the question; conditioned on; on request",
     ),
     Rule("unasked", r"\bunasked\b", "unconditional"),
@@ -116,7 +116,7 @@ def hits(text: str, exempt: frozenset[str] | set[str] = frozenset()) -> list[tup
     [
         ("It knows CLIP alone.", ["clip alone"]),
         ("def test_a_user_is_told(): ...", ["told"]),
-        ("the UNet is\n    # asked the question", ["is asked"]),
+        ("the UNet is\n    # asked the question", ["asked"]),
         ("self.static_encoder = 1", ["static encoder"]),
         ("that is no file", ["is no"]),
         ("There is no file; it is no longer there", []),
@@ -147,16 +147,20 @@ def test_exemptions_name_files_that_need_them():
         assert not unused, f"{name} does not need the exemptions {unused}"
 
 
+PLACES = {"build", "data", "dist", "home", "proc", "resolve", "tmp", "usr"} | {path.name for path in ROOT.iterdir()}
+"""Where absolute paths may begin: in containers, in the system, in addresses, and in the repository."""
+
+
 def test_no_file_mentions_paths_of_one_machine():
-    pattern = re.compile(r"(?<![\w./-])/work/|/opt/pypi|\.\./shared\b")
+    pattern = re.compile(r"(?<![\w./})-])/(?P<place>[a-z]+)/|/opt/|\.\./shared\b")
     problems = []
     for path in tracked():
         name = path.relative_to(ROOT).as_posix()
         if name.startswith("tests/") or path.suffix in (".png", ".safetensors"):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if found := pattern.search(line):
-                problems.append(f"{name}:{number}: {found.group()}")
+            found = [match.group() for match in pattern.finditer(line) if match["place"] not in PLACES]
+            problems += [f"{name}:{number}: {place}" for place in found]
     assert not problems, "\n".join(problems)
 
 

@@ -18,13 +18,14 @@ from research.miniature.study.page import cell, page
 from research.miniature.study.readout import answer_units, auc, fit_readout, one_hot, ordered_pairs, shares
 from research.miniature.study.run import PARTS, finished_part, run_study
 from research.miniature.study.scales import STUDY_SCALES
+from research.miniature.study.systems_page import write_systems_page
 from research.miniature.study.taps import quadrant_vectors
 from sdllava.evaluation import bootstrap
 from sdllava.evaluation.benchmarks import mini
 from sdllava.guidance import guide
 from sdllava.scenes.world import CELLS
 from sdllava.train.arguments import AdapterArguments, DataArguments, ModelArguments
-from sdllava.train.recipes import parse_arguments
+from sdllava.train.recipe_loading import parse_arguments
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_the_cpu_time_includes_stopped_runs(parts, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--part", "z"], "Part 'z' of the study is unknown. Use one of a, b, c, d, e, f, g, h, i, j, k."),
+        (["--part", "z"], "Part 'z' of the study is unknown. Use one of a, b, c, d, e, f, g, h, i, j, k, l."),
         (["--scale", "gpu"], "'gpu' is not one of 'smoke', 'mini'"),
         (["--part", "a"], "does not contain the trained part 'diffusion/vae'."),
     ],
@@ -182,12 +183,17 @@ def test_the_page_is_what_the_generator_writes_from_its_numbers():
     assert (FOLDER / "study.md").read_text(encoding="utf-8") == page(numbers, pictures)
 
 
+def test_the_page_of_systems_is_what_the_generator_writes_from_its_numbers(tmp_path):
+    numbers = json.loads((FOLDER / "systems.json").read_text(encoding="utf-8"))
+    assert write_systems_page(numbers, tmp_path).read_text() == (FOLDER / "systems.md").read_text(encoding="utf-8")
+
+
 def test_the_page_has_the_trends_that_are_measured():
     numbers = json.loads((FOLDER / "study.json").read_text(encoding="utf-8"))
     assert {part: [found["trend"] for found in numbers[part]["claims"]] for part in numbers} == TRENDS
 
 
-@pytest.mark.parametrize("name", ["README.md", "making.md", "study.md", "mmdit.md"])
+@pytest.mark.parametrize("name", ["README.md", "making.md", "study.md", "mmdit.md", "systems.md"])
 def test_links_and_commands_of_the_pages_exist(name):
     text = (FOLDER / name).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#\s]+)", text):
@@ -197,7 +203,7 @@ def test_links_and_commands_of_the_pages_exist(name):
 
 
 def test_every_stage_has_its_recipe():
-    from sdllava.train.recipes import load_recipe
+    from sdllava.train.recipe_loading import load_recipe
 
     for name in (*STAGES, *(f"study-{stage}" for stage in STAGES)):
         recipe = load_recipe(RECIPES / f"{name}.yaml")
@@ -210,9 +216,9 @@ def test_every_stage_has_its_recipe():
 def test_the_whole_study_goes_through_training_and_evaluation(parts, monkeypatch):
     for part in "abcdef":
         monkeypatch.setitem(PARTS, part, replace(PARTS[part], more_noise=0))
-    for name, count in {"QUESTIONS": 108, "COMPOSITIONS": 54, "PAIRS_PER_PATTERN": 3, "CAPTIONS": 20}.items():
+    for name, count in {"QUESTIONS": 54, "COMPOSITIONS": 27, "PAIRS_PER_PATTERN": 2, "CAPTIONS": 8}.items():
         monkeypatch.setattr(mini, name, count)
-    monkeypatch.setattr(bootstrap, "REPLICATES", 200)
+    monkeypatch.setattr(bootstrap, "REPLICATES", 50)
     compared = {questions.PLAIN, questions.BEST}
     monkeypatch.setattr(questions, "VARIANTS", [v for v in questions.VARIANTS if v.name in compared])
     monkeypatch.setattr(questions, "TRENDS", {t: pair for t, pair in questions.TRENDS.items() if compared >= {*pair}})
@@ -239,11 +245,12 @@ def test_every_system_has_arguments_of_the_train_command(parts, tmp_path, monkey
     monkeypatch.setattr(training, "cache", lambda arguments, *_: given.append(arguments))
     monkeypatch.setattr(training, "train", given.append)
     monkeypatch.setattr(systems, "write_scenes", lambda *_: None)
-    for system in systems.SYSTEMS:
+    every = (*systems.FUSIONS, *systems.WORKSHOP)
+    for system in every:
         systems.train_system(parts, tmp_path, system, STUDY_SCALES["smoke"])
-    assert len(given) == 4 * len(systems.SYSTEMS)  # two stages, each with its cache
+    assert len(given) == 4 * len(every)  # two stages, each with its cache
     parsed = [parse_arguments(KINDS, [*arguments, "--use_cpu"]) for arguments in given]
-    for system, (model, adapter, *_) in zip(systems.SYSTEMS, parsed[3::4], strict=True):
+    for system, (model, adapter, *_) in zip(every, parsed[3::4], strict=True):
         assert (model.stage, model.fusion) == ("finetune", system.variant.fusion)
         assert model.ensemble == system.both.get("ensemble")
         assert adapter.unet_lora_r == system.finetune.get("unet_lora_r", AdapterArguments().unet_lora_r)
@@ -256,11 +263,15 @@ def test_systems_of_the_workshop_paper_train_in_small(parts, monkeypatch):
     for name, count in {"QUESTIONS": 54, "COMPOSITIONS": 27, "PAIRS_PER_PATTERN": 1, "CAPTIONS": 4}.items():
         monkeypatch.setattr(mini, name, count)
     monkeypatch.setattr(bootstrap, "REPLICATES", 50)
-    names = {systems.BASE, systems.NO_CAPTION, systems.GT_CAPTION}
-    monkeypatch.setattr(systems, "SYSTEMS", [system for system in systems.SYSTEMS if system.name in names])
-    arguments = ["study", "--from", str(parts), "--out", str(parts / "docs-g"), "--scale", "smoke", "--part", "g"]
+    names = {systems.NO_CAPTION, systems.GT_CAPTION}
+    monkeypatch.setattr(systems, "WORKSHOP", [system for system in systems.WORKSHOP if system.name in names])
+    monkeypatch.setattr(systems, "FUSIONS", systems.FUSIONS[:1])
+    arguments = ["study", "--from", str(parts), "--out", str(parts / "docs-g"), "--scale", "smoke"]
+    arguments += ["--part", "g", "--part", "l"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output[-1500:]
-    rows = finished_part(parts, "g")["rows"]
-    assert set(rows) == names | {f"{systems.GT_CAPTION}, pseudo-captions"}
-    assert "## (g) Fusions" in (parts / "docs-g" / "study.md").read_text()
+    assert set(finished_part(parts, "g")["rows"]) == {systems.BASE}
+    assert set(finished_part(parts, "l")["rows"]) == names | {f"{systems.GT_CAPTION}, pseudo-captions"}
+    text = (parts / "docs-g" / "systems.md").read_text()
+    assert text.count("## (") == 2
+    assert not (parts / "docs-g" / "study.md").exists()

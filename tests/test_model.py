@@ -82,11 +82,11 @@ def test_plain_llava_equals_transformers_bitwise(strategy, layer):
     ("diffusion", "vision", "fields"),
     [
         pytest.param("sd1", "clip", {"fusion": "cross_attention"}, marks=pytest.mark.slow),
-        ("sd2", "siglip", {"fusion": "concat"}),
+        pytest.param("sd2", "siglip", {"fusion": "concat"}, marks=pytest.mark.slow),
         ("sd2-v", "dinov2", {"fusion": "concat_tokens"}),
         pytest.param("sdxl", "clip", {"fusion": "gated"}, marks=pytest.mark.slow),
         pytest.param("sd2", None, {}, marks=pytest.mark.slow),
-        ("sd2", None, {"spatial_merge_size": 2}),
+        pytest.param("sd2", None, {"spatial_merge_size": 2}, marks=pytest.mark.slow),
         ("sd2", "clip", {"fusion": "cross_attention", "fusion_grid_size": 2}),
         pytest.param("sd2", "clip", {"fusion": "concat", "spatial_merge_size": 2}, marks=pytest.mark.slow),
         (None, "siglip", {}),

@@ -144,6 +144,7 @@ def subject():
         return features.Subject("sd21", "mini", torch.device("cpu"), torch.float32, batch=1)
 
 
+@pytest.mark.slow
 def test_features_are_those_of_stock_diffusers_with_fewer_operations(subject):
     import features
     from measure import count_gflop, difference, tokens_on_grid
@@ -296,6 +297,9 @@ def test_training_leaves_frozen_parts_without_gradient_and_optimizer_state(tmp_p
     training.main(None, 2, 1, None, "mini", "cpu", "float32", 1, tmp_path / "out.json")
     ways = ["align, batches of 2", "finetune, batches of 2"]
     assert list(rows_of(tmp_path / "out.json")) == [name for way in ways for name in (way, f"{way} by length")]
+    align, finetune = json.loads((tmp_path / "out.json").read_text())["remarks"]
+    assert align.startswith("align, batches of 2: estimated memory 0.0")
+    assert finetune.startswith("finetune, batches of 2: estimated memory 0.1")
 
 
 def test_frozen_weights_with_a_gradient_are_reported():

@@ -40,7 +40,7 @@ def red(size=(40, 30)) -> Image.Image:
     return Image.new("RGB", size, (200, 10, 30))
 
 
-def asked(processor, inputs) -> list[str]:
+def prompts_of(processor, inputs) -> list[str]:
     """What the diffusion tokenizer was given, without its padding."""
     rows = inputs["diffusion_input_ids"].tolist()
     return [processor.diffusion_tokenizer.decode(row[1 : row.index(tiny.EOS)]).strip() for row in rows]
@@ -218,10 +218,10 @@ def test_the_question_is_the_last_user_turn_after_the_image(processor, conversat
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     inputs = processor.apply_chat_template(conversation, **options)
     lower = [question.lower().replace("?", " ?") for question in questions]
-    assert asked(processor, inputs) == lower
+    assert prompts_of(processor, inputs) == lower
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
     from_text = processor(images=[red()] * len(questions), text=text, return_tensors="pt")
-    assert asked(processor, from_text) == lower
+    assert prompts_of(processor, from_text) == lower
     assert torch.equal(inputs["input_ids"], from_text["input_ids"])
 
 
@@ -230,11 +230,11 @@ def test_precedence_explicit_then_conversation_then_text(processor):
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     explicit = processor.apply_chat_template(conversation, question="Is it red?", **options)
     nested = processor.apply_chat_template(conversation, processor_kwargs={"question": "Is it red?"}, **options)
-    assert asked(processor, explicit) == asked(processor, nested) == ["is it red ?"]
+    assert prompts_of(processor, explicit) == prompts_of(processor, nested) == ["is it red ?"]
     plain = processor(images=red(), text="Look: <image>\nIs it blue?", return_tensors="pt")
-    assert asked(processor, plain) == ["look : is it blue ?"]
+    assert prompts_of(processor, plain) == ["look : is it blue ?"]
     override = processor(images=[red(), red()], text="<image><image>Blue?", question=["one", ""], return_tensors="pt")
-    assert asked(processor, override) == ["one", ""]
+    assert prompts_of(processor, override) == ["one", ""]
     assert override["diffusion_input_ids"][1].tolist() == tiny.NULL_IDS
 
 
@@ -353,6 +353,6 @@ def test_the_question_is_found_in_another_models_template(processor):
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     conversation = [system, user(red(), "What is this?"), assistant("A dog."), user("Where is it?")]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    assert asked(processor, other.apply_chat_template(conversation, **options)) == ["where is it ?"]
+    assert prompts_of(processor, other.apply_chat_template(conversation, **options)) == ["where is it ?"]
     text = other.apply_chat_template(conversation, add_generation_prompt=True)
-    assert asked(processor, other(images=red(), text=text, return_tensors="pt")) == ["where is it ?"]
+    assert prompts_of(processor, other(images=red(), text=text, return_tensors="pt")) == ["where is it ?"]

@@ -50,13 +50,18 @@ def test_the_version_has_a_section_in_the_changelog_and_the_required_files_exist
         ("sdllava-0.1.0-py3-none-any.whl", {}, "not the wheel of version '0.2.0'"),
         ("sdllava-0.2.0-py3-none-any.whl", {"sdllava/py.typed": False}, "lacks 'sdllava/py.typed'"),
         ("sdllava-0.2.0-py3-none-any.whl", {"tests/test.py": True}, "contains 'tests/test.py'"),
+        (
+            "sdllava-0.2.0-py3-none-any.whl",
+            {"sdllava-0.2.0.dist-info/METADATA": "![A picture](docs/answer.png)"},
+            r"relative link '\]\(docs/answer.png\)'",
+        ),
     ],
 )
 def test_the_contents_of_a_wheel(tmp_path, name, changes, message):
     present = {**dict.fromkeys(release.CONTENTS, True), "sdllava-0.2.0.dist-info/METADATA": True, **changes}
     with zipfile.ZipFile(tmp_path / name, "w") as wheel:
         for file in [file for file, kept in present.items() if kept]:
-            wheel.writestr(file, "")
+            wheel.writestr(file, present[file] if isinstance(present[file], str) else "")
     if message is None:
         release.check_wheel(tmp_path / name, "0.2.0")
     else:

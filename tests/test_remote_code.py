@@ -111,7 +111,7 @@ INSTALLED = """
 import pathlib
 import sdllava
 from sdllava.evaluation.metrics import metric_path
-from sdllava.train.recipes import list_recipes
+from sdllava.train.recipe_loading import list_recipes
 assert (sdllava.mini_path() / "model.safetensors").is_file()
 assert (metric_path() / f"{metric_path().name}.py").is_file()
 assert {"own-data/lora", "clip/align"} <= set(list_recipes())

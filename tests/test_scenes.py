@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from sdllava.scenes.dataset import scene_dataset, write_examples
-from sdllava.scenes.language import KINDS, ask, caption, minimal_pair, sample_question
+from sdllava.scenes.language import KINDS, ask, caption, sample_question
+from sdllava.scenes.minimal_pairs import minimal_pair
 from sdllava.scenes.render import looks_rendered, render, render_array
 from sdllava.scenes.world import HELD_OUT_PAIRS, PATTERNS, SPLITS, Scene, sample_scene
 

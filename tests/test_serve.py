@@ -194,10 +194,10 @@ def test_model_and_processor_have_what_serving_engines_require(checkpoint):
 # requests that are answered together
 
 
-Asked = tuple[ChatRequest, list[Image.Image]]
+Chat = tuple[ChatRequest, list[Image.Image]]
 
 
-def asked(question: str, *images: Image.Image, **fields) -> Asked:
+def chat(question: str, *images: Image.Image, **fields) -> Chat:
     """A request, greedy by default, and its images."""
     content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
     options = {"max_new_tokens": TOKENS, "temperature": 0.0, **fields}
@@ -206,18 +206,18 @@ def asked(question: str, *images: Image.Image, **fields) -> Asked:
 
 OTHER = Image.effect_noise((30, 30), 50).convert("RGB")
 REQUESTS = [
-    asked("What is left?", IMAGE),
-    asked("Is it red, and is it on the left of the other one?", OTHER, max_new_tokens=5),
-    asked("Hello"),
-    asked("How do they differ?", OTHER, IMAGE, stream=True),
-    asked("What is left?", OTHER, stop=("e",)),
-    asked("And now?", IMAGE, max_new_tokens=1),
+    chat("What is left?", IMAGE),
+    chat("Is it red, and is it on the left of the other one?", OTHER, max_new_tokens=5),
+    chat("Hello"),
+    chat("How do they differ?", OTHER, IMAGE, stream=True),
+    chat("What is left?", OTHER, stop=("e",)),
+    chat("And now?", IMAGE, max_new_tokens=1),
 ]
 
 
 @pytest.fixture(scope="module")
 def worker(checkpoint):
-    from sdllava.serving.worker import ModelWorker
+    from sdllava.serving.answering import ModelWorker
 
     model = SDLlavaForConditionalGeneration.from_pretrained(checkpoint)
     return ModelWorker(model, SDLlavaProcessor.from_pretrained(checkpoint), max_batch=len(REQUESTS), batch_seconds=0.3)
@@ -236,7 +236,7 @@ def batches(worker, monkeypatch) -> list[int]:
     return sizes
 
 
-def answers(worker, requests: list[Asked]) -> list[tuple]:
+def answers(worker, requests: list[Chat]) -> list[tuple]:
     """The answers to requests that arrive at the same time, each with the text that was sent before its end."""
     jobs, sent = [worker.prepare(request, images, time.monotonic() + 60) for request, images in requests], {}
     for number, job in enumerate(jobs):
@@ -259,7 +259,7 @@ def test_requests_that_wait_are_answered_together_as_alone(worker, batches):
 
 
 def test_sampling_and_beam_searches_are_answered_one_by_one(worker, batches):
-    others = [asked("What is left?", IMAGE, temperature=1.0, seed=3), asked("What is left?", IMAGE, num_beams=2)]
+    others = [chat("What is left?", IMAGE, temperature=1.0, seed=3), chat("What is left?", IMAGE, num_beams=2)]
     single = [answers(worker, [request])[0] for request in others]
     batches.clear()
     assert answers(worker, [REQUESTS[0], *others, REQUESTS[1]])[1:3] == single
@@ -268,7 +268,7 @@ def test_sampling_and_beam_searches_are_answered_one_by_one(worker, batches):
 
 def test_the_images_of_a_batch_are_limited(worker, batches, monkeypatch):
     monkeypatch.setattr(worker, "max_batch", 3)
-    answers(worker, [REQUESTS[3], REQUESTS[0], REQUESTS[1], asked("Which?", *[IMAGE] * 4)])
+    answers(worker, [REQUESTS[3], REQUESTS[0], REQUESTS[1], chat("Which?", *[IMAGE] * 4)])
     assert batches == [2, 1, 1]
 
 
@@ -298,7 +298,7 @@ def test_requests_whose_time_is_over_do_not_hold_up_the_others(worker, batches):
     ends = [time.monotonic() + 60, time.monotonic() - 1, time.monotonic() + 60]
     jobs = [worker.prepare(REQUESTS[0][0], [IMAGE], end) for end in ends]
     jobs[2].send = lambda piece: jobs[2].cancelled.set()  # the client leaves after the first piece
-    jobs[2].request = asked("What is left?", IMAGE, stream=True)[0]
+    jobs[2].request = chat("What is left?", IMAGE, stream=True)[0]
     futures = [worker.submit(job) for job in jobs]
     assert futures[0].result(60) == expected[0][0]
     for future in futures[1:]:

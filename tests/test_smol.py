@@ -116,8 +116,8 @@ def test_the_training_data_mixes_descriptions_questions_and_chat(tmp_path):
     file = str(tmp_path / "finetune.parquet")
     rows = datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=str(tmp_path))
     assert len(rows) == 42
-    asked = [row["messages"][0]["content"][-1]["text"] for row in rows]
-    assert all(text.startswith("Describe the ") for text in (*asked[:7], *asked[8:14]))
+    questions = [row["messages"][0]["content"][-1]["text"] for row in rows]
+    assert all(text.startswith("Describe the ") for text in (*questions[:7], *questions[8:14]))
     assert [len(row["images"]) for row in rows.select([7, 8, 31])] == [0, 1, 0]
     answer = rows[0]["messages"][1]["content"][0]["text"]
     assert answer.startswith(("a ", "an "))

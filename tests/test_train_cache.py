@@ -108,6 +108,7 @@ def test_cached_training_equals_uncached(work, case):
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_a_half_precision_cache_is_written_and_used_by_the_commands(work, tmp_path, capsys):
     flags = {**FIXED, "init_from": work / "trained"}
     assert cache(command(work, "unused", **flags), str(tmp_path), "vision", "bfloat16", 4) == 10

@@ -84,12 +84,13 @@ def test_half_precision_keeps_the_vae_in_float32(work, stage):
     assert all(torch.equal(tensor, vae[name]) for name, tensor in held.items())
 
 
-def test_lora_in_the_unet_is_merged_by_the_command_that_the_run_prints(work, capfd):
+@STAGES
+def test_lora_in_the_unet_is_merged_by_the_command_that_the_run_prints(work, capfd, stage):
     from sdllava import SDLlavaForConditionalGeneration
     from sdllava.train.adapters import merge
 
-    folder = work / "lora"
-    arguments = two_processes(work, "lora", 2, unet_lora_r=2, unet_lora_alpha=4)
+    folder = work / f"lora{stage}"
+    arguments = two_processes(work, folder.name, stage, unet_lora_r=2, unet_lora_alpha=4)
     run_ranks(partial(with_deepspeed, partial(train, arguments)), work)
     assert f"sdllava merge {folder} {folder}-merged" in capfd.readouterr().out
     merge(str(folder), f"{folder}-merged")

@@ -95,6 +95,7 @@ def test_checkpointed_gradients_equal_plain_ones(work, data):
         torch.testing.assert_close(gradient, found[0][name], atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_half_precision_holds_what_trains_in_float32_and_saves_it_in_half(work):
     train(command(work, "half", init_from=work / "trained", bf16="true", dtype="bfloat16"))
     assert weights(work / "half")["lm_head.weight"].dtype == torch.bfloat16

@@ -105,6 +105,7 @@ def test_qlora_trains_and_merges(work):
     assert (work / "qlora-merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_lora_only_in_the_unet_ends_in_a_plain_model(work, base, batch):
     train(command(work, "unet", init_from=work / "trained", unet_lora_r=2, **SHORT))
     final = SDLlavaForConditionalGeneration.from_pretrained(work / "unet")

@@ -12,7 +12,7 @@ from sdllava.train.arguments import ModelArguments
 from sdllava.train.build import build_processor
 from sdllava.train.check import check_data
 from sdllava.train.machine import fit_to_machine, recomputes_activations
-from sdllava.train.recipes import chosen_arguments
+from sdllava.train.recipe_loading import chosen_arguments
 from sdllava.train.run import build_collator, build_trainer, load_sources, parse_run
 
 GPU = {"dataloader_num_workers": 8, "dtype": "bfloat16", "bf16": True, "learning_rate": 2e-5}

@@ -80,6 +80,19 @@ def test_every_family_is_estimated(kind):
     assert one.activations < two.activations < 3 * one.activations
 
 
+def test_images_have_the_size_that_the_model_is_configured_for():
+    """DINOv2 is published for 518 pixels and read at 224."""
+    config = tiny.config(diffusion=None, vision="dinov2", vision_image_size=16)
+    with torch.device("meta"):
+        small = SDLlavaForConditionalGeneration(config)
+        large = SDLlavaForConditionalGeneration(tiny.config(diffusion=None, vision="dinov2"))
+    one, two = (estimate_memory(model.train(), 1, 20, checkpointing=False) for model in (small, large))
+    assert config.num_image_tokens == 4
+    assert one.weights == two.weights
+    assert one.activations < two.activations
+
+
+@pytest.mark.slow
 def test_a_run_prints_its_memory_except_on_a_cpu(composed, capsys):
     with torch.device("meta"):
         model = SDLlavaForConditionalGeneration(SDLlavaConfig.from_pretrained(composed))

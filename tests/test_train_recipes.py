@@ -23,9 +23,8 @@ from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
 from sdllava.processors import SDLlavaProcessor
 from sdllava.train.arguments import DIFFUSION_FIELDS, MODEL_FIELDS, AdapterArguments, DataArguments, ModelArguments
 from sdllava.train.build import apply_overrides
-from sdllava.train.recipe_page import documentation
-from sdllava.train.recipe_table import DOWN_TAP, FAMILIES, RECIPES, SECTIONS, TAP
-from sdllava.train.recipes import (
+from sdllava.train.further_recipes import FAMILIES
+from sdllava.train.recipe_loading import (
     RECIPE_FOLDER,
     find_config,
     find_recipe,
@@ -33,6 +32,9 @@ from sdllava.train.recipes import (
     load_recipe,
     parse_arguments,
 )
+from sdllava.train.recipe_page import documentation
+from sdllava.train.recipe_rows import DOWN_TAP, TAP
+from sdllava.train.recipe_table import RECIPES, SECTIONS
 from sdllava.train.run import train
 
 KINDS = (ModelArguments, AdapterArguments, DataArguments, SFTConfig)
@@ -44,6 +46,7 @@ REPOSITORIES = {
     "facebook/dinov2-large": "dinov2",
     "lmsys/vicuna-7b-v1.5": "lm",
     "models/cleandift-sd15": "sd1",
+    "models/cleandift-sd21": "sd2",
     "PixArt-alpha/PixArt-XL-2-512x512": "pixart",
     "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": "pixart",
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
@@ -283,7 +286,7 @@ def tiny_config(name: str, arguments: ModelArguments) -> SDLlavaConfig:
     diffusion = vision = None
     if arguments.diffusion:
         kind = REPOSITORIES[arguments.diffusion]
-        tower = {**arguments.diffusion_overrides(), "image_size": 64}
+        tower = {"image_size": 64, **arguments.diffusion_overrides()}
         if kind in UNETS:
             diffusion = tiny.diffusion_config(kind, **{"unet_config": UNETS[kind], **tower})
         else:

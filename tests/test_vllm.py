@@ -156,14 +156,6 @@ def test_a_wrong_number_of_questions_raises(served):
         ask(served, [[user(image, text)]], mm_processor_kwargs={"question": ["a", "b"]})
 
 
-def test_encoders_keep_the_checkpoints_dtype(served):
-    def dtypes(model):
-        tower = model.image_model.diffusion_tower
-        return {tower.vae.dtype, tower.unet.dtype, model.image_model.vision_tower.dtype}
-
-    assert served.apply_model(dtypes) == [{torch.float32}]
-
-
 NEW_PARTS = ("model.fusion.", "model.multi_modal_projector.")
 
 
@@ -216,3 +208,26 @@ def test_a_follow_up_question_reuses_the_vision_tokens(concat_tokens, monkeypatc
         cached.append(output.num_cached_tokens)
     assert cached == ([0, 64, 0, 64] if prefix_caching else [0, 0, 0, 0])
     assert sum(counts) == 2
+
+
+def test_parts_have_their_own_dtypes_and_caches_are_bounded(tmp_path):
+    """The encoders' is the checkpoint's, the VAE is in float32, the language model's is vLLM's."""
+    SDLlavaForConditionalGeneration.from_pretrained(mini_path(), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    SDLlavaProcessor.from_pretrained(mini_path()).save_pretrained(tmp_path)
+    llm = engine(tmp_path)
+
+    def dtypes(model):
+        tower, language_model = model.image_model.diffusion_tower, model.language_model
+        parts = (tower.vae, tower.unet, model.image_model.vision_tower, model.image_model.fusion, language_model)
+        return [next(part.parameters()).dtype for part in parts]
+
+    assert llm.apply_model(dtypes) == [[torch.float32, *[torch.bfloat16] * 3, torch.float32]]
+
+    def kept(model):
+        model._kept.size = min(model._kept.size, 2)
+        return len(model._kept)
+
+    llm.apply_model(kept)
+    for image, question in scenes(4):
+        assert ask(llm, [[user(image, question)]])[0][1]
+    assert llm.apply_model(kept) == [2]

@@ -213,7 +213,7 @@ class MmditPart:
         transformer: SD3Transformer2DModel,
         steps: int,
         latents: StoredLatents,
-        close_ups: float = 1 / 15,
+        close_ups: float = 2 / 11,
         seed: int = 0,
     ):
         self.steps, self.seed, self.latents, self.close_ups = steps, seed, latents, close_ups

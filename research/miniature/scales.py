@@ -104,7 +104,7 @@ _MINI = Scale(
         "prompts": Budget(1000, 64, 1.5e-3, warmup=50),
         "denoiser": Budget(2400, 32, 1e-3, ema=0.997, warmup=200, save_every=100),
         "unet": Budget(4800, 16, 1e-3, ema=0.995, save_every=100),
-        "mmdit": Budget(12000, 32, 1.5e-3, ema=0.997, warmup=200, save_every=50),
+        "mmdit": Budget(4400, 32, 1.5e-3, ema=0.997, warmup=200, save_every=50),
     },
     gates={
         "judge": Gate("accuracy", 0.97),

@@ -150,10 +150,10 @@ def write_data(folder: Path, scenes: int) -> None:
     """
     described = scene_dataset("train", scenes // 2, 10, "descriptions")
     look_ups = scene_dataset("train", scenes // 7, 11, turns=7, patterns=LOOK_UPS)
-    asked = scene_dataset("train", scenes, 12, turns=7, patterns=(*PATTERNS, "text", "structure", "position"))
+    questions = scene_dataset("train", scenes, 12, turns=7, patterns=(*PATTERNS, "text", "structure", "position"))
     rows = [*described.select(range(scenes // 3)), *look_ups]
     rest = iter(described.select(range(scenes // 3, scenes // 2)))
-    rows += [next(rest, row) if number % 6 == 0 else row for number, row in enumerate(asked)][: scenes - len(rows)]
+    rows += [next(rest, row) if number % 6 == 0 else row for number, row in enumerate(questions)][: scenes - len(rows)]
     conversations = [{"images": row["images"], "messages": row["messages"]} for row in rows]
     for place, chat in zip(range(7, len(conversations), 24), itertools.cycle(CHAT), strict=False):
         conversations[place] = _chat_row(*chat)

@@ -261,7 +261,7 @@ def capture_question(
     question = check_question(question)
     reader = reconfigure(tower, timesteps=timesteps, guidance_scales=[1.0])
     reader.config.conditioning = "question"
-    inputs = processor(images=image, question=question, return_tensors="pt").to(reader.text_encoder.device)
+    inputs = processor(images=image, question=question, return_tensors="pt").to(reader.backbone.prompt_weight.device)
     ids = [inputs[name] for name in INPUT_IDS if name in inputs]
     with torch.no_grad(), reader.capture_attention(layers, concepts=concepts) as maps:
         reader(inputs["diffusion_pixel_values"], *ids)

@@ -35,7 +35,7 @@ class AnalysisModel:
     def input_ids(self, questions: Sequence[str]) -> list[torch.Tensor]:
         """Questions as token ids `(n, 77)`, one tensor per tokenizer of the diffusion model."""
         inputs = self.processor.tokenize_questions(questions, "pt")
-        return [ids.to(self.tower.text_encoder.device) for ids in inputs.values()]
+        return [ids.to(self.tower.backbone.prompt_weight.device) for ids in inputs.values()]
 
     def prompts(self, questions: Sequence[str] | None) -> Prompts | None:
         """Questions as conditioning, one per image. None for the empty prompt."""

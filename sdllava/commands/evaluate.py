@@ -202,7 +202,9 @@ def evaluate(
     load = {"revision": model_revision, "dtype": dtype.value, "device": device}
     with leaving_process_group():
         if leakage:
-            _leakage(model, names, output, options, leakage_scales, all_donor_captions, load)
+            _leakage(
+                model, names, output, options, leakage_scales, make_judge(judge, judge_url), all_donor_captions, load
+            )
         elif write_pseudo_captions:
             _pseudo_captions(model[0], names[0], write_pseudo_captions, options, load)
         else:
@@ -346,6 +348,7 @@ def _leakage(
     output: Path,
     options: "EvaluationOptions",
     scales: Sequence[float],
+    judge: "Judge | None",
     all_donor_captions: bool,
     load: dict[str, Any],
 ) -> None:
@@ -362,7 +365,7 @@ def _leakage(
         for name in names:
             if name != captions:
                 with progress_bar(f"{label} on {name}") as progress:
-                    runs = guidance_sweep(model, name, output / label / name, scales, options, None, progress)
+                    runs = guidance_sweep(model, name, output / label / name, scales, options, judge, progress)
                 for scale, found in sweep_scores(runs).items():
                     tasks.setdefault(label, {}).setdefault(scale, {}).update(found)
     folder = output / "leakage"

@@ -257,7 +257,8 @@ def similarity(
     def draw() -> "Figure":
         from ..analysis.similarity_plots import similarity_figure
 
-        title = f"Similarity of {grid.num_pairs} image pair(s)\n{source.model}"
+        pairs = f"{grid.num_pairs} pair{'s' * (grid.num_pairs != 1)} of images"
+        title = _title(f"Similarity of {pairs}", question, source.model)
         return similarity_figure(grid, references, f"{title}{warning}")
 
     axes = {"taps": grid.taps, "timesteps": grid.timesteps, "guidance_scales": grid.guidance_scales}
@@ -299,7 +300,7 @@ def cka(
     def draw() -> "Figure":
         from ..analysis.similarity_plots import cka_figure
 
-        title = f"Linear CKA ({method}) over {result.num_images} images\n{source.model}"
+        title = _title(f"Linear CKA ({method}) over {result.num_images} images", question, source.model)
         return cka_figure(result, f"{title}{warning}")
 
     meta = {"model": source.model, "keys": result.keys, "num_images": result.num_images, "method": method}
@@ -340,6 +341,11 @@ def sweep(
 
     written = write_sweep(loaded, opened, selection, folder, batch_size, process, num_processes, progress)
     typer.echo(f"wrote {written} images to {folder}", err=True)
+
+
+def _title(what: str, question: str | None, model: str) -> str:
+    """The title of a figure: what it shows, the question if there is one for all images, and the model."""
+    return "\n".join(filter(None, (what, question, model)))
 
 
 def _warn_of_few(count: int, least: int, what: str) -> str:

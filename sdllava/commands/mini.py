@@ -37,6 +37,7 @@ def scenes(
     ] = None,
 ) -> None:
     """Write rendered scenes with questions, captions or minimal pairs, in TRL's format."""
+    check_outputs([out], "The argument", (".parquet",))
     check_outputs([examples] if examples else [], "--examples", (".html", ".htm"))
     from ..atomic_files import atomic_path
     from ..scenes.dataset import scene_dataset, write_examples

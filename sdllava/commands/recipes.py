@@ -54,7 +54,7 @@ def summarise(name: str) -> RecipeSummary:
     Args:
         name: For example "clip/align".
     """
-    from ..train.recipes import find_recipe, list_recipes, load_recipe
+    from ..train.recipe_loading import find_recipe, list_recipes, load_recipe
 
     recipe = find_recipe(name)
     values = load_recipe(recipe)
@@ -113,7 +113,7 @@ def recipes(
     from rich.console import Console
     from rich.table import Table
 
-    from ..train.recipes import list_recipes
+    from ..train.recipe_loading import list_recipes
 
     summaries = [summarise(name) for name in list_recipes()]
     found = [recipe for recipe in summaries if matches(recipe, words or [], backbone, fusion)]
@@ -145,6 +145,6 @@ def train_help(names: Iterable[str]) -> str:
 
 def complete_recipe(incomplete: str) -> list[Any]:
     """The packaged recipes that begin with what the shell's user has typed."""
-    from ..train.recipes import list_recipes
+    from ..train.recipe_loading import list_recipes
 
     return [name for name in list_recipes() if name.startswith(incomplete)]

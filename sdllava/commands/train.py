@@ -33,7 +33,7 @@ ConfigOption = Annotated[
 def train(context: typer.Context, config: ConfigOption = None) -> None:
     """Train from a recipe: --config RECIPE [--any_argument VALUE ...]."""
     if "--help" in context.args:
-        from ..train.recipes import list_recipes
+        from ..train.recipe_loading import list_recipes
 
         typer.echo(train_help(list_recipes()))
         return
@@ -92,7 +92,7 @@ def _checked(arguments: Sequence[str], config: str | None) -> list[str]:
         ValueError: A batch size is not positive.
     """
     _require_train_packages()
-    from ..train.recipes import find_config
+    from ..train.recipe_loading import find_config
 
     parts = (entry.split("=", 1) if entry.startswith("--") else [entry] for entry in arguments)
     checked = [part for entry in parts for part in entry]

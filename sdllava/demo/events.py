@@ -17,8 +17,8 @@ from .drawing import Answer, answers_html, maps_html, pictures_html, problem_htm
 from .engine import EncodedImages, Engine, check_length, open_uploads
 from .words import content_words
 
-WHOLE = -1
-"""Stands for the whole question among the words."""
+WHOLE = "whole question"
+"""Stands for all words of a question."""
 NUM_EXAMPLES = 6
 OPENING_SECONDS = 20.0
 """How long the page looks for its opening example."""
@@ -66,19 +66,22 @@ class CurrentQuestion:
     delta: DeltaMap
     answered_at: float | None = None
 
-    def words(self) -> list[tuple[str, int]]:
-        """The words that have a map on the page, with their indices."""
+    def words(self) -> dict[str, list[int]]:
+        """The words that have a map on the page, with the indices of their maps."""
         words = self.attention[0].words
-        return [("whole question", WHOLE), *((words[i].text, i) for i in content_words(words))]
+        return {WHOLE: [i for i, word in enumerate(words) if not word.special], **content_words(words)}
 
-    def relative(self, word: int) -> list[np.ndarray]:
+    def shares(self, word: str) -> list[np.ndarray]:
+        """The share of attention of a word over each image, summed over its occurrences."""
+        return [attention.maps[self.words()[word]].sum(axis=0) for attention in self.attention]
+
+    def relative(self, word: str) -> list[np.ndarray]:
         """The map of a word over each image, relative to its mean over that image."""
-        grids = [(a.question() if word == WHOLE else a.word(word)).grid for a in self.attention]
-        return [grid / max(float(grid.mean()), float(np.finfo(np.float32).tiny)) for grid in grids]
+        return [grid / max(float(grid.mean()), float(np.finfo(np.float32).tiny)) for grid in self.shares(word)]
 
     def brightest(self) -> float:
         """The largest relative value of all words: the maps of a question have one scale."""
-        return max(float(grid.max()) for _, word in self.words() for grid in self.relative(word))
+        return max(float(grid.max()) for word in self.words() for grid in self.relative(word))
 
 
 @dataclass
@@ -212,7 +215,7 @@ class Page:
             return (*(gr.skip(),) * 4, *marks)
         engine, encoded = self.engines[shown], opened.encoded[shown]
         current = CurrentQuestion(question, shown, engine.attention(encoded, question), engine.delta(encoded, question))
-        words = gr.update(choices=current.words(), value=WHOLE, visible=True)
+        words = gr.update(choices=list(current.words()), value=WHOLE, visible=True)
         return (current, words, self.choose_word(current, WHOLE), self._effect(current, scale), *marks)
 
     def answers(
@@ -249,21 +252,20 @@ class Page:
         for engine, images in zip(others, encoded, strict=True):
             yield engine.answer(images, question)
 
-    def choose_word(self, current: CurrentQuestion | None, word: int | None) -> str:
+    def choose_word(self, current: CurrentQuestion | None, word: str | None) -> str:
         """Show where the diffusion model reads for a word."""
         if current is None or word is None:
             return ""
-        text = "the question" if word == WHOLE else f"“{current.attention[0].words[word].text}”"
+        text = "the question" if word == WHOLE else f"“{word}”"
         grids, high = current.relative(word), current.brightest()
         here = max(float(grid.max()) for grid in grids)
-        first = current.attention[0]
-        share = float((first.question() if word == WHOLE else first.word(word)).grid.mean())
+        share = float(current.shares(word)[0].mean())
         return maps_html(
             [attention.image for attention in current.attention], grids, high,
             f"Where the diffusion model reads for {text}: up to {here:.1f} times its average.",
             f"{high:.1f} times the average",
             f"The share of attention of a word, relative to its mean over the image ({share:.1%} here). All words of a "
-            f"question have one scale. {first.description}",
+            f"question have one scale. {current.attention[0].description}",
         )  # fmt: skip
 
     def move_slider(self, current: CurrentQuestion | None, scale: float) -> str:

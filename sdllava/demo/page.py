@@ -60,7 +60,8 @@ def _main_components(page: Page, opening: Opening) -> dict[str, Any]:
             answers = gr.HTML(opening.answers, elem_id="answers")
         with gr.Column(min_width=280):
             attention = gr.HTML(opening.attention, elem_id="attention")
-            words = gr.Radio(opening.current.words(), value=WHOLE, label="Show where it reads for", elem_id="words")
+            offered = list(opening.current.words())
+            words = gr.Radio(offered, value=WHOLE, label="Show where it reads for", elem_id="words")
             shown = gr.Radio(
                 [(engine.name, i) for i, engine in enumerate(page.engines) if engine.has_maps],
                 value=0, label="Maps of", visible=sum(engine.has_maps for engine in page.engines) > 1, elem_id="shown",
@@ -119,8 +120,10 @@ def _connect(page: Page, c: SimpleNamespace) -> None:
         event(*ask, **model).success(*answers, **model)
     c.shown.input(*ask, **model)
     c.words.input(page.choose_word, [c.current, c.words], c.attention, api_visibility="private")
-    moved = c.scale.release(page.move_slider, [c.current, c.scale], c.effect, api_visibility="private")
-    moved.success(*answers, **model)
+    moved = c.scale.input(
+        page.move_slider, [c.current, c.scale], c.effect, trigger_mode="always_last", api_visibility="private"
+    )
+    moved.success(*answers, trigger_mode="always_last", **model)
 
 
 def launch(*engines: Engine, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:

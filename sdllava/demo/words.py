@@ -1,6 +1,7 @@
 """The words of a question that are worth a map."""
 
 from collections.abc import Sequence
+from string import punctuation
 
 from ..analysis.attention import Word
 
@@ -13,14 +14,19 @@ please s
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 
 
-def content_words(words: Sequence[Word]) -> list[int]:
-    """The indices of words that are neither stop words nor punctuation nor special tokens.
+def content_words(words: Sequence[Word]) -> dict[str, list[int]]:
+    """The words that are neither stop words nor punctuation nor special tokens, in lower case.
 
     Args:
-        words: The words of a prompt. If a word occurs several times, all of its occurrences are given.
+        words: The words of a prompt.
+
+    Returns:
+        `dict[str, list[int]]`: For each word the indices of its occurrences. A word that two text encoders read, as in
+            Stable Diffusion 3, occurs at least twice.
     """
-    return [
-        i
-        for i, word in enumerate(words)
-        if not word.special and any(map(str.isalnum, word.text)) and word.text.lower() not in STOP_WORDS
-    ]
+    found: dict[str, list[int]] = {}
+    for i, word in enumerate(words):
+        text = word.text.strip(punctuation).lower()  # T5 does not separate a word from its punctuation
+        if not word.special and any(map(str.isalnum, text)) and text not in STOP_WORDS:
+            found.setdefault(text, []).append(i)
+    return found

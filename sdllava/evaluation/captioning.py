@@ -22,6 +22,7 @@ def write_pseudo_captions(
     file: str | Path,
     options: EvaluationOptions = DEFAULT_OPTIONS,
     progress: Progress | None = None,
+    after_stage_1: bool | None = None,
 ) -> int:
     """Caption every image of a benchmark once and write JSON Lines with `image` and `caption`.
 
@@ -34,6 +35,8 @@ def write_pseudo_captions(
         file: The file to write.
         options: `diffusion_prompt` must be "question" (the captioning instruction) or "none".
         progress: Called with the number of captioned images and their total.
+        after_stage_1: Whether the captioning model has only been aligned, and captions images without an instruction.
+            Default: whether the benchmark's protocol is for such models.
 
     Returns:
         `int`: The number of captions, 0 on other processes than the main one.
@@ -46,7 +49,7 @@ def write_pseudo_captions(
             f"--diffusion-prompt {options.diffusion_prompt!r} cannot be used for captioning. Choose question or none."
         )
     benchmark, samples, source = load_samples(name, options)
-    plain = benchmark.template == "plain"
+    plain = benchmark.template == "plain" if after_stage_1 is None else after_stage_1
     captioner = CocoCaptions("plain" if plain else "default")
     prompt = "" if plain else INSTRUCTION
     images: dict[str, Sample] = {}

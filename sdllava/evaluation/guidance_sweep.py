@@ -48,6 +48,8 @@ def guidance_sweep(
 def sweep_scores(folders: Sequence[Path]) -> dict[float, dict[str, dict[str, Any]]]:
     """The headline score and its 95% interval by guidance scale, under the name of benchmark and metric.
 
+    A run without a score, because its replies were not judged, is left out.
+
     Args:
         folders: From `guidance_sweep`.
     """
@@ -55,6 +57,8 @@ def sweep_scores(folders: Sequence[Path]) -> dict[float, dict[str, dict[str, Any
     for folder in folders:
         for results, _ in load_results(folder):
             metric, (scale,) = results["metric"], results["guidance_scales"]
+            if metric not in results["scores"]:
+                continue
             score = {"score": results["scores"][metric], "interval": results["intervals_95"][metric]}
             found.setdefault(float(scale), {})[f"{results['benchmark']} {metric}"] = score
     return found

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers can distinguish
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 LEAST_SAMPLES = 10
-"""Bars with fewer samples are named in the title."""
+"""The title has a warning where there are fewer samples."""
 PAPER_ROWS = {
     "blink": ("S4 Table 8", ("CLIP-LLaVA-v1.5-7B", "SDXL-LLaVA; no-caption PT")),
     "mmvp_vlm": ("S3 Table 1", ("OpenAI ViT-L-14, 336", "SD-v2.1-base, five timesteps")),
@@ -81,10 +81,17 @@ def plot_parts(comparison: Comparison, path: str | Path) -> None:
     title = f"{comparison.benchmark}: by {'task' if comparison.benchmark == 'blink' else 'pattern'}, 95% intervals"
     few = [part for part in parts if counts.get(part, LEAST_SAMPLES) < LEAST_SAMPLES]
     if few:
-        title += f"\n{len(few)} of {len(parts)} bars have fewer than {LEAST_SAMPLES} samples and say little"
+        title += f"\n{len(few)} of {len(parts)} have fewer than {LEAST_SAMPLES} samples and say little"
     axes.set_title(title, fontsize=9)
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     save(figure, path)
+
+
+def _counted(title: str, samples: Sequence[int]) -> str:
+    """A title with the number of samples of each run, and a warning where they are few."""
+    least, most = min(samples), max(samples)
+    title += f", {least} samples" if least == most else f", {least} to {most} samples"
+    return title if least >= LEAST_SAMPLES else f"{title}\nFewer than {LEAST_SAMPLES} samples say little"
 
 
 def part_counts(run: Run) -> dict[str, int]:
@@ -171,7 +178,9 @@ def plot_timesteps(comparison: Comparison, path: str | Path) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(range(len(timesteps)), timesteps)
     axes.set_yticks(range(len(taps)), taps, fontsize=8)
-    axes.set(xlabel="timestep", title=f"{comparison.benchmark}: {metric}, 95% intervals")
+    samples = [results["samples"] for results in cells.values()]
+    axes.set_title(_counted(f"{comparison.benchmark}: {metric}, 95% intervals", samples), fontsize=9)
+    axes.set_xlabel("timestep")
     figure.colorbar(drawn, ax=axes)
     save(figure, path)
 
@@ -197,6 +206,7 @@ def plot_leakage(result: dict[str, Any], path: str | Path) -> None:
         right.plot(scales, [gain["mean"] for gain in gains], "o-", color=colour, label=label)
         low, high = ([gain["interval"][end] for gain in gains] for end in (0, 1))
         right.fill_between(scales, low, high, color=colour, alpha=0.2)
+    figure.suptitle(_counted("Leakage of the prompt", [result["samples"]]), fontsize=10)
     right.axhline(0, color="black", linewidth=0.8, linestyle="dotted")
     left.set(xlabel="guidance scale s", ylabel=metric, title="Task score, and score against the wrong prompt")
     right.set(xlabel="guidance scale s", ylabel="nats per token", title="Likelihood gain of the wrong prompt's text")

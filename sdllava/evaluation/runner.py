@@ -155,7 +155,7 @@ def summarise(benchmark: Benchmark, records: Sequence[dict]) -> dict[str, Any]:
     chance = benchmark.chance(records) if records else {}  # may add to the notes
     notes = dict(benchmark.notes)
     if empty:
-        notes["empty replies"] = f"{empty} replies are empty and count as wrong"
+        notes["empty replies"] = f"{empty} of {len(records)} replies empty, counted as wrong"
     if not units:
         notes["score"] = "absent: the run has no complete unit (pair, group or rated reply)"
     return {

@@ -4,7 +4,6 @@ It runs on the endpoint without the package `sdllava`: the model's code comes fr
 """
 
 import base64
-import io
 from typing import Any
 
 REQUIREMENTS = "transformers>=5.20.2,<6\ndiffusers>=0.36,<1\naccelerate>=1.10\nsentencepiece>=0.2\n"
@@ -41,14 +40,21 @@ class EndpointHandler:
             `list[dict]`: `[{"answer": ..., "score": ...}]`.
 
         Raises:
-            ValueError: The image or the question is missing, or the image is not base64.
+            ValueError: The image or the question is missing, the image is not base64 of an image file, or the question
+                is empty.
         """
-        from PIL import Image
-
         inputs = data.get("inputs")
         if not isinstance(inputs, dict) or not {"image", "question"} <= inputs.keys():
             raise ValueError(f"The request has the inputs {inputs!r:.100}. Give an object with image and question.")
         image = inputs["image"]
         if isinstance(image, str):
-            image = Image.open(io.BytesIO(base64.b64decode(image.rpartition(",")[2], validate=True)))
+            image = _decoded(image)
         return self.pipeline(image=image, question=inputs["question"], **data.get("parameters") or {})
+
+
+def _decoded(image: str) -> bytes:
+    """The bytes of a base64 string or a data URL. Paths and other URLs raise, so that a request reads no file."""
+    try:
+        return base64.b64decode(image.rpartition(",")[2], validate=True)
+    except ValueError as error:
+        raise ValueError(f"Image {image!r:.60} is not base64 ({error}). Encode the bytes of its file.") from error

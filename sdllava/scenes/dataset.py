@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..atomic_files import write_text
-from .language import ask, caption, describe_request, minimal_pair, sample_question
+from .language import ask, caption, describe_request, sample_question
+from .minimal_pairs import minimal_pair
 from .render import SIZE, render
 from .world import PATTERNS, Scene, sample_scene
 

@@ -1,4 +1,4 @@
-"""The language of scenes: captions, questions with short answers, and minimal pairs, by pattern.
+"""The language of scenes: captions, and questions with short answers, by pattern.
 
 Answers are balanced: a question with a frequent answer is kept less often, so that guessing from the question scores
 about the chance of its answer set.
@@ -8,22 +8,17 @@ import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from .world import (
-    CELLS,
     COLOURS,
     DIRECTIONS,
     HELD_OUT_PAIRS,
-    LETTERS,
     PATTERNS,
     SHAPES,
-    STATES,
-    VIEWPOINTS,
     Scene,
     SceneObject,
-    random_object,
     sample_scene,
 )
 
@@ -32,9 +27,6 @@ _BALANCE_SCENES = 4000
 
 Wording = tuple[str, str, SceneObject | None]
 """Text, answer and subject of a question."""
-
-Edit = tuple[Scene, SceneObject | None]
-"""The other scene of a minimal pair, and the object of this one that was changed."""
 
 T = TypeVar("T")
 
@@ -48,16 +40,6 @@ class Question:
     text: str
     answer: str
     subject: SceneObject | None = None
-
-
-@dataclass(frozen=True)
-class MinimalPair:
-    """Two scenes that differ in only one pattern, and a question whose answers differ."""
-
-    pattern: str
-    scenes: tuple[Scene, Scene]
-    question: str
-    answers: tuple[str, str]
 
 
 def article(noun: str) -> str:
@@ -93,12 +75,14 @@ def _refer(item: SceneObject, rng: random.Random) -> str:
     return f"{item.colour} {item.shape if rng.random() < 0.5 else 'object'}"
 
 
-def _choose(items: Iterable[T], rng: random.Random) -> T | None:
+def choose(items: Iterable[T], rng: random.Random) -> T | None:
+    """One of the items, or None where there are none."""
     choices = list(items)
     return rng.choice(choices) if choices else None
 
 
-def _yes_no(value: bool) -> str:
+def yes_no(value: bool) -> str:
+    """A truth value as an answer."""
     return "yes" if value else "no"
 
 
@@ -106,27 +90,27 @@ def _yes_no(value: bool) -> str:
 
 
 def _way(scene: Scene, rng: random.Random) -> Wording | None:
-    if item := _choose((o for o in scene.objects if o.direction), rng):
+    if item := choose((o for o in scene.objects if o.direction), rng):
         return f"Which way does the {_refer(item, rng)} point?", item.direction, item
     return None
 
 
 def _points(scene: Scene, rng: random.Random) -> Wording | None:
-    if item := _choose((o for o in scene.objects if o.direction), rng):
+    if item := choose((o for o in scene.objects if o.direction), rng):
         way = item.direction if rng.random() < 0.5 else rng.choice([d for d in DIRECTIONS if d != item.direction])
-        return f"Does the {_refer(item, rng)} point {way}?", _yes_no(way == item.direction), item
+        return f"Does the {_refer(item, rng)} point {way}?", yes_no(way == item.direction), item
     return None
 
 
 def _border(scene: Scene, rng: random.Random) -> Wording | None:
     item = rng.choice(scene.objects)
-    return f"Does the {_refer(item, rng)} have a border?", _yes_no(item.border), item
+    return f"Does the {_refer(item, rng)} have a border?", yes_no(item.border), item
 
 
 def _exists(scene: Scene, rng: random.Random) -> Wording | None:
     shape = rng.choice(SHAPES)
     item = next((o for o in scene.objects if o.shape == shape), None)
-    return f"Is there {article(shape)}?", _yes_no(item is not None), item
+    return f"Is there {article(shape)}?", yes_no(item is not None), item
 
 
 def _pair_exists(scene: Scene, rng: random.Random) -> Wording | None:
@@ -135,18 +119,18 @@ def _pair_exists(scene: Scene, rng: random.Random) -> Wording | None:
     tempting = [p for p in pairs if any((p[0] == c) != (p[1] == s) for c, s in present)]
     pair = rng.choice(present if rng.random() < 0.5 else tempting)
     item = next((o for o in scene.objects if o.pair == pair), None)
-    return f"Is there {article(' '.join(pair))}?", _yes_no(item is not None), item
+    return f"Is there {article(' '.join(pair))}?", yes_no(item is not None), item
 
 
 def _whole_or_broken(scene: Scene, rng: random.Random) -> Wording | None:
-    if item := _choose((o for o in scene.objects if not o.letter), rng):
+    if item := choose((o for o in scene.objects if not o.letter), rng):
         return f"Is the {_refer(item, rng)} whole or broken?", item.state, item
     return None
 
 
 def _broken(scene: Scene, rng: random.Random) -> Wording | None:
-    if item := _choose((o for o in scene.objects if not o.letter), rng):
-        return f"Is the {_refer(item, rng)} broken?", _yes_no(item.state == "broken"), item
+    if item := choose((o for o in scene.objects if not o.letter), rng):
+        return f"Is the {_refer(item, rng)} broken?", yes_no(item.state == "broken"), item
     return None
 
 
@@ -177,7 +161,7 @@ def _compare(scene: Scene, rng: random.Random, words: tuple[str, str], joiner: s
     """Compare the cells of two objects: their rows (`side` 0) or their columns (1)."""
     item = rng.choice(scene.objects)
     others = [o for o in scene.objects if o.cell.split()[side] != item.cell.split()[side]]
-    if other := _choose(others, rng):
+    if other := choose(others, rng):
         first = item.cell.split()[side] in ("left", "top")
         options = " or ".join(rng.sample(words, 2))
         return f"Is the {_refer(item, rng)} {options} {joiner}the {_refer(other, rng)}?", words[not first], item
@@ -186,7 +170,7 @@ def _compare(scene: Scene, rng: random.Random, words: tuple[str, str], joiner: s
 
 def _colour_of(scene: Scene, rng: random.Random) -> Wording | None:
     shapes = Counter(o.shape for o in scene.objects)
-    if item := _choose((o for o in scene.objects if shapes[o.shape] == 1), rng):
+    if item := choose((o for o in scene.objects if shapes[o.shape] == 1), rng):
         return f"What colour is the {item.shape}?", item.colour, item
     return None
 
@@ -214,7 +198,7 @@ def _which_shape(scene: Scene, rng: random.Random) -> Wording | None:
 
 
 def _letter(scene: Scene, rng: random.Random) -> Wording | None:
-    if item := _choose((o for o in scene.objects if o.letter), rng):
+    if item := choose((o for o in scene.objects if o.letter), rng):
         return f"Which letter is on the {_refer(item, rng)}?", item.letter, item
     return None
 
@@ -295,119 +279,3 @@ def sample_question(
         scene = sample_scene(split, rng.getrandbits(48))
         if question := ask(scene, rng, (pattern,), kinds, held_out_only=split == "composition"):
             return scene, question
-
-
-# Minimal pairs. Each edit takes (scene, rng) and returns (other scene, changed object), or None where it does not fit.
-
-
-def _with(scene: Scene, item: SceneObject, **changes: Any) -> Scene:
-    return replace(scene, objects=tuple(replace(o, **changes) if o is item else o for o in scene.objects))
-
-
-def _other(values: Iterable[str], value: str, rng: random.Random) -> str:
-    return rng.choice([v for v in values if v != value])
-
-
-def _edit_orientation(scene: Scene, rng: random.Random) -> Edit | None:
-    if item := _choose((o for o in scene.objects if o.direction), rng):
-        return _with(scene, item, direction=_other(DIRECTIONS, item.direction, rng)), item
-    return None
-
-
-def _edit_presence(scene: Scene, rng: random.Random) -> Edit | None:
-    item = rng.choice(scene.objects)
-    return _with(scene, item, border=not item.border), item
-
-
-def _edit_state(scene: Scene, rng: random.Random) -> Edit | None:
-    if item := _choose((o for o in scene.objects if not o.letter), rng):
-        return _with(scene, item, state=_other(STATES, item.state, rng)), item
-    return None
-
-
-def _edit_count(scene: Scene, rng: random.Random) -> Edit | None:
-    if len(scene.objects) == len(CELLS):
-        return replace(scene, objects=scene.objects[:-1]), None
-    colour = rng.choice([c for c in COLOURS if all(o.colour != c for o in scene.objects)])
-    cell = rng.choice([c for c in CELLS if all(o.cell != c for o in scene.objects)])
-    added = random_object(rng, colour, rng.choice(SHAPES), cell)
-    return replace(scene, objects=(*scene.objects, added)), None
-
-
-def _edit_position(scene: Scene, rng: random.Random) -> Edit | None:
-    item = rng.choice(scene.objects)
-    cell = _other(CELLS, item.cell, rng)
-    moved = {item.cell: cell, cell: item.cell}
-    objects = tuple(replace(o, cell=moved.get(o.cell, o.cell)) for o in scene.objects)
-    return replace(scene, objects=objects), item
-
-
-def _edit_colour(scene: Scene, rng: random.Random) -> Edit | None:
-    shapes = Counter(o.shape for o in scene.objects)
-    if item := _choose((o for o in scene.objects if shapes[o.shape] == 1), rng):
-        colour = rng.choice([c for c in COLOURS if all(o.colour != c for o in scene.objects)])
-        return _with(scene, item, colour=colour), item
-    return None
-
-
-def _edit_structure(scene: Scene, rng: random.Random) -> Edit | None:
-    item = rng.choice(scene.objects)
-    alike = [s for s in SHAPES if (s in ("triangle", "arrow")) == bool(item.direction)]
-    return _with(scene, item, shape=_other(alike, item.shape, rng)), item
-
-
-def _edit_text(scene: Scene, rng: random.Random) -> Edit | None:
-    if item := _choose((o for o in scene.objects if o.letter), rng):
-        return _with(scene, item, letter=_other(LETTERS, item.letter, rng)), item
-    return None
-
-
-def _edit_viewpoint(scene: Scene, rng: random.Random) -> Edit | None:
-    return replace(scene, viewpoint=_other(VIEWPOINTS, scene.viewpoint, rng)), None
-
-
-_EDITS: dict[str, tuple[Callable[[Scene, random.Random], Edit | None], Callable[[Any], str]]] = {
-    "orientation": (_edit_orientation, lambda o: f"Which way does the {o.colour} {o.shape} point?"),
-    "presence": (_edit_presence, lambda o: f"Does the {o.colour} {o.shape} have a border?"),
-    "state": (_edit_state, lambda o: f"Is the {o.colour} {o.shape} whole or broken?"),
-    "count": (_edit_count, lambda o: "How many objects are there?"),
-    "position": (_edit_position, lambda o: f"Where is the {o.colour} {o.shape}?"),
-    "colour": (_edit_colour, lambda o: f"What colour is the {o.shape}?"),
-    "structure": (_edit_structure, lambda o: f"What shape is the {o.colour} object?"),
-    "text": (_edit_text, lambda o: f"Which letter is on the {o.colour} {o.shape}?"),
-    "viewpoint": (_edit_viewpoint, lambda o: "From where is the scene seen?"),
-}
-_ANSWERS: dict[str, Callable[[Scene, Any], str]] = {
-    "orientation": lambda scene, o: o.direction,
-    "presence": lambda scene, o: _yes_no(o.border),
-    "state": lambda scene, o: o.state,
-    "count": lambda scene, o: str(len(scene.objects)),
-    "position": lambda scene, o: o.cell,
-    "colour": lambda scene, o: o.colour,
-    "structure": lambda scene, o: o.shape,
-    "text": lambda scene, o: o.letter,
-    "viewpoint": lambda scene, o: scene.viewpoint,
-}
-
-
-def minimal_pair(pattern: str, split: str, seed: int) -> MinimalPair:
-    """Pair number `seed` of a pattern. Both scenes belong to the split.
-
-    Raises:
-        ValueError: `pattern` or `split` is unknown.
-    """
-    if pattern not in _EDITS:
-        raise ValueError(f"Pattern {pattern!r} is unknown. Use one of {', '.join(PATTERNS)}.")
-    edit, ask_about = _EDITS[pattern]
-    rng = random.Random(f"pair {pattern} {split} {seed}")
-    while True:
-        scene = sample_scene(split, rng.getrandbits(48))
-        edited = edit(scene, rng)
-        if not edited or edited[0].split != split:
-            continue
-        other, item = edited
-        changed = item and other.objects[scene.objects.index(item)]
-        answers = _ANSWERS[pattern](scene, item), _ANSWERS[pattern](other, changed)
-        pair = [(scene, answers[0]), (other, answers[1])]
-        rng.shuffle(pair)
-        return MinimalPair(pattern, (pair[0][0], pair[1][0]), ask_about(item), (pair[0][1], pair[1][1]))

@@ -16,12 +16,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from .answering import ModelWorker
 from .chat import ChatRequest, read_chat_request
 from .jobs import Answer, Job, timeout_error
 from .limits import Limits, RequestError
 from .media import decode, fetch, read_data_url
 from .metrics import Metrics
-from .worker import ModelWorker
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""A request on its way through the model: its inputs, the text that it has so far, and its answer."""
+"""The state of a request: its inputs, the text that it has so far, and its answer."""
 
 import threading
 import time
@@ -78,7 +78,7 @@ class Row:
         self.sent = ""
 
     def advance(self, tokens: list[int]) -> bool:
-        """Read the tokens generated so far; whether the row has ended. Its answer is then in `future`."""
+        """Read the tokens generated so far. Returns whether the row has ended; its answer is then in `future`."""
         if self.future.done():
             return True
         request, text = self.job.request, None

@@ -80,8 +80,8 @@ def build_server(
     from ..modeling_sdllava import SDLlavaForConditionalGeneration
     from ..processors import SDLlavaProcessor
     from ..registration import register
+    from .answering import ModelWorker
     from .app import ChatApp
-    from .worker import ModelWorker
 
     register()
     found = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from .recipes import find_config
+from .recipe_loading import find_config
 
 
 def main(arguments: Sequence[str]) -> None:

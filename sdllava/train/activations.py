@@ -128,7 +128,7 @@ def _loss(model: Any, batch_size: int, length: int) -> torch.Tensor:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
     images: dict[str, torch.Tensor] = {}
     if config.vision_config is not None:
-        side = config.vision_config.image_size
+        side = config.vision_image_size or config.vision_config.image_size
         images["pixel_values"] = torch.zeros(batch_size, 3, side, side, device=device)
     if config.diffusion_config is not None:
         side = config.diffusion_config.image_size

@@ -62,25 +62,39 @@ def cache_record(
     config, tower = model.config, model.model.diffusion_tower
     if tower is None:
         raise ValueError("The model has no diffusion tower, so there is nothing to cache. Train without a cache.")
-    fingerprint = _earlier_fingerprint if found and len(found["weights"]["vae"]) == 16 else weights_hash
+    frozen = _frozen_parts(tower, found)
+    earlier = found is not None and len(found["weights"].get("vae", "")) == 16
+    fingerprint = _earlier_fingerprint if earlier else weights_hash
     diffusion: Any = config.diffusion_config
     record: dict[str, Any] = {
         "kind": kind,
         "dtype": dtype,
         "image_size": diffusion.image_size,
-        "weights": {"vae": fingerprint(tower.vae)},
+        "weights": {"vae": fingerprint(frozen.pop("vae"))} if "vae" in frozen else {},
         "preprocessing": {"mean_colour": processor._mean_colour()},
     }
     if kind == "latents":
         return record
     record |= {name: getattr(diffusion, name) for name in DIFFUSION_FIELDS}
     record |= {} if diffusion.add_noise else {"add_noise": False}  # earlier records have no such entry
-    record["weights"] |= {"unet": fingerprint(tower.unet), "text_encoder": fingerprint(tower.text_encoder)}
+    record["weights"] |= {name: fingerprint(part) for name, part in frozen.items()}
     if model.model.vision_tower is not None:
         record |= {name: getattr(config, name) for name in VISION_FIELDS}
         record["weights"]["vision_tower"] = fingerprint(model.model.vision_tower)
         record["preprocessing"]["pad_to_square"] = processor.pad_to_square
     return record
+
+
+def _frozen_parts(tower: Any, found: Mapping[str, Any] | None) -> dict[str, nn.Module]:
+    """The parts of the diffusion model. Every denoiser has the name "unet", as in the records of earlier versions.
+
+    Those of models with several text encoders only have the first one.
+    """
+    backbone = tower.backbone
+    parts = {"unet" if part is backbone.denoiser else name: part for name, part in backbone.named_children()}
+    if found is not None and "text_encoder" in found["weights"] and "text_encoder_2" not in found["weights"]:
+        parts = {name: part for name, part in parts.items() if name not in ("text_encoder_2", "text_encoder_3")}
+    return parts
 
 
 def cached_tensors(model: "SDLlavaForConditionalGeneration", kind: str, prompts: str) -> list[str]:

@@ -1,7 +1,8 @@
 """The page `docs/jobs.md`, generated from the table of recipes: `python -m sdllava.train.jobs_page` prints it."""
 
+from .recipe_loading import list_recipes
 from .recipe_rows import Recipe
-from .recipe_table import SECTIONS
+from .recipe_table import RECIPES, SECTIONS
 
 INTRODUCTION = """\
 # Recipes as jobs
@@ -27,7 +28,7 @@ the model to a repository of yours. The commands were checked with `hf jobs run 
    job() {  # a recipe, then further arguments of `sdllava train`
      hf jobs run --detach --flavor a100x4 --timeout 24h --secrets HF_TOKEN \\
        --volume "hf://buckets/$OWNER/llava-data:/data" python:3.12 bash -c "
-         cd / && pip install 'sdllava[train,deepspeed]' trackio &&
+         cd / && pip install 'sdllava[train,deepspeed,quantize]' trackio &&
          CONFIGS=\\$(python -c 'import sdllava; print(sdllava.__path__[0])')/train/configs &&
          accelerate launch --config_file \\$CONFIGS/zero2.yaml --num_processes 4 -m sdllava.train --config $1 ${*:2} \\
            --report_to trackio --trackio_space_id sdllava --push_to_hub true --hub_model_id $OWNER/sdllava-${1//\\//-}"
@@ -35,6 +36,16 @@ the model to a repository of yours. The commands were checked with `hf jobs run 
    ```
 
 3. Run the recipes. Stage 2 starts from the repository that stage 1 pushed, so wait for it: `hf jobs ps`.
+"""
+
+
+OWN_DATA = """\
+## Your own data
+
+Copy it to the bucket, and start from a model on the Hub: `hf buckets sync own hf://buckets/$OWNER/llava-data/own`.
+QLoRA on several GPUs is untested.
+
+```bash
 """
 
 
@@ -51,7 +62,9 @@ def documentation() -> str:
     lines = [INTRODUCTION]
     for title, recipes in SECTIONS.items():
         lines += [f"## {title}", "", "```bash", *(command(recipe) for recipe in recipes), "```", ""]
-    return "\n".join(lines).rstrip() + "\n"
+    data = "--init_from MODEL --train_data /data/own/own.json --image_folder /data/own/images"
+    own = [f"job {name} {data}" for name in list_recipes() if name not in RECIPES]
+    return "\n".join([*lines, OWN_DATA + "\n".join(own), "```", ""])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ images. Commands of `clip/align` and `clip/finetune` write the files `pt-llava.j
 
 A trained model is evaluated at several guidance scales with
 `sdllava evaluate --model runs/clip-sd21-cross-attention-s4/finetune --benchmark mmvp --sweep guidance=0,2,4,6,8`.
+`sdllava evaluate --compare results/runs-sd21-[dtu]* --heatmap grid.png` draws the scores of layers and
+timesteps after the commands of S3, Figure 3.
 """
 
 

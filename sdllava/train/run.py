@@ -27,7 +27,7 @@ from .check import check_data, require_supervision
 from .collator import SDLlavaCollator
 from .machine import recomputes_activations
 from .memory import print_memory
-from .recipes import chosen_arguments, parse_arguments
+from .recipe_loading import chosen_arguments, parse_arguments
 from .tokens import LLAVA_PLAIN
 from .trainer import SDLlavaTrainer
 

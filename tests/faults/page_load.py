@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 from collections import Counter
+from dataclasses import replace
 
 import httpx
 from image_mutations import encoded, png
@@ -21,6 +22,7 @@ from sdllava.demo.engine import Engine
 from sdllava.demo.page import launch
 from sdllava.scenes.language import sample_question
 from sdllava.scenes.render import render
+from sdllava.serving.limits import PAGE_LIMITS
 
 NUM_SCENES = 12
 BAD = (b"rubbish" * 99, png(30_000, 30_000, b""), png(1, 20_000, bytes(40_000)))
@@ -77,11 +79,11 @@ async def visit(address: str, visitors: int, images: list[bytes], questions: lis
                 is_right = MESSAGES[number // 20 % len(BAD)] in json.dumps(event["output"])
                 return ("bad upload, message" if is_right else f"bad upload: {event}"), visitor.position
             opened = await visitor.upload(images[scene])
-            asked = await visitor.call("ask", None, questions[scene], 4.0, 0)
+            reply = await visitor.call("ask", None, questions[scene], 4.0, 0)
             history = {"headers": [], "data": [], "metadata": None}
             answered = await visitor.call("answers", None, None, 4.0, history)
-            if not (opened["success"] and asked["success"] and answered["success"]):
-                return f"failed: {answered if asked['success'] else asked}"[:300], visitor.position
+            if not (opened["success"] and reply["success"] and answered["success"]):
+                return f"failed: {answered if reply['success'] else reply}"[:300], visitor.position
             _, history = answered["output"]["data"]
             is_right = history["data"] == [[questions[scene], "4", *expected[scene]]]
             return ("answered, right" if is_right else f"wrong: {answered['output']}"[:300]), visitor.position
@@ -93,14 +95,20 @@ async def visit(address: str, visitors: int, images: list[bytes], questions: lis
     return {"outcomes": dict(Counter(name for name, _ in outcomes)), "seconds": seconds, "position": max(positions)}
 
 
-def load_page(model: str, visitors: int) -> dict:
+def load_page(model: str, visitors: int, max_tokens: int = PAGE_LIMITS.max_new_tokens) -> dict:
     """Open the page of a model and let visitors use it.
+
+    Args:
+        model: Folder or repository id, or `mini`.
+        visitors: Their number.
+        max_tokens: Tokens of an answer.
 
     Returns:
         `dict`: `outcomes`, `seconds` and `position`; see the module.
     """
     sdllava.register()
-    engine = Engine.from_pretrained(str(sdllava.mini_path()) if model == "mini" else model, "cpu")
+    limits = replace(PAGE_LIMITS, max_new_tokens=max_tokens)
+    engine = Engine.from_pretrained(str(sdllava.mini_path()) if model == "mini" else model, "cpu", limits=limits)
     drawn = [sample_question("test", seed) for seed in range(NUM_SCENES)]
     expected = []
     for scene, question in drawn:

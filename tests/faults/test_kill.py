@@ -18,9 +18,8 @@ import pytest
 
 pytest.importorskip("trl", reason="the extra train is not installed")
 import forks
-import loopback_hub
 import numpy as np
-from huggingface_hub import constants
+from hub_clients import become_client
 from loopback_hub import LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file
@@ -39,7 +38,6 @@ pytestmark = pytest.mark.slow
 
 EARLIER = Path(__file__).parents[1] / "data" / "earlier-version"
 KILLS = int(os.environ.get("KILLS", "3"))
-PUSH_KILLS = int(os.environ.get("KILLS", "1"))  # a push takes 20 s
 FULL = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 3, "prompt_dropout": 0.5}
 LORA = {**FULL, "lora_r": 4, "unet_lora_r": 2, "lora_dropout": 0.3}
 Work = Callable[[Path], object]
@@ -114,27 +112,26 @@ def test_a_killed_command_ends_with_the_bytes_of_an_undisturbed_one(works, name,
     assert kills
 
 
-def push(endpoint: str) -> None:
+def push(hub: LoopbackHub, home: Path) -> None:
     """Push a checkpoint to tester/model, in a process of its own."""
-    os.environ["NO_PROXY"] = "127.0.0.1"
-    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = endpoint, False, True
-    push_folder(EARLIER, "tester/model", token=loopback_hub.TOKEN)
+    become_client(hub, home)
+    push_folder(EARLIER, "tester/model")
 
 
 def test_a_killed_push_leaves_the_repository_empty_or_whole_and_completes(tmp_path):
     source, log, kills = random.Random("push"), tmp_path / "log", 0
     with LoopbackHub().running() as hub:
-        seconds = forks.run(partial(push, hub.endpoint), log)
+        seconds = forks.run(partial(push, hub, tmp_path), log)
         expected = hub.files("tester/model")
-    for _ in range(PUSH_KILLS * 3):
+    for _ in range(KILLS * 3):
         with LoopbackHub().running() as hub:
-            if forks.kill(partial(push, hub.endpoint), log, seconds, source) < 0:
+            if forks.kill(partial(push, hub, tmp_path), log, seconds, source) < 0:
                 continue  # it ended before
             repository = hub.repositories.get("tester/model")
             assert repository is None or hub.files("tester/model") in ({}, expected)
-            forks.run(partial(push, hub.endpoint), log)
+            forks.run(partial(push, hub, tmp_path), log)
             assert hub.files("tester/model") == expected
-        if (kills := kills + 1) == PUSH_KILLS:
+        if (kills := kills + 1) == KILLS:
             break
     assert kills
 
@@ -182,7 +179,8 @@ def test_a_second_process_raises_until_the_first_one_is_killed(works, name, tmp_
             time.sleep(600)
 
     pid = forks.start(hold, tmp_path / "log")
-    while not (tmp_path / "out" / ".owner-0").exists():
+    owner = tmp_path / "out" / ".owner-0"
+    while not (owner.exists() and owner.read_text()):
         time.sleep(0.01)
     try:
         with pytest.raises(BlockingIOError, match=f"in use by process {pid} on {socket.gethostname()}"):

@@ -1,6 +1,7 @@
 """Damaged and hostile parts given to `sdllava compose`: one documented error each that names file or folder and fix."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from damaged_folders import Case, assert_one_documented_error_each
 from test_checkpoints import GARBAGE, Damage, edited, first, forged, with_content
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
+from sdllava.backbones import read_published, read_whole
+from sdllava.checkpoint_files import CheckpointError
 from sdllava.parts import Parts, read_llava_parts, read_parts
 
 pytestmark = pytest.mark.slow
@@ -113,6 +116,21 @@ def test_every_damaged_part_is_one_documented_error_within_5_seconds_and_1_gb(pu
         for part, name, damage in cases
     ]
     assert_one_documented_error_each(attempts, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"), [case[1:] for case in OTHERS if case[0] == "sd2" and case[1] != "unet/config.json"]
+)
+def test_a_whole_diffusion_model_is_checked_as_one_that_is_cut(published, tmp_path, file, name, value):
+    folder = Path(shutil.copytree(published["sd2"], tmp_path / "sd2"))
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | {name: value}))
+    messages = []
+    for read_diffusion in (read_published, read_whole):
+        with pytest.raises(CheckpointError) as raised:
+            read_diffusion(str(folder))
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize(

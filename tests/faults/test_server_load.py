@@ -14,8 +14,8 @@ pytest.importorskip("starlette", reason="the extra serve is not installed")
 
 
 @pytest.mark.slow
-def test_32_clients_with_hostile_requests_get_right_answers_and_memory_stays():
-    result = load_new_server("mini", requests=100, clients=32)
+def test_32_clients_with_hostile_requests_get_right_answers_and_memory_stays(composed):
+    result = load_new_server(str(composed), requests=100, clients=32)
     assert result["outcomes"] == {"good, right": 95, "hostile, 4xx": 5}
     before, after = result["memory"]
     assert after < 1.1 * before

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("build", reason="the extra dev is not installed")
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE")
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from .taps import DEFAULT_TAP, DEFAULT_TIMESTEP, TAPS, TIMESTEPS
 
 Numbers = dict[str, Any]
 """The numbers of a part."""
+Section = Callable[[Numbers], list[str]]
+"""The blocks of a part on its page."""
 
 TITLES = {
     "a": "(a) Taps and timesteps (S3, Figure 3)",
@@ -28,7 +30,6 @@ TITLES = {
     "d": "(d) Captions, guidance and leakage (S3, Figure 6 and Table 5)",
     "e": "(e) Guidance ensembles (S3, section 6)",
     "f": "(f) Similarity and CKA (S3, Figures 2c, 5c and 9)",
-    "g": "(g) Fusions, guidance ensembles and S4's systems (S3, section 6; S4, 6.1)",
 }
 HEAD = """# The papers' tables on the miniature
 
@@ -237,26 +238,6 @@ def _similarity(found: Numbers) -> list[str]:
     ]
 
 
-def _systems(found: Numbers) -> list[str]:
-    parts = ("questions", "compositions", "pairs")
-    rows = [
-        [name, row["source"], *(cell(row["scores"].get(part), row["intervals_95"].get(part)) for part in parts)]
-        for name, row in found["rows"].items()
-    ]
-    passes = [
-        [name, *(cell(value, run["intervals_95"].get(metric)) for metric, value in run["scores"].items())]
-        for name, run in found["captions"].items()
-    ]
-    metrics = list(next(iter(found["captions"].values()))["scores"])
-    return [
-        "All systems have the training of (c), with one seed. Those of S3 use CLIP and the diffusion model at s = 4 or "
-        "at several scales, those of S4 only the diffusion model at s = 1 unless stated. Accuracy in percent:",
-        table(["system", "source", *parts], rows),
-        "Captions after stage 1 with ground-truth captions, refined: each reply is the next prompt (S4, 5):",
-        table(["", *metrics], passes),
-    ]
-
-
 def _mean(entry: Numbers) -> str:
     return cell(entry["mean"], entry["interval"], digits=3)
 
@@ -268,7 +249,6 @@ SECTIONS = {
     "d": captions_section,
     "e": _guidance,
     "f": _similarity,
-    "g": _systems,
 }
 
 
@@ -323,6 +303,34 @@ def page(found: dict[str, Numbers], pictures: dict[str, str]) -> str:
         blocks += [f"## {TITLES[part]}", *SECTIONS[part](numbers)]
         if part in pictures:
             blocks.append(f"![{TITLES[part]}]({pictures[part]})")
+        blocks.append("\n".join(f"- {sentence(claim)}" for claim in numbers["claims"]))
+    return "\n\n".join(wrapped(block.strip("\n")) for block in blocks) + "\n"
+
+
+def page_of_parts(
+    head: str,
+    titles: dict[str, str],
+    sections: dict[str, Section],
+    found: dict[str, Numbers],
+    first: Sequence[str] = (),
+) -> str:
+    """A page without pictures as Markdown.
+
+    Args:
+        head: Its first paragraphs. `{parts}` and `{scale}` stand for the options that measured it.
+        titles: The titles of all parts of the page.
+        sections: The blocks of a part, by part.
+        found: The numbers of the measured parts.
+        first: Blocks before the first part.
+    """
+    smoke = {numbers["settings"]["scale"] for numbers in found.values()} == {"smoke"}
+    options = "".join(f" --part {part}" for part in found)
+    blocks = [head.format(parts=options, scale=" --scale smoke" if smoke else ""), *([SMOKE] if smoke else [])]
+    if missing := [title for part, title in titles.items() if part not in found]:
+        blocks.append(f"Not measured yet: {'; '.join(missing)}.")
+    blocks += first
+    for part, numbers in found.items():
+        blocks += [f"## {titles[part]}", *sections[part](numbers)]
         blocks.append("\n".join(f"- {sentence(claim)}" for claim in numbers["claims"]))
     return "\n\n".join(wrapped(block.strip("\n")) for block in blocks) + "\n"
 

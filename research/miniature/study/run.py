@@ -16,6 +16,8 @@ from sdllava.version import installed_versions
 from ..scales import MMDIT_TOWER, TOWER
 from .page import TITLES, write_page
 from .scales import STUDY_SCALES
+from .systems_page import TITLES as SYSTEMS_TITLES
+from .systems_page import write_systems_page
 from .transformer_page import TITLES as TRANSFORMER_TITLES
 from .transformer_page import write_transformer_page
 from .weights import part_hash
@@ -51,7 +53,13 @@ PARTS = {
     "d": StudyPart("captions", ("captions", "described", "leakage"), TRAINED_ON),
     "e": StudyPart("guidance", ("answers",), more_noise=2),
     "f": StudyPart("similarity", ("pairs", "groups", "group_size"), more_noise=2),
-    "g": StudyPart("systems", ("align", "finetune", "questions", "described", "heads"), TRAINED_ON, named_only=True),
+    "g": StudyPart(
+        "systems",
+        ("align", "systems", "questions", "heads"),
+        TRAINED_ON,
+        named_only=True,
+        function="measure_fusions",
+    ),
     "h": StudyPart("transformer", ("readout", "transformer"), TRANSFORMER, named_only=True),
     "i": StudyPart("transformer", ("match_items",), TRANSFORMER, named_only=True, function="measure_matching"),
     "j": StudyPart(
@@ -67,6 +75,13 @@ PARTS = {
         (*TRANSFORMER, "llm"),
         named_only=True,
         function="measure_captions",
+    ),
+    "l": StudyPart(
+        "systems",
+        ("align", "systems", "questions", "described", "heads"),
+        TRAINED_ON,
+        named_only=True,
+        function="measure_workshop",
     ),
 }
 
@@ -148,12 +163,12 @@ def run_study(
 
     Args:
         folder: The folder of the miniature's parts. Numbers are saved in its `study/`.
-        out: The folder of `study.md`, `mmdit.md`, their numbers and `figures/`.
+        out: The folder of `study.md`, `systems.md`, `mmdit.md`, their numbers and `figures/`.
         scale: One of [`~research.miniature.study.scales.STUDY_SCALES`].
         parts: Some of [`PARTS`]. Empty for all that do not have to be named.
 
     Returns:
-        `list[Path]`: The pages: of the UNet's study, and of the diffusion transformer's.
+        `list[Path]`: The pages of the UNet's study, of fusions and S4's systems, and of the diffusion transformer's.
 
     Raises:
         ValueError: The scale or a part is unknown, or the folder has numbers of other weights or budgets.
@@ -173,7 +188,11 @@ def run_study(
         _run_part(part, folder, settings[part])
     found = {part: numbers for part in PARTS if (numbers := finished_part(folder, part))}
     pages = []
-    for write, titles in ((write_page, TITLES), (write_transformer_page, TRANSFORMER_TITLES)):
+    for write, titles in (
+        (write_page, TITLES),
+        (write_systems_page, SYSTEMS_TITLES),
+        (write_transformer_page, TRANSFORMER_TITLES),
+    ):
         if on_it := {part: numbers for part, numbers in found.items() if part in titles}:
             pages.append(write(on_it, Path(out)))
     return pages

@@ -23,6 +23,7 @@ class StudyScale:
         pairs: (f) Minimal pairs per pattern.
         groups: (f) Disjoint groups of scenes, each of which gives one value of CKA.
         group_size: (f) Scenes per group.
+        systems: (g) and (l) Stage 2 of every system.
         heads: Heads of the cross-attention fusion.
         transformer: (h) Scenes to fit and to test the read-outs of leakage.
     """
@@ -40,6 +41,7 @@ class StudyScale:
     pairs: int
     groups: int
     group_size: int
+    systems: StageBudget
     heads: int = 6
     transformer: tuple[int, int] = (600, 400)
 
@@ -61,6 +63,7 @@ STUDY_SCALES = {
         group_size=4,
         heads=2,
         transformer=(6, 6),
+        systems=StageBudget(4, 1, 4, turns=2),
     ),
     "mini": StudyScale(
         readout=(800, 400),
@@ -76,5 +79,6 @@ STUDY_SCALES = {
         pairs=25,
         groups=8,
         group_size=64,
+        systems=StageBudget(4000, 4, 32, turns=5, patterns=LETTERS_OFTEN),
     ),
 }

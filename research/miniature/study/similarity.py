@@ -13,7 +13,8 @@ from sdllava.analysis.sweep import ComputedFeatures, FeatureSelection, gather
 from sdllava.analysis.vision_encoder import VisionEncoder
 from sdllava.evaluation.benchmarks.base import unit_means
 from sdllava.evaluation.bootstrap import Units, intervals
-from sdllava.scenes.language import caption, minimal_pair
+from sdllava.scenes.language import caption
+from sdllava.scenes.minimal_pairs import minimal_pair
 from sdllava.scenes.render import render
 from sdllava.scenes.world import PATTERNS, sample_scene
 

@@ -358,7 +358,7 @@ def measure_matching(parts: Path, work: Path, scale: StudyScale) -> dict[str, An
     """As (b), by attention and by the error of the velocity, with one noise draw."""
     benchmark = get_matching_benchmark("mini_pairs")
     rows, units = {}, {}
-    for score in ("attention", "denoising"):
+    for score in ("attention", "attention-relative", "denoising"):
         options = MatchingOptions(score=score, trials=1)
         rows[score], units[score] = run_matcher(
             parts, FOLDER, f"{FOLDER}/transformer", work / score, options, scale.match_items

@@ -7,8 +7,7 @@ from sdllava.atomic_files import write_json, write_text
 
 from ..judge import ATTRIBUTES
 from ..scales import SCALES
-from .claims import sentence
-from .page import SMOKE, Numbers, captions_section, cell, number, questions_section, table, wrapped
+from .page import Numbers, Section, captions_section, cell, number, page_of_parts, questions_section, table
 from .transformer import DEFAULT_TIMESTEP, MODES, TIMESTEPS, WHOLE
 
 TITLES = {
@@ -146,9 +145,17 @@ def _matching(found: Numbers) -> list[str]:
         for name in names
     ]
     return [
-        "Percent of minimal pairs in which each caption selects its own scene, with one noise draw. Chance is 25:",
+        "Percent of minimal pairs in which each caption selects its own scene, with one noise draw. Chance is 25. "
+        "Lower values mean that the same scene usually wins with both captions:",
         table(["pattern", *found["rows"]], lines),
     ]
+
+
+def _blocks(found: Numbers) -> list[str]:
+    return _taps(found) + _leakage(found)
+
+
+SECTIONS: dict[str, Section] = {"h": _blocks, "i": _matching, "j": questions_section, "k": captions_section}
 
 
 def transformer_page(found: dict[str, Numbers]) -> str:
@@ -157,21 +164,8 @@ def transformer_page(found: dict[str, Numbers]) -> str:
     Args:
         found: The numbers of each part.
     """
-    scales = {numbers["settings"]["scale"] for numbers in found.values()}
-    scale = " --scale smoke" if scales == {"smoke"} else ""
-    blocks = [HEAD.format(scale=scale, parts="".join(f" --part {part}" for part in found))]
-    blocks += [SMOKE] if "smoke" in scales else []
-    if missing := [title for part, title in TITLES.items() if part not in found]:
-        blocks.append(f"Not measured yet: {'; '.join(missing)}.")
-    sections = {"h": [_taps, _leakage], "i": [_matching], "j": [questions_section], "k": [captions_section]}
-    for part, numbers in found.items():
-        if numbers.get("training"):
-            blocks += _training(numbers)
-        blocks.append(f"## {TITLES[part]}")
-        for section in sections[part]:
-            blocks += section(numbers)
-        blocks.append("\n".join(f"- {sentence(claim)}" for claim in numbers["claims"]))
-    return "\n\n".join(wrapped(block.strip("\n")) for block in blocks) + "\n"
+    training = next((_training(numbers) for numbers in found.values() if numbers.get("training")), [])
+    return page_of_parts(HEAD, TITLES, SECTIONS, found, training)
 
 
 def write_transformer_page(found: dict[str, Numbers], out: Path) -> Path:

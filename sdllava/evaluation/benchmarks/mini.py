@@ -1,6 +1,6 @@
 """Benchmarks on the miniature's synthetic scenes: held-out scenes, held-out compositions, and minimal pairs.
 
-The scenes are drawn from their seeds (`sdllava.scenes.language`), so there is nothing to download. A minimal pair
+The scenes are drawn from their seeds (`sdllava.scenes`), so there is nothing to download. A minimal pair
 counts if its question is answered correctly on both images, as in MMVP.
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from ...scenes.language import PATTERNS, caption, minimal_pair, sample_question
+from ...scenes.language import PATTERNS, caption, sample_question
+from ...scenes.minimal_pairs import minimal_pair
 from ...scenes.render import render
 from ...scenes.world import Scene, sample_scene
 from .base import Benchmark, Sample

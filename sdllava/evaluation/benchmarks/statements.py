@@ -1,6 +1,5 @@
 """Benchmarks whose answers are true or false: SHAPES and NLVR."""
 
-import io
 import json
 import re
 from collections import defaultdict
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ...image_loading import load_rgb
 from .base import Benchmark, ImageSource, Sample, dataset_image, inside, read_parquet, require_columns
 
 if TYPE_CHECKING:
@@ -201,6 +201,6 @@ def _table_image(table: "Dataset", row: int) -> Callable[[], Image.Image]:
 
     def image() -> Image.Image:
         found = read()
-        return Image.open(io.BytesIO(found["bytes"])) if isinstance(found, dict) else found
+        return load_rgb(found["bytes"]) if isinstance(found, dict) else found
 
     return image

@@ -43,7 +43,7 @@ def find_recipe(name: str) -> Path | Recipe:
     similar = get_close_matches(name, list_recipes(), n=5, cutoff=0.4) or list_recipes()[:5]
     raise FileNotFoundError(
         f"Recipe {name!r} does not exist. Use a YAML file or a packaged recipe, for example {', '.join(similar)}. "
-        "docs/recipes.md lists all of them."
+        "Run `sdllava recipes` for all of them."
     )
 
 

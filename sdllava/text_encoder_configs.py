@@ -1,4 +1,4 @@
-"""The text encoders of published diffusion models: their configurations, tokenizers and weights."""
+"""Configurations and tokenizers of the text encoders of published diffusion models, and whether they fit together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, T5Config
 
 from .prompts import prompt_length
-from .repositories import find_file
+from .repositories import MissingFileError, find_file
 
 
 def _require(where: dict[str, Any], *names: str) -> None:
     source, revision = where["pretrained_model_name_or_path"], where.get("revision")
     for name in names:  # transformers reads other files in their place, or defaults
         if find_file(source, name, {"revision": revision}) is None:
-            raise FileNotFoundError(f"{name} is missing")
+            raise MissingFileError(f"{name} is missing")
 
 
 def read_clip(where: dict[str, Any], number: str = "") -> tuple[CLIPTextConfig, PreTrainedTokenizerBase]:
