@@ -48,7 +48,11 @@ def client(checkpoint):
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        options = {"api_key": "none", "max_retries": 8, "http_client": httpx.Client(trust_env=False)}
+        ends = time.monotonic() + 60
+        while not server.started and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert server.started
+        options = {"api_key": "none", "http_client": httpx.Client(trust_env=False)}
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", **options)
     finally:
         server.should_exit = True
