@@ -3,18 +3,17 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from .checkpoint_files import part_reported
-from .fusion import ImplicitCaptioner, SDLlavaMultiModalProjector, build_fusion
 from .parts import Parts
 from .repositories import missing, require_safetensors, split_revision
 from .vision import load_vision
 
 
-def load_weights(model: PreTrainedModel, parts: Parts, dtype: torch.dtype) -> None:
-    """Fill a model with the weights of its parts, in place; fusion and projector are new and need training.
+def load_weights(model: PreTrainedModel, parts: Parts, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """Give a model the encoders and the language model of its parts; fusion and projector stay as they are.
 
     With a LLaVA among the parts and `cross_attention` or `gated` fusion, the projector is the LLaVA's and the result
     answers exactly as the LLaVA until it is trained. With `concat` the projector is wider and initialised from scratch.
@@ -24,36 +23,36 @@ def load_weights(model: PreTrainedModel, parts: Parts, dtype: torch.dtype) -> No
         parts: From `read_parts` or `read_llava_parts`.
         dtype: Of all weights except the VAE's, which stay in float32 where the configuration says so.
 
+    Returns:
+        `dict[str, torch.Tensor]`, *optional*: The LLaVA's projector, where the model's has its shape.
+
     Raises:
         OSError: A part cannot be read.
         ValueError: The weights are pickles, or the language model has more than a linear head.
     """
     body: Any = model.model
+    projector = None
     if "llava" in parts.sources:
         source = _load_llava(parts.sources["llava"], dtype)
         vision_tower, language_model, lm_head = source.model.vision_tower, source.model.language_model, source.lm_head
         generation_config = source.generation_config
+        if parts.config.fused_hidden_size * parts.config.spatial_merge_size**2 == parts.config.vision_hidden_size:
+            projector = source.model.multi_modal_projector.state_dict()
     else:
         causal_lm = _load_language_model(parts.sources["language_model"], parts.config.text_config.vocab_size, dtype)
         vision = parts.sources.get("vision")
         vision_tower = load_vision(vision, parts.config.vision_config, dtype) if vision else None
         language_model, lm_head = causal_lm.base_model, causal_lm.get_output_embeddings()
+        _check_head(causal_lm, parts.sources["language_model"])
         generation_config = causal_lm.generation_config
     if body.diffusion_tower is not None:
         diffusion = parts.sources["diffusion"]
         with part_reported(diffusion, "the diffusion model's weights"):
             body.diffusion_tower.load_published(diffusion, dtype)
     body.vision_tower, body.language_model, model.lm_head = vision_tower, language_model, lm_head
-    _initialise_new_parts(model, dtype)
-    if "llava" in parts.sources:
-        config = parts.config
-        if config.fused_hidden_size * config.spatial_merge_size**2 == config.vision_hidden_size:
-            body.multi_modal_projector.load_state_dict(source.model.multi_modal_projector.state_dict())
-    else:
-        _check_language_model(causal_lm, model, parts.sources["language_model"])
     model.generation_config = _without_unused_sampling(generation_config)
     model.config.dtype = dtype
-    model.eval()
+    return projector
 
 
 def _load_llava(llava: str, dtype: torch.dtype) -> Any:
@@ -83,24 +82,13 @@ def _load_language_model(language_model: str, vocab_size: int, dtype: torch.dtyp
     return causal_lm
 
 
-def _initialise_new_parts(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    body, config = model.model, model.config
-    new: dict[str, nn.Module | None] = {
-        "multi_modal_projector": SDLlavaMultiModalProjector(config),
-        "fusion": build_fusion(config),
-        "implicit_captioner": ImplicitCaptioner(config) if config.implicit_caption_tokens else None,
-    }
-    for name, module in new.items():
-        if module is not None:
-            setattr(body, name, module.apply(model._init_weights).to(dtype))
-
-
 @torch.no_grad()
-def _check_language_model(causal_lm: PreTrainedModel, model: PreTrainedModel, name: str) -> None:
+def _check_head(causal_lm: Any, name: str) -> None:
+    """Compare logits with those of a linear head on the last hidden states, which a LLaVA has."""
     ids = torch.arange(1, 5)[None]
-    expected = causal_lm(input_ids=ids).logits
-    has_bias = getattr(causal_lm.get_output_embeddings(), "bias", None) is not None
-    if has_bias or not torch.equal(model(input_ids=ids).logits, expected):
+    head = causal_lm.get_output_embeddings()
+    linear = head(causal_lm.base_model(input_ids=ids).last_hidden_state)
+    if getattr(head, "bias", None) is not None or not torch.equal(linear, causal_lm(input_ids=ids).logits):
         raise ValueError(
             f"{str(name)!r} does more to its logits than a linear head without bias (a bias, scaling or soft-capping), "
             "which a LLaVA cannot hold. Choose another language model."

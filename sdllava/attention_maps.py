@@ -6,7 +6,7 @@ Nothing is replaced, and the hooks are removed when the capture ends.
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention_scores import AttentionScores, hooked_scores
+from .attention_scores import AttentionScores, attention_scores, is_joint, joint_scores
 from .taps import Tap, canonical_tap_name
 from .unet_pass import removed_at_exit
 
@@ -158,6 +158,59 @@ def choose_layers(layers: dict[str, Tap], names: Sequence[str] | None) -> dict[s
             )
         chosen[short] = layers[short]
     return chosen
+
+
+@contextmanager
+def hooked_scores(
+    denoiser: nn.Module,
+    layers: dict[str, Tap],
+    keep: Callable[[str, AttentionScores], None],
+    last_rows: Callable[[], int] | None = None,
+) -> Iterator[None]:
+    """Inside the context, passes of the denoiser call `keep` with each layer's name and scores.
+
+    Args:
+        denoiser: The module that runs.
+        layers: Names and the taps of their queries.
+        keep: Called while the layer's query is computed, before the layer's output.
+        last_rows: Gives the number of rows, at the end of the batch, whose scores are computed. Default: all.
+    """
+    handles: list[RemovableHandle] = []
+
+    def hook_layer(name: str, tap: Tap) -> None:
+        """Register the hooks that read a layer's inputs and query."""
+        attention: Any = denoiser.get_submodule(tap.module_path.removesuffix(".to_q"))
+        inputs: dict[str, Any] = {}
+
+        def note_inputs(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            inputs.update(kwargs)
+
+        @torch.no_grad()
+        def read(module: nn.Module, args: Any, query: torch.Tensor) -> None:
+            rows = slice(None) if last_rows is None else slice(-last_rows(), None)
+            keep(name, _scores_of_call(attention, tap, query[rows], args[0][rows], inputs, rows))
+            inputs.clear()
+
+        handles.append(attention.register_forward_pre_hook(note_inputs, with_kwargs=True))
+        handles.append(attention.to_q.register_forward_hook(read))
+
+    with removed_at_exit(handles):
+        for name, tap in layers.items():
+            hook_layer(name, tap)
+        yield
+
+
+def _scores_of_call(
+    attention: Any, tap: Tap, query: torch.Tensor, hidden_states: torch.Tensor, inputs: dict[str, Any], rows: slice
+) -> AttentionScores:
+    text, mask = inputs.get("encoder_hidden_states"), inputs.get("attention_mask")
+    text = None if text is None else text[rows]
+    if is_joint(attention, tap):
+        num_text = query.shape[1] - tap.height * tap.width if text is None else text.shape[1]
+        return joint_scores(attention, query, hidden_states, text, num_text, inputs.get("image_rotary_emb"))
+    if text is None:
+        raise ValueError(f"The attention of {tap.name!r} has no prompt. Use a layer that attends to text.")
+    return attention_scores(attention, query, text, None if mask is None else mask[rows])
 
 
 class AttentionCapture:

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .diffusion_configuration import SDLlavaDiffusionConfig
 from .taps import Tap
-from .unet_pass import CompiledPass
 
 Prompts = dict[str, torch.Tensor]
 """What a denoiser is conditioned on: tensors whose first dimension counts prompts. `encoder_hidden_states` is
@@ -208,14 +207,9 @@ class DiffusionBackbone(nn.Module, ABC):
         latents = self.encode_image(pixel_values)
         return latents, torch.zeros_like(latents)
 
-    @abstractmethod
-    def compile_pass(self, taps: Sequence[Tap], **options: Any) -> CompiledPass:
-        """A compiled form of `read` for these taps.
-
-        Args:
-            taps: Where to read.
-            options: Of `torch.compile`.
-        """
+    def modules_before_prompts(self, denoiser: nn.Module) -> list[nn.Module]:
+        """Modules of a denoiser of this family whose results no prompt has reached yet."""
+        return []
 
     def load_tiny_vae(self, source: str) -> dict[str, Any]:
         """Replace the VAE by a tiny autoencoder, cut as the VAE was; returns its configuration, for `vae_config`.

@@ -8,7 +8,7 @@ import copy
 import os
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Concatenate
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ _NOT_QUANTIZED = [
 class CheckpointMixin:
     """Saves the code next to the weights, reads weights as safetensors only, and re-freezes the frozen modules."""
 
-    push_hook: ClassVar[Callable[..., Any] | None] = None
+    push_hook: ClassVar[Callable[Concatenate[Any, str, ...], Any] | None] = None
     """Pushes a model to the Hub with a model card: (model, repository id, options). Set by `registration.register`,
     since the code that travels with a checkpoint cannot write cards."""
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers.utils import ModelOutput
@@ -17,13 +17,15 @@ from .attention_maps import (
     choose_layers,
     concept_layers,
 )
-from .backbone import Prompts, without_autocast
+from .backbone import Prompts, PublishedDiffusion, without_autocast
+from .backbones import read_published
+from .compiled_pass import CompiledPass
 from .configuration import SDLlavaDiffusionConfig
 from .frozen_diffusion import FrozenDiffusionModel
 from .grids import as_map, resize_grid
 from .guidance import guide
 from .noise import draw_noise
-from .unet_pass import CompiledPass
+from .repositories import as_dtype
 
 
 @dataclass
@@ -56,6 +58,44 @@ class SDLlavaDiffusionModel(FrozenDiffusionModel):
         self._compiled_pass: CompiledPass | None = None
         self._captures: list[AttentionCapture] = []
 
+    @classmethod
+    def from_component_pretrained(
+        cls,
+        diffusion: str,
+        truncate: bool = False,
+        dtype: torch.dtype | str = torch.float32,
+        **config: Any,
+    ) -> Self:
+        """Load a published diffusers repository or folder as a tower.
+
+        Args:
+            diffusion (`str`): Repository id, `id@revision`, or local folder in the diffusers layout, with safetensors.
+            truncate (`bool`): Cut away what comes after the last tap.
+            dtype (`torch.dtype` or `str`): Of the weights; the VAE stays in float32 unless `vae_in_fp32=False`.
+            config: Fields of [`SDLlavaDiffusionConfig`].
+
+        Raises:
+            OSError: A part cannot be read.
+            ValueError: The parts do not fit together, a field does not fit them, or the weights are pickles.
+        """
+        return cls.from_published(read_published(diffusion, truncate=truncate, **config), dtype)
+
+    @classmethod
+    def from_published(cls, published: PublishedDiffusion, dtype: torch.dtype | str = torch.float32) -> Self:
+        """Load a published diffusion model whose configuration has been read.
+
+        Args:
+            published: From `read_published` or `read_whole`.
+            dtype (`torch.dtype` or `str`): Of the weights; the VAE stays in float32 where the configuration says so.
+
+        Raises:
+            OSError: A part cannot be read.
+            ValueError: The weights are pickles.
+        """
+        with torch.device("meta"):
+            tower = cls(published.config)
+        return tower.load_published(published.source, as_dtype(dtype))
+
     def compile_pass(self, **options: Any) -> None:
         """Compile the denoiser's pass up to the taps, for calls that record no gradients.
 
@@ -65,7 +105,7 @@ class SDLlavaDiffusionModel(FrozenDiffusionModel):
         Args:
             options: Of `torch.compile`; `mode="reduce-overhead"` uses CUDA graphs on a GPU.
         """
-        self._compiled_pass = self.backbone.compile_pass(self.taps, **options)
+        self._compiled_pass = CompiledPass(self.backbone, self.taps, **options)
 
     @torch.no_grad()
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:

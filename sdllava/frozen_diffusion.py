@@ -7,12 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .backbone import PublishedDiffusion
-from .backbones import build_backbone, freeze, read_published
+from .backbones import build_backbone, freeze
 from .checkpoints import CheckpointMixin
 from .configuration import SDLlavaDiffusionConfig
 from .guidance import FeatureEnsemble, ZeroLinear
-from .repositories import as_dtype
 
 
 class FrozenDiffusionModel(CheckpointMixin, PreTrainedModel):
@@ -53,44 +51,6 @@ class FrozenDiffusionModel(CheckpointMixin, PreTrainedModel):
         self._keep_in_fp32_modules_strict = ["vae"] if config.vae_in_fp32 else []
         self.freeze()
         self.post_init()
-
-    @classmethod
-    def from_component_pretrained(
-        cls,
-        diffusion: str,
-        truncate: bool = False,
-        dtype: torch.dtype | str = torch.float32,
-        **config: Any,
-    ) -> Self:
-        """Load a published diffusers repository or folder as a tower.
-
-        Args:
-            diffusion (`str`): Repository id, `id@revision`, or local folder in the diffusers layout, with safetensors.
-            truncate (`bool`): Cut away what comes after the last tap.
-            dtype (`torch.dtype` or `str`): Of the weights; the VAE stays in float32 unless `vae_in_fp32=False`.
-            config: Fields of [`SDLlavaDiffusionConfig`].
-
-        Raises:
-            OSError: A part cannot be read.
-            ValueError: The parts do not fit together, a field does not fit them, or the weights are pickles.
-        """
-        return cls.from_published(read_published(diffusion, truncate=truncate, **config), dtype)
-
-    @classmethod
-    def from_published(cls, published: PublishedDiffusion, dtype: torch.dtype | str = torch.float32) -> Self:
-        """Load a published diffusion model whose configuration has been read.
-
-        Args:
-            published: From `read_published` or `read_whole`.
-            dtype (`torch.dtype` or `str`): Of the weights; the VAE stays in float32 where the configuration says so.
-
-        Raises:
-            OSError: A part cannot be read.
-            ValueError: The weights are pickles.
-        """
-        with torch.device("meta"):
-            tower = cls(published.config)
-        return tower.load_published(published.source, as_dtype(dtype))
 
     def load_published(self, diffusion: str, dtype: torch.dtype) -> Self:
         """Fill a tower that was built on the meta device with the weights of the repository that it describes.

@@ -11,7 +11,7 @@ from torch import nn
 from .backbone import DiffusionBackbone, Prompts
 from .repositories import missing, refuse_pickle, split_revision
 from .taps import Tap
-from .unet_pass import CompiledPass, cut_away, modules_up_to_taps, read_taps, share_rows
+from .unet_pass import cut_away, modules_up_to_taps, reading_taps, share_rows
 
 _NEEDED_MODULES: dict[tuple[str, tuple[Tap, ...]], frozenset[str]] = {}
 """Paths of the modules that run up to the taps, by a denoiser's configuration; a pass on the meta device finds them."""
@@ -41,10 +41,6 @@ class HookedBackbone(DiffusionBackbone):
     @abstractmethod
     def _example_inputs(self) -> tuple[torch.Tensor, Prompts]:
         """Small latents and one prompt, uninitialised: what `cut` runs the denoiser on."""
-
-    def _modules_before_prompts(self, denoiser: nn.Module) -> list[nn.Module]:
-        """Modules whose result no prompt has reached yet."""
-        return []
 
     def load_published(self, source: str, dtype: torch.dtype) -> None:
         """Replace the modules by those with the published weights.
@@ -77,14 +73,10 @@ class HookedBackbone(DiffusionBackbone):
         """
         denoiser = self.denoiser
         blocks = len(prompts["encoder_hidden_states"]) // len(latents)
-        modules = self._modules_before_prompts(denoiser) if blocks > 1 and not torch.is_grad_enabled() else []
-        with share_rows(modules, len(latents), blocks):
-            repeated = latents.repeat(blocks, 1, 1, 1)
-            return read_taps(denoiser, taps, lambda: self.denoise(denoiser, repeated, timestep, prompts))
-
-    def compile_pass(self, taps: Sequence[Tap], **options: Any) -> CompiledPass:
-        """A compiled form of `read` for these taps, with `options` of `torch.compile`."""
-        return CompiledPass(self.denoiser, taps, self.denoise, self._modules_before_prompts, **options)
+        modules = self.modules_before_prompts(denoiser) if blocks > 1 and not torch.is_grad_enabled() else []
+        with share_rows(modules, len(latents), blocks), reading_taps(denoiser, taps) as read:
+            self.denoise(denoiser, latents.repeat(blocks, 1, 1, 1), timestep, prompts)
+        return read
 
     def cut(self, taps: Sequence[Tap]) -> None:
         """Remove what comes after the last tap in the denoiser, and the VAE's decoder."""
@@ -95,7 +87,9 @@ class HookedBackbone(DiffusionBackbone):
             with torch.device("meta"):
                 running = self._build_denoiser()
                 latents, prompts = self._example_inputs()
-            _NEEDED_MODULES[key] = modules_up_to_taps(running, taps, lambda: self.denoise(running, latents, 0, prompts))
+            with modules_up_to_taps(running, taps) as needed:
+                self.denoise(running, latents, 0, prompts)
+            _NEEDED_MODULES[key] = frozenset(needed)
         cut_away(denoiser, _NEEDED_MODULES[key])
         self._cut_decoder()
 

@@ -93,6 +93,20 @@ class SDLlavaImageModel(SDLlavaPreTrainedModel):
         self._keys_to_ignore_on_load_missing = [rf"\b{FROZEN_PARTS[part]}\." for part in config.left_out or ()]
         self.freeze()
 
+    def build_new_parts(self, dtype: torch.dtype) -> None:
+        """Replace projector, fusion and implicit captioner by initialised ones on the CPU.
+
+        Args:
+            dtype: Of their weights.
+        """
+        config = self.config
+        self.multi_modal_projector = SDLlavaMultiModalProjector(config)
+        self.fusion = build_fusion(config)
+        self.implicit_captioner = ImplicitCaptioner(config) if config.implicit_caption_tokens else None
+        for module in (self.multi_modal_projector, self.fusion, self.implicit_captioner):
+            if module is not None:
+                module.apply(self._init_weights).to(dtype)
+
     def freeze(self) -> None:
         """Stop gradients to the vision encoder, which no stage trains."""
         if self.vision_tower is not None:

@@ -168,8 +168,11 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         sources = ", ".join(map(str, parts.sources.values()))
         with unexpected_reported(sources, "the configuration", FIELD_ERRORS), torch.device("meta"):
             model = cls(parts.config)
-        load_weights(model, parts, dtype)
-        return model
+        projector = load_weights(model, parts, dtype)
+        model.model.build_new_parts(dtype)
+        if projector is not None:
+            model.model.multi_modal_projector.load_state_dict(projector)
+        return model.eval()
 
     @classmethod
     def from_component_pretrained(
@@ -349,13 +352,13 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         diffusion = self.model.get_diffusion_tokens(encodings, **image_inputs)
         first = int((input_ids[0] == self.config.image_token_id).int().argmax())
         prefix_ids = input_ids[:, : first + vision.shape[1]]
-
-        def compute() -> Cache:
+        prefix = prefix_cache.get(prefix_ids, vision[:1])
+        if prefix is None:
             outputs = {"image": BaseModelOutputWithPooling(pooler_output=[vision[0]])}
-            return self.model(prefix_ids, mm_encoder_outputs=outputs, use_cache=True).past_key_values
-
+            prefix = self.model(prefix_ids, mm_encoder_outputs=outputs, use_cache=True).past_key_values
+            prefix_cache.put(prefix_ids, vision[:1], prefix)
         rest = [diffusion[0], *torch.cat([vision, diffusion], dim=1)[1:]]
         return {
-            "past_key_values": prefix_cache.continued(prefix_ids, vision[:1], compute),
+            "past_key_values": prefix,
             "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=rest)},
         }

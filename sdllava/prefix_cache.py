@@ -7,7 +7,6 @@ image changes only the diffusion tokens and the text that follows, so the keys a
 import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache
@@ -40,24 +39,35 @@ class PrefixCache:
         """Forget every prefix."""
         self._kept.clear()
 
-    def continued(self, input_ids: torch.Tensor, vision_features: torch.Tensor, compute: Callable[[], Cache]) -> Cache:
-        """A key-value cache that holds a prefix, to be continued by the caller.
+    def get(self, input_ids: torch.Tensor, vision_features: torch.Tensor) -> Cache | None:
+        """A copy of a prefix's key-value cache, for the caller to continue, or None for an unknown prefix.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(1, length)`): The prefix.
             vision_features (`torch.FloatTensor` of shape `(1, tokens, channels)`): Of the image at its end.
-            compute: Called for a new prefix.
         """
-        digest = hashlib.sha256(f"{input_ids.device} {vision_features.dtype}".encode())
-        for tensor in (input_ids, vision_features):
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        key = digest.hexdigest()
-        if key in self._kept:
-            self.hits += 1
-        else:
-            self._kept[key] = compute()
+        key = _digest(input_ids, vision_features)
+        if key not in self._kept:
+            return None
+        self.hits += 1
         self._kept.move_to_end(key)
-        prefix = copy.deepcopy(self._kept[key])
+        return copy.deepcopy(self._kept[key])
+
+    def put(self, input_ids: torch.Tensor, vision_features: torch.Tensor, computed: Cache) -> None:
+        """Keep a copy of a new prefix's key-value cache, in place of the one that was not used for longest.
+
+        Args:
+            input_ids, vision_features: As for `get`.
+            computed: Of the prefix, without what follows it.
+        """
+        self._kept[_digest(input_ids, vision_features)] = copy.deepcopy(computed)
         while len(self._kept) > self.size:
             self._kept.popitem(last=False)
-        return prefix
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.device} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

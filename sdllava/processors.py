@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Concatenate
 
 from jinja2 import TemplateError
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
@@ -60,7 +60,7 @@ class SDLlavaProcessor(ProcessorMixin):
     """
 
     get_attributes = _PartNames()
-    push_hook: ClassVar[Callable[..., Any] | None] = None
+    push_hook: ClassVar[Callable[Concatenate[Any, str, ...], Any] | None] = None
     """Pushes a processor to the Hub with the code: (processor, repository id, options). Set by
     `registration.register`."""
 

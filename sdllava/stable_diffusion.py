@@ -91,7 +91,8 @@ class StableDiffusionBackbone(LatentBackbone):
         """sqrt(abar_t) and sqrt(1 - abar_t) of the 1000-step training schedule."""
         return self._rates[timestep]
 
-    def _modules_before_prompts(self, denoiser: nn.Module) -> list[nn.Module]:
+    def modules_before_prompts(self, denoiser: nn.Module) -> list[nn.Module]:
+        """Modules of the first block whose results no prompt has reached, where none enters the time embedding."""
         config: Any = denoiser.config
         if (
             config.down_block_types[0] != "CrossAttnDownBlock2D"

@@ -28,7 +28,7 @@ def test_a_compiled_pass_gives_the_same_features(kind, taps, caplog):
         torch.testing.assert_close(ask(model).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1  # of both timesteps, and of the second call
     torch.testing.assert_close(ask(model, n=3, seed=1).last_hidden_state, other, atol=1e-5, rtol=1e-5)
-    said = [record.message for record in caplog.records if record.name == "sdllava.unet_pass"]
+    said = [record.message for record in caplog.records if record.name == "sdllava.compiled_pass"]
     assert [message.split(": ")[0] for message in said] == [
         f"Compiling for latents of shape ({n}, 4, 8, 8)" for n in (2, 3)
     ]

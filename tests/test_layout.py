@@ -18,7 +18,7 @@ ORDER = (
     ("image_loading", "chat_templates", "questions", "prompts", "repositories", "checkpoint_files"),
     ("taps", "families", "presets", "grids", "diffusion_configuration"),
     ("configuration", "noise", "guidance", "small_maps", "unet_pass", "attention_scores", "attention_maps"),
-    ("backbone", "hooked_backbone", "latent_backbone", "text_encoder_configs", "flow", "vision"),
+    ("backbone", "hooked_backbone", "compiled_pass", "latent_backbone", "text_encoder_configs", "flow", "vision"),
     ("stable_diffusion", "pixart", "sd3", "flux", "deepfloyd_if", "backbones"),
     ("checkpoints", "frozen_diffusion", "diffusion", "fusion", "image_model"),
     ("parts", "processors", "assembly", "towers"),

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from sdllava.configuration import SDLlavaDiffusionConfig
 from sdllava.diffusion import SDLlavaDiffusionModel
 from sdllava.taps import Tap, canonical_tap_name, list_taps, resolve_taps
-from sdllava.unet_pass import cut_away, modules_up_to_taps, read_taps
+from sdllava.unet_pass import cut_away, modules_up_to_taps, reading_taps
 
 SDXL_UNET = {
     "sample_size": 128,
@@ -110,8 +110,8 @@ def stock_unet(
 def test_every_tap_equals_a_hook_on_the_whole_stock_unet(kind, latent_size):
     """Names, sizes and values of all taps, read in one pass."""
     unet, inputs, taps, expected = stock_unet(kind, latent_size)
-    with torch.no_grad():
-        found = read_taps(unet, taps, lambda: unet(**inputs))
+    with torch.no_grad(), reading_taps(unet, taps) as found:
+        unet(**inputs)
     for tap, read in zip(taps, found, strict=True):
         assert torch.equal(read, expected[tap.name]), tap.name
         shape = read.shape if read.ndim == 4 else (*read.transpose(1, 2).shape[:2], tap.height, tap.width)
@@ -141,12 +141,14 @@ def test_a_pass_and_a_cut_unet_end_right_after_their_tap(kind, latent_size, name
     unet, inputs, taps, expected = stock_unet(kind, latent_size, **changes)
     with torch.no_grad():
         for tap in taps if names is None else resolve_taps(names, taps):
-            (read,) = read_taps(unet, [tap], lambda: unet(**inputs))
-            assert torch.equal(read, expected[tap.name]), tap.name
+            with modules_up_to_taps(unet, [tap]) as needed:
+                unet(**inputs)
             cut = copy.deepcopy(unet)
-            cut_away(cut, modules_up_to_taps(unet, [tap], lambda: unet(**inputs)))
-            (read,) = read_taps(cut, [tap], lambda cut=cut: cut(**inputs))
-            assert torch.equal(read, expected[tap.name]), tap.name
+            cut_away(cut, needed)
+            for module in (unet, cut):
+                with reading_taps(module, [tap]) as read:
+                    module(**inputs)
+                assert torch.equal(read[0], expected[tap.name]), tap.name
             with pytest.raises((RuntimeError, AttributeError), match=r"was cut away\. Load with truncate=False"):
                 cut(**inputs)
 
@@ -154,7 +156,8 @@ def test_a_pass_and_a_cut_unet_end_right_after_their_tap(kind, latent_size, name
 def test_reading_leaves_nothing_patched():
     unet = UNet2DConditionModel.from_config(tiny.UNET_SD2)
     (tap,) = resolve_taps(["U-L1-R1-B0-Cross-Q"], list_taps(tiny.UNET_SD2))
-    read_taps(unet, [tap], lambda: unet(**unet_inputs("sd2", 8)))
+    with reading_taps(unet, [tap]):
+        unet(**unet_inputs("sd2", 8))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
 

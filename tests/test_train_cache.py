@@ -13,7 +13,7 @@ from train_fixtures import command, losses, model_arguments, weights
 
 from sdllava.data.sources import DataSource, load_data
 from sdllava.train.arguments import AdapterArguments, ModelArguments
-from sdllava.train.build import build_model, build_processor
+from sdllava.train.build import build_model, build_processor, read_source
 from sdllava.train.cache import RECORD, FeatureCache, begin_cache, cache_kind, image_key, write_shards
 from sdllava.train.cache_writer import _earlier_fingerprint, write_cache
 from sdllava.train.collator import SDLlavaCollator
@@ -38,14 +38,14 @@ CASES = {
 @pytest.fixture(scope="module")
 def model(work):
     """The model of `command`; tests change it only within themselves."""
-    model = build_model(ModelArguments(init_from=str(work / "trained")), AdapterArguments())
+    model = build_model(read_source(ModelArguments(init_from=str(work / "trained"))), AdapterArguments())
     torch.nn.init.normal_(model.model.fusion.out_proj.weight)  # so that the diffusion features reach the answer
     return model.eval()
 
 
 @pytest.fixture(scope="module")
 def processor(work):
-    return build_processor(model_arguments(work))
+    return build_processor(read_source(model_arguments(work)))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,8 @@ def test_a_sample_that_the_cache_left_out_is_bad_in_training(work, tmp_path, cap
     data = work / "data" / "broken.json"
     data.write_text(json.dumps(samples))
     arguments = model_arguments(work, vision=None, fusion_num_attention_heads=None)
-    model, processor = build_model(arguments, AdapterArguments()), build_processor(arguments)
+    source = read_source(arguments)
+    model, processor = build_model(source, AdapterArguments()), build_processor(source)
     rows = load_data([DataSource(str(data))])
     plain = SDLlavaCollator(processor, skip_bad_samples=True, fixed_noise=True)
     assert write_cache(model, plain, rows, tmp_path, "latents", "float32", 8) == 3

@@ -14,7 +14,7 @@ from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
 from sdllava.train.__main__ import main
 from sdllava.train.adapters import inject_unet_lora
 from sdllava.train.arguments import AdapterArguments, ModelArguments
-from sdllava.train.build import build_model, build_processor
+from sdllava.train.build import build_model, build_processor, read_source
 from sdllava.train.collator import SDLlavaCollator
 from sdllava.train.memory import count_parameters, estimate_memory
 from sdllava.train.run import build_collator, build_trainer, load_sources, parse_run, train
@@ -47,7 +47,7 @@ def assert_same_run(folder: Path, base: Path) -> None:
 
 def batch_for(arguments: ModelArguments, data: Path, n: int = 2) -> dict:
     rows = load_data([DataSource(str(data))])
-    return SDLlavaCollator(build_processor(arguments), seed=0)([rows[i] for i in range(n)])
+    return SDLlavaCollator(build_processor(read_source(arguments)), seed=0)([rows[i] for i in range(n)])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_two_processes_equal_one(work, data, base):
 def test_checkpointed_gradients_equal_plain_ones(work, data):
     """Also where gradients pass through the UNet and its taps."""
     arguments = model_arguments(work, fusion="concat", fusion_num_attention_heads=None, guidance_scales=[1.0])
-    model = build_model(arguments, AdapterArguments(unet_lora_r=2, lora_dropout=0.0)).train()
+    model = build_model(read_source(arguments), AdapterArguments(unet_lora_r=2, lora_dropout=0.0)).train()
     batch = batch_for(arguments, data)
     found = []
     for checkpointing in (False, True):
@@ -115,7 +115,8 @@ def test_batches_by_length_hold_samples_of_similar_length(work):
     flags["init_from"] = work / "trained"
     run = parse_run(command(work, "by-length", **flags, per_device_train_batch_size=2))
     rows = load_sources(run, run.data.datasets)
-    trainer = build_trainer(run, build_collator(run, build_processor(run.model)), rows)
+    source = read_source(run.model)
+    trainer = build_trainer(run, source, build_collator(run, build_processor(source)), rows)
     batches = list(trainer.get_train_dataloader().batch_sampler)[:8]
     kinds = [{len(rows[i]["messages"][-1]["content"].split()) // 10 for i in batch} for batch in batches]
     assert {len(batch) for batch in batches} == {2}
@@ -157,7 +158,7 @@ def test_align_leaves_all_but_projector_and_fusion_bitwise_unchanged(work):
 
 def test_frozen_parts_hold_no_gradient_and_are_counted(work, data):
     arguments = ModelArguments(init_from=str(work / "trained"), stage="align")
-    model = build_model(arguments, AdapterArguments()).train()
+    model = build_model(read_source(arguments), AdapterArguments()).train()
     model(**batch_for(arguments, data)).loss.backward()
     for name, parameter in model.named_parameters():
         is_trained = name.startswith(("model.fusion.", "model.multi_modal_projector."))
@@ -219,7 +220,7 @@ def in_double(batch: dict) -> dict:
 
 def test_lora_gradient_through_the_unet(work, data):
     arguments = model_arguments(work, grid_size=8, guidance_scales=[1.0])
-    model = randomised(build_model(arguments, AdapterArguments(unet_lora_r=2, lora_dropout=0.0)))
+    model = randomised(build_model(read_source(arguments), AdapterArguments(unet_lora_r=2, lora_dropout=0.0)))
     adapted, trained = set(), set()
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -247,7 +248,7 @@ def test_lora_gradient_through_the_unet(work, data):
 
 def test_implicit_captioner_gradient_through_the_unet(work, data):
     arguments = model_arguments(work, grid_size=8, guidance_scales=[1.0], fusion="none", implicit_caption_tokens=2)
-    model = randomised(build_model(arguments, AdapterArguments()))
+    model = randomised(build_model(read_source(arguments), AdapterArguments()))
     batch = in_double(batch_for(arguments, data))
     for parameter in (model.model.implicit_captioner.linear_1.weight, model.model.implicit_captioner.linear_2.weight):
         finite_difference_check(model, parameter, batch)
@@ -258,6 +259,6 @@ def test_implicit_captioner_gradient_through_the_unet(work, data):
 
 def test_unet_lora_without_a_tower_raises(work):
     arguments = ModelArguments(vision=str(work / "clip"), language_model=str(work / "lm"))
-    model = build_model(arguments, AdapterArguments())
+    model = build_model(read_source(arguments), AdapterArguments())
     with pytest.raises(ValueError, match="needs a diffusion tower"):
         inject_unet_lora(model, 2, 4)

@@ -25,7 +25,7 @@ from sdllava import SDLlavaForConditionalGeneration
 from sdllava.data.sources import DataSource, load_data
 from sdllava.evaluation.processes import process_state
 from sdllava.train.arguments import AdapterArguments
-from sdllava.train.build import build_model, build_processor
+from sdllava.train.build import build_model, build_processor, read_source
 from sdllava.train.collator import SDLlavaCollator
 
 STEPS, BATCH = 3, 4
@@ -39,7 +39,7 @@ def train(work: Path, name: str, killed_after: int | None = None) -> None:
     state = process_state()
     arguments = model_arguments(work)
     torch.manual_seed(0)
-    model = build_model(arguments, AdapterArguments()).train()
+    model = build_model(read_source(arguments), AdapterArguments()).train()
     if state.num_processes > 1:
         mesh = init_device_mesh("cpu", (state.num_processes,))
         for layer in model.model.language_model.layers:
@@ -47,7 +47,7 @@ def train(work: Path, name: str, killed_after: int | None = None) -> None:
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     rows = load_data([DataSource(str(work / "data" / "colours.json"))])
-    collator = SDLlavaCollator(build_processor(arguments), seed=0)
+    collator = SDLlavaCollator(build_processor(read_source(arguments)), seed=0)
     saved = work / f"{name}-state"
     losses = resume(model, optimizer, saved) if saved.exists() else []
     first = len(losses)
@@ -64,7 +64,7 @@ def train(work: Path, name: str, killed_after: int | None = None) -> None:
             die()
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if state.is_main_process:
-        model = build_model(arguments, AdapterArguments())
+        model = build_model(read_source(arguments), AdapterArguments())
         model.load_state_dict(whole)
         model.save_pretrained(work / name)
         (work / name / "losses.json").write_text(json.dumps({"first": first, "losses": losses}))

@@ -12,7 +12,7 @@ from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
 from sdllava.processors import SDLlavaProcessor
 from sdllava.train.adapters import language_lora, load_merged, merge
 from sdllava.train.arguments import AdapterArguments, ModelArguments
-from sdllava.train.build import build_model
+from sdllava.train.build import build_model, read_source
 from sdllava.train.collator import SDLlavaCollator
 from sdllava.train.memory import count_parameters
 from sdllava.train.run import train
@@ -87,7 +87,7 @@ def test_from_pretrained_takes_an_adapter(lora, unmerged, batch):
 def test_qlora_holds_only_the_language_model_in_4_bits(work, base):
     pytest.importorskip("bitsandbytes")
     arguments = ModelArguments(init_from=str(work / "trained"), dtype="bfloat16")
-    model = build_model(arguments, AdapterArguments(lora_r=4, load_in_4bit=True))
+    model = build_model(read_source(arguments), AdapterArguments(lora_r=4, load_in_4bit=True))
     packed = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert len(packed) == 2 * 7
     assert all(".language_model.layers." in name for name in packed)
@@ -121,11 +121,11 @@ def test_lora_only_in_the_unet_ends_in_a_plain_model(work, base, batch):
 
 
 def test_an_adapter_is_a_starting_point(lora, unmerged, batch):
-    model = build_model(ModelArguments(init_from=lora), AdapterArguments())
+    model = build_model(read_source(ModelArguments(init_from=lora)), AdapterArguments())
     torch.testing.assert_close(logits(model, batch), logits(unmerged, batch), atol=1e-5, rtol=1e-5)
     assert all(p.requires_grad for p in model.model.language_model.parameters())
     with pytest.raises(ValueError, match=r"is an adapter, but the run sets \['guidance_scales'\]\. Merge it"):
-        build_model(ModelArguments(init_from=lora, guidance_scales=[1.0]), AdapterArguments())
+        build_model(read_source(ModelArguments(init_from=lora, guidance_scales=[1.0])), AdapterArguments())
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_training_checks_its_adapter(work):
 )
 def test_lora_on_a_llava_raises(published, adapters, reason):
     with pytest.raises(ValueError, match=reason):
-        build_model(ModelArguments(init_from=str(published["llava"])), AdapterArguments(**adapters))
+        build_model(read_source(ModelArguments(init_from=str(published["llava"]))), AdapterArguments(**adapters))
 
 
 @pytest.mark.parametrize(
@@ -181,4 +181,4 @@ def test_lora_on_a_llava_raises(published, adapters, reason):
 )
 def test_checkpoints_that_do_not_fit_raise(work, fields, error, reason):
     with pytest.raises(error, match=reason):
-        build_model(ModelArguments(**{"init_from": str(work / "trained"), **fields}), AdapterArguments())
+        build_model(read_source(ModelArguments(**{"init_from": str(work / "trained"), **fields})), AdapterArguments())

@@ -9,7 +9,7 @@ import torch
 from sdllava import mini_path
 from sdllava.train import machine
 from sdllava.train.arguments import ModelArguments
-from sdllava.train.build import build_processor
+from sdllava.train.build import build_processor, read_source
 from sdllava.train.check import check_data
 from sdllava.train.machine import fit_to_machine, recomputes_activations
 from sdllava.train.recipe_loading import chosen_arguments
@@ -57,8 +57,8 @@ def test_a_small_model_on_a_laptop_trains_without_what_slows_it_down(work, tmp_p
     monkeypatch.setattr(machine, "available_cores", lambda: 2)
     data = ["--train_data", str(work / "data" / "colours.json"), "--output_dir", str(tmp_path)]
     run = parse_run(["--config", "own-data/full", "--init_from", str(work / "trained"), *data])
-    collator = build_collator(run, build_processor(run.model))
-    build_trainer(run, collator, load_sources(run, run.data.datasets))
+    source = read_source(run.model)
+    build_trainer(run, source, build_collator(run, build_processor(source)), load_sources(run, run.data.datasets))
     assert run.model.dtype == "float32"
     training = run.training
     assert (training.bf16, training.gradient_checkpointing, training.dataloader_num_workers) == (False, False, 0)
@@ -73,7 +73,7 @@ def test_words_that_the_tokenizer_does_not_know_are_reported(work, tmp_path):
         "--init_from", str(work / "trained"), "--train_data", str(tmp_path / "odd.json"),
         "--image_folder", str(work / "data"), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false",
     ])  # fmt: skip
-    collator = build_collator(run, build_processor(run.model))
+    collator = build_collator(run, build_processor(read_source(run.model)))
     report = check_data(load_sources(run, run.data.datasets), collator)
     assert report.unknown == {"teal": 2, "dark": 1}
     assert "3 words of answers are unknown to the tokenizer" in report.summary()

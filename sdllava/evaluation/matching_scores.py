@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..attention_scores import AttentionScores, hooked_scores, is_joint
+from ..attention_maps import hooked_scores
+from ..attention_scores import AttentionScores, is_joint
 from ..backbone import Prompts
 from ..diffusion import SDLlavaDiffusionModel
 from ..grids import as_map

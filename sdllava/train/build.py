@@ -1,5 +1,6 @@
 """The model and the processor of a run: assembled from published parts, or loaded from a checkpoint."""
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.utils import logging
 from ..chat_templates import VICUNA_V1_5
 from ..configuration import SDLlavaConfig, SDLlavaDiffusionConfig
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
-from ..parts import diffusion_image_processor, read_llava_parts, read_parts
+from ..parts import Parts, diffusion_image_processor, read_llava_parts, read_parts
 from ..processors import SDLlavaProcessor
 from ..repositories import split_revision
 from .adapters import inject_unet_lora, is_adapter, load_merged
@@ -22,49 +23,85 @@ NEW_PARTS = ("model.fusion.", "model.implicit_captioner.", "model.diffusion_towe
 """Parts that a checkpoint may lack when the run adds them."""
 
 
-def build_processor(arguments: ModelArguments) -> SDLlavaProcessor:
-    """The processor of a run. Reads configurations and tokenizers, but no weights.
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the model of a run comes from, read and checked once, before any weights.
+
+    Attributes:
+        kind: "parts", "llava", "sdllava" (a checkpoint) or "adapter".
+        arguments: The arguments of the run's model.
+        parts: What a model of kind "parts" or "llava" is assembled from.
+        config: The checkpoint's configuration as the run sets it; None for the other kinds.
+    """
+
+    kind: str
+    arguments: ModelArguments
+    parts: Parts | None = None
+    config: SDLlavaConfig | None = None
+
+
+def read_source(arguments: ModelArguments) -> ModelSource:
+    """Read configurations and tokenizers of a run's model, but no weights.
 
     Raises:
-        ValueError: The arguments name no model, or one of another architecture.
+        ValueError: The arguments name no model, or one of another architecture, or what the run changes does not fit.
         FileNotFoundError: The checkpoint does not exist.
     """
-    kind = _source_kind(arguments)
-    if kind == "parts":
-        return SDLlavaProcessor.from_parts(read_parts(**_parts(arguments), **arguments.overrides()))
-    source = str(arguments.init_from)
-    if kind == "llava":
-        processor = SDLlavaProcessor.from_parts(read_llava_parts(source, arguments.diffusion, **arguments.overrides()))
-        processor.chat_template = VICUNA_V1_5.replace(
-            "<image>", processor.image_token
-        )  # LLaVA's own marks no end token
+    if arguments.init_from is None:
+        if arguments.language_model is None:
+            raise ValueError("No model to train. Give init_from, or language_model with diffusion or vision.")
+        names = ("diffusion", "vision", "language_model")
+        parts = read_parts(**{name: getattr(arguments, name) for name in names}, **arguments.overrides())
+        return ModelSource("parts", arguments, parts)
+    if is_adapter(arguments.init_from):
+        return ModelSource("adapter", arguments)
+    try:
+        config = AutoConfig.from_pretrained(**split_revision(arguments.init_from), trust_remote_code=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"Checkpoint {arguments.init_from!r} (init_from) does not exist. Train its stage first, or give a folder, "
+            "a repository or repository@revision."
+        ) from error
+    if isinstance(config, SDLlavaConfig):
+        return ModelSource("sdllava", arguments, config=apply_overrides(config, arguments))
+    if config.model_type == "llava":
+        parts = read_llava_parts(str(arguments.init_from), arguments.diffusion, **arguments.overrides())
+        return ModelSource("llava", arguments, parts)
+    raise ValueError(
+        f"init_from={arguments.init_from!r} is a {config.model_type!r} model. Use an SDLlava or a LLaVA checkpoint."
+    )
+
+
+def build_processor(source: ModelSource) -> SDLlavaProcessor:
+    """The processor of a run."""
+    if source.parts is not None:
+        processor = SDLlavaProcessor.from_parts(source.parts)
+        if source.kind == "llava":  # LLaVA's own template marks no end token
+            processor.chat_template = VICUNA_V1_5.replace("<image>", processor.image_token)
         return processor
-    processor = SDLlavaProcessor.from_pretrained(**split_revision(source))
-    if kind == "adapter":
-        return processor
-    config = apply_overrides(SDLlavaConfig.from_pretrained(**split_revision(source)), arguments)
-    processor.num_image_tokens = config.num_image_tokens
-    if isinstance(config.diffusion_config, SDLlavaDiffusionConfig):
-        processor.diffusion_image_processor = diffusion_image_processor(config.diffusion_config)
+    processor = SDLlavaProcessor.from_pretrained(**split_revision(str(source.arguments.init_from)))
+    if source.config is not None:
+        processor.num_image_tokens = source.config.num_image_tokens
+        if isinstance(source.config.diffusion_config, SDLlavaDiffusionConfig):
+            processor.diffusion_image_processor = diffusion_image_processor(source.config.diffusion_config)
     return processor
 
 
-def build_model(arguments: ModelArguments, adapters: AdapterArguments) -> SDLlavaForConditionalGeneration:
+def build_model(source: ModelSource, adapters: AdapterArguments) -> SDLlavaForConditionalGeneration:
     """The model of a run, with its stage set, and with LoRA in the UNet where only the UNet has LoRA.
 
     Args:
-        arguments: Where the model comes from, what the run changes, and the stage.
+        source: Where the model comes from, what the run changes, and the stage.
         adapters: Ranks and scales. SFTTrainer adds LoRA on the language model; see
             [`~sdllava.train.adapters.language_lora`].
 
     Raises:
         ValueError: A checkpoint does not fit what the run changes, LoRA or 4 bits need another kind of checkpoint, or
             the run sets 4 bits without LoRA.
-        FileNotFoundError: The checkpoint does not exist.
     """
-    kind = _source_kind(arguments)
-    _check_adapters(arguments, adapters, kind)
-    model = _load_in_4bit(arguments) if adapters.load_in_4bit else _load(arguments, kind)
+    arguments = source.arguments
+    _check_adapters(source, adapters)
+    model = _load_in_4bit(source) if adapters.load_in_4bit else _load(source)
     if arguments.attn_implementation:
         model.model.language_model.set_attn_implementation(arguments.attn_implementation)
     if not adapters.load_in_4bit:
@@ -96,7 +133,8 @@ def hold_vae_in_float32(model: SDLlavaForConditionalGeneration) -> None:
             module.register_buffer(name, parameter.data)
 
 
-def _check_adapters(arguments: ModelArguments, adapters: AdapterArguments, kind: str) -> None:
+def _check_adapters(source: ModelSource, adapters: AdapterArguments) -> None:
+    arguments, kind = source.arguments, source.kind
     if adapters.lora_r and kind == "llava":
         raise ValueError(
             f"lora_r={adapters.lora_r} saves an adapter, which needs an SDLlava checkpoint as its base. Convert "
@@ -116,46 +154,13 @@ def _check_adapters(arguments: ModelArguments, adapters: AdapterArguments, kind:
         )
 
 
-def _source_kind(arguments: ModelArguments) -> str:
-    """Where the model comes from: "parts", "adapter", "sdllava" or "llava"."""
-    if arguments.init_from is None:
-        if arguments.language_model is None:
-            raise ValueError("No model to train. Give init_from, or language_model with diffusion or vision.")
-        return "parts"
-    if is_adapter(arguments.init_from):
-        return "adapter"
-    try:
-        config = AutoConfig.from_pretrained(**split_revision(arguments.init_from), trust_remote_code=False)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"Checkpoint {arguments.init_from!r} (init_from) does not exist. Train its stage first, or give a folder, "
-            "a repository or repository@revision."
-        ) from error
-    if config.model_type not in ("sdllava", "llava"):
-        raise ValueError(
-            f"init_from={arguments.init_from!r} is a {config.model_type!r} model. Use an SDLlava or a LLaVA checkpoint."
-        )
-    return config.model_type
-
-
-def _parts(arguments: ModelArguments) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("diffusion", "vision", "language_model")}
-
-
-def _load(arguments: ModelArguments, kind: str) -> SDLlavaForConditionalGeneration:
-    dtype = getattr(torch, arguments.dtype)
-    if kind == "parts":
-        return SDLlavaForConditionalGeneration.from_component_pretrained(
-            **_parts(arguments), dtype=dtype, **arguments.overrides()
-        )
-    source = str(arguments.init_from)
-    if kind == "llava":
-        return SDLlavaForConditionalGeneration.from_llava_pretrained(
-            source, arguments.diffusion, dtype=dtype, **arguments.overrides()
-        )
-    if kind == "adapter":
-        return load_merged(source).to(dtype)
-    return _load_checkpoint(arguments, dtype=dtype)
+def _load(source: ModelSource) -> SDLlavaForConditionalGeneration:
+    dtype = getattr(torch, source.arguments.dtype)
+    if source.parts is not None:
+        return SDLlavaForConditionalGeneration.from_parts(source.parts, dtype)
+    if source.kind == "adapter":
+        return load_merged(str(source.arguments.init_from)).to(dtype)
+    return _load_checkpoint(source, dtype=dtype)
 
 
 def apply_overrides(config: SDLlavaConfig, arguments: ModelArguments) -> SDLlavaConfig:
@@ -187,17 +192,16 @@ def apply_overrides(config: SDLlavaConfig, arguments: ModelArguments) -> SDLlava
     return config
 
 
-def _load_checkpoint(arguments: ModelArguments, **options: Any) -> SDLlavaForConditionalGeneration:
-    where = split_revision(str(arguments.init_from))
-    config = apply_overrides(SDLlavaConfig.from_pretrained(**where), arguments)
+def _load_checkpoint(source: ModelSource, **options: Any) -> SDLlavaForConditionalGeneration:
+    init_from = str(source.arguments.init_from)
     model, info = SDLlavaForConditionalGeneration.from_pretrained(
-        config=config, output_loading_info=True, **where, **options
+        config=source.config, output_loading_info=True, **split_revision(init_from), **options
     )
     missing = sorted(info["missing_keys"])
     lost = [name for name in missing if not name.startswith(NEW_PARTS)]
     if lost:
         raise ValueError(
-            f"init_from={arguments.init_from!r} lacks weights that the run needs ({lost[0]} and {len(lost) - 1} more). "
+            f"init_from={init_from!r} lacks weights that the run needs ({lost[0]} and {len(lost) - 1} more). "
             "A checkpoint holds the diffusion model only up to its last tap: assemble the model from its parts again."
         )
     if missing:
@@ -205,7 +209,7 @@ def _load_checkpoint(arguments: ModelArguments, **options: Any) -> SDLlavaForCon
     return model
 
 
-def _load_in_4bit(arguments: ModelArguments) -> SDLlavaForConditionalGeneration:
+def _load_in_4bit(source: ModelSource) -> SDLlavaForConditionalGeneration:
     if find_spec("bitsandbytes") is None:
         raise ImportError('load_in_4bit needs bitsandbytes. Install it with: pip install "sdllava[quantize]"')
     quantization = BitsAndBytesConfig(
@@ -215,4 +219,4 @@ def _load_in_4bit(arguments: ModelArguments) -> SDLlavaForConditionalGeneration:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["lm_head", r"model\.(?!language_model\.)[^.]+"],  # all but the language model
     )
-    return _load_checkpoint(arguments, quantization_config=quantization, dtype=torch.bfloat16)
+    return _load_checkpoint(source, quantization_config=quantization, dtype=torch.bfloat16)

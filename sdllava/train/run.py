@@ -19,7 +19,14 @@ from ..registration import register
 from ..run_records import begin_run, locked
 from .adapters import language_lora
 from .arguments import AdapterArguments, DataArguments, ModelArguments
-from .build import build_model, build_processor, hold_trained_in_float32, hold_vae_in_float32
+from .build import (
+    ModelSource,
+    build_model,
+    build_processor,
+    hold_trained_in_float32,
+    hold_vae_in_float32,
+    read_source,
+)
 from .cache import FeatureCache
 from .cache_writer import cache_record, write_cache
 from .callbacks import TrainingRecordCallback
@@ -62,7 +69,8 @@ def train(arguments: Sequence[str]) -> None:
     """
     register()
     run = parse_run(arguments)
-    collator = build_collator(run, build_processor(run.model))
+    source = read_source(run.model)
+    collator = build_collator(run, build_processor(source))
     train_data = load_sources(run, run.data.datasets)
     if run.data.check_data:
         report = check_data(train_data if run.data.streaming else in_batches(train_data), collator)
@@ -78,7 +86,7 @@ def train(arguments: Sequence[str]) -> None:
         require_supervision(train_data.take(100) if run.data.streaming else in_batches(train_data), collator)
     with locked(run.training.output_dir, run.training.process_index):
         checkpoint = checkpoint_to_resume(run)
-        trainer = build_trainer(run, collator, train_data)
+        trainer = build_trainer(run, source, collator, train_data)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_final_model()
 
@@ -102,12 +110,13 @@ def cache(arguments: Sequence[str], folder: str, kind: str, dtype: str, batch_si
     """
     register()
     run = parse_run(arguments)
-    collator = build_collator(run, build_processor(run.model))
+    source = read_source(run.model)
+    collator = build_collator(run, build_processor(source))
     rows = load_sources(run, run.data.datasets)
     require_image_files(run, collator, rows)
     process, num_processes = run.training.process_index, run.training.world_size
     with locked(folder, process):
-        model = build_model(run.model, run.adapter).to(run.training.device).eval()
+        model = build_model(source, run.adapter).to(run.training.device).eval()
         return write_cache(model, collator, rows, folder, kind, dtype, batch_size, process, num_processes)
 
 
@@ -178,7 +187,7 @@ def require_image_files(run: RunArguments, collator: SDLlavaCollator, data: "Dat
 
 
 def build_trainer(
-    run: RunArguments, collator: SDLlavaCollator, train_data: "Dataset | IterableDataset"
+    run: RunArguments, source: ModelSource, collator: SDLlavaCollator, train_data: "Dataset | IterableDataset"
 ) -> SDLlavaTrainer:
     """Build the model of a run, check its cache, and build its trainer.
 
@@ -188,7 +197,7 @@ def build_trainer(
     """
     set_seed(run.training.seed)
     with outside_zero_init(run.training):
-        model = build_model(run.model, run.adapter)
+        model = build_model(source, run.adapter)
     if "gradient_checkpointing" not in run.chosen:
         run.training.gradient_checkpointing = recomputes_activations(model)
     adapter = language_lora(model, run.adapter, run.model)
