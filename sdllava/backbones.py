@@ -11,7 +11,7 @@ from .backbone import DiffusionBackbone, PublishedDiffusion
 from .checkpoint_files import FIELD_ERRORS, CheckpointError, part_reported, unexpected_reported
 from .deepfloyd_if import DeepFloydIFBackbone
 from .diffusion_configuration import SDLlavaDiffusionConfig
-from .families import find_family, is_deepfloyd_if, transformer_family
+from .families import find_family
 from .flux import FluxBackbone
 from .pixart import PixArtBackbone
 from .repositories import read_json
@@ -79,7 +79,7 @@ def read_whole(diffusion: str, image_size: int | None = None, max_image_size: in
         size = image_size or min(native, max_image_size or native)
         taps = [tap.name for tap in family.list_taps(parts, size // family.latent_scale(parts))]
         last = [tap for tap in taps if tap.endswith(("Cross-Q", "Joint-Q"))][-1:] or taps[-1:]
-        fields = {"use_t5": False} if family.name == "stable_diffusion_3" and len(tokenizers) < 3 else {}
+        fields = {"use_t5": False} if family.can_leave_out_t5 and len(tokenizers) < 3 else {}
         config = SDLlavaDiffusionConfig(**parts, **fields, truncate=False, taps=last, image_size=size)
         return PublishedDiffusion(diffusion, config, tokenizers)
 
@@ -95,11 +95,8 @@ def _read_part_configs(diffusion: str) -> tuple[dict[str, Any], list[PreTrainedT
 
 
 def _published_family(diffusion: str) -> type[DiffusionBackbone]:
-    transformer = read_json(diffusion, "transformer/config.json")
-    if transformer is not None:
-        return BACKBONES[transformer_family(transformer).name]
-    unet = read_json(diffusion, "unet/config.json")
-    return DeepFloydIFBackbone if unet is not None and is_deepfloyd_if(unet) else StableDiffusionBackbone
+    files = {f"{part}_config": read_json(diffusion, f"{part}/config.json") for part in ("transformer", "unet")}
+    return BACKBONES[find_family(files).name]
 
 
 def load_backbone(diffusion: str, config: SDLlavaDiffusionConfig, dtype: torch.dtype) -> DiffusionBackbone:

@@ -192,10 +192,12 @@ class SDLlavaDiffusionConfig(VersionedConfig):
             )
 
     def _check_t5(self) -> None:
-        family = self.family.name
-        if not self.use_t5 and family != "stable_diffusion_3":
-            raise ValueError(f"use_t5=False only fits Stable Diffusion 3, not the family {family!r}. Leave it out.")
-        if self.use_t5 and family == "stable_diffusion_3" and self.text_encoder_3_config is None:
+        family = self.family
+        if not self.use_t5 and not family.can_leave_out_t5:
+            raise ValueError(
+                f"use_t5=False only fits Stable Diffusion 3, not the family {family.name!r}. Leave it out."
+            )
+        if self.use_t5 and family.can_leave_out_t5 and self.text_encoder_3_config is None:
             raise ValueError(
                 "text_encoder_3_config=None: this Stable Diffusion 3 has no T5 encoder. Set use_t5=False to use it "
                 "without, or give a repository that has text_encoder_3 and tokenizer_3."

@@ -1,7 +1,7 @@
 """What a configuration needs to know of each diffusion family, computed from the published configurations of its parts.
 
-To add a family, describe it here (no torch is imported), write its backbone in a module of its own, and name that in
-`backbones.py`. Nothing else asks which model a tower holds.
+To add a family, describe it here (no torch is imported), add it to `FAMILIES`, write its backbone in a module of its
+own, and name that in `backbones.py`. Nothing else asks which model a tower holds.
 """
 
 from abc import ABC, abstractmethod
@@ -28,6 +28,15 @@ class DiffusionFamily(ABC):
     """Folders of the published tokenizers, in the order of `diffusion_input_ids`, `diffusion_input_ids_2`, `_3`."""
     prompt_tokenizers: ClassVar[tuple[int, ...]] = (0,)
     """Which of them make the tokens that the denoiser attends to, in their order."""
+    transformer_classes: ClassVar[tuple[str, ...]] = ()
+    """Class names in the published configuration of the transformer."""
+    can_leave_out_t5: ClassVar[bool] = False
+    """Whether the third text encoder is optional."""
+
+    @classmethod
+    def matches(cls, parts: PartConfigs) -> bool:
+        """Whether the configurations of parts are of this family."""
+        return (parts.get("transformer_config") or {}).get("_class_name") in cls.transformer_classes
 
     @abstractmethod
     def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
@@ -119,6 +128,11 @@ class StableDiffusion(LatentDiffusion):
     }
     """The part of stabilityai/stable-diffusion-2-1-base's configurations that differs from the libraries' defaults."""
 
+    @classmethod
+    def matches(cls, parts: PartConfigs) -> bool:
+        """Whether there is no transformer; other families with a UNet come first."""
+        return parts.get("transformer_config") is None
+
     def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
         """Every place where the UNet can be read, in the order of its forward pass."""
         return list_taps(_part(parts, "unet_config"), latent_size)
@@ -143,6 +157,11 @@ class StableDiffusionXL(StableDiffusion):
     default_tap = "U-L0-R0-B7-Out"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
 
+    @classmethod
+    def matches(cls, parts: PartConfigs) -> bool:
+        """Whether a UNet has two text encoders."""
+        return super().matches(parts) and parts.get("text_encoder_2_config") is not None
+
 
 class DeepFloydIF(DiffusionFamily):
     """DeepFloyd IF, stage I: a UNet on images of 64 pixels, whose self-attention also has keys of T5's text."""
@@ -151,6 +170,11 @@ class DeepFloydIF(DiffusionFamily):
     default_tap = "U-L1-R1-B0-Cross-Q"
     default_image_size = 64
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+
+    @classmethod
+    def matches(cls, parts: PartConfigs) -> bool:
+        """Whether the UNet pools the prompt itself."""
+        return (parts.get("unet_config") or {}).get("addition_embed_type") == "text"
 
     def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
         """Every place where the UNet can be read, in the order of its forward pass."""
@@ -183,6 +207,7 @@ class PixArt(LatentDiffusion):
     name = "pixart"
     default_tap = "T-B14-Cross-Q"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    transformer_classes = ("PixArtTransformer2DModel", "Transformer2DModel")  # older repositories: the general class
 
     def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
         """Every place where the transformer can be read, in the order of its forward pass."""
@@ -212,6 +237,8 @@ class StableDiffusion3(LatentDiffusion):
     default_tap = "T-B9-Norm"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
     prompt_tokenizers: ClassVar[tuple[int, ...]] = (0, 2)
+    transformer_classes = ("SD3Transformer2DModel",)
+    can_leave_out_t5 = True
 
     def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
         """Every place where the transformer can be read, in the order of its forward pass."""
@@ -245,6 +272,7 @@ class Flux(LatentDiffusion):
     default_tap = "T-B28-Norm"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
     prompt_tokenizers: ClassVar[tuple[int, ...]] = (1,)
+    transformer_classes = ("FluxTransformer2DModel",)
 
     def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:
         """Every place where the transformer can be read, in the order of its forward pass."""
@@ -267,13 +295,15 @@ class Flux(LatentDiffusion):
         return 2 * self.latent_scale(parts)
 
 
-TRANSFORMERS: dict[str, type[DiffusionFamily]] = {
-    "PixArtTransformer2DModel": PixArt,
-    "Transformer2DModel": PixArt,
-    "SD3Transformer2DModel": StableDiffusion3,
-    "FluxTransformer2DModel": Flux,
-}
-"""Families by the class of their published transformer; older PixArt repositories name the general class."""
+FAMILIES: tuple[type[DiffusionFamily], ...] = (
+    PixArt,
+    StableDiffusion3,
+    Flux,
+    DeepFloydIF,
+    StableDiffusionXL,
+    StableDiffusion,
+)
+"""The families; the first that matches is meant."""
 
 
 def find_family(parts: PartConfigs) -> DiffusionFamily:
@@ -282,28 +312,12 @@ def find_family(parts: PartConfigs) -> DiffusionFamily:
     Raises:
         ValueError: The transformer's class is not supported.
     """
-    if (transformer := parts.get("transformer_config")) is not None:
-        return transformer_family(transformer)()
-    if is_deepfloyd_if(parts.get("unet_config") or {}):
-        return DeepFloydIF()
-    return StableDiffusion() if parts.get("text_encoder_2_config") is None else StableDiffusionXL()
-
-
-def transformer_family(transformer_config: Mapping[str, Any]) -> type[DiffusionFamily]:
-    """The family of a published transformer.
-
-    Raises:
-        ValueError: Its class is not supported.
-    """
-    name = transformer_config.get("_class_name")
-    if name not in TRANSFORMERS:
-        raise ValueError(f"The diffusion transformer {name!r} is not supported. Use one of {', '.join(TRANSFORMERS)}.")
-    return TRANSFORMERS[name]
-
-
-def is_deepfloyd_if(unet_config: Mapping[str, Any]) -> bool:
-    """Whether a UNet's configuration is that of DeepFloyd IF, which pools the prompt inside the UNet."""
-    return unet_config.get("addition_embed_type") == "text"
+    for family in FAMILIES:
+        if family.matches(parts):
+            return family()
+    name = (parts["transformer_config"] or {}).get("_class_name")
+    known = ", ".join(name for family in FAMILIES for name in family.transformer_classes)
+    raise ValueError(f"The diffusion transformer {name!r} is not supported. Use one of {known}.")
 
 
 def is_tiny_vae(vae_config: Mapping[str, Any]) -> bool:
