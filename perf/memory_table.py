@@ -22,7 +22,7 @@ from sdllava import SDLlavaConfig, SDLlavaDiffusionConfig, SDLlavaForConditional
 from sdllava.presets import PRESETS
 from sdllava.train.activations import peak_activations
 from sdllava.train.adapters import inject_unet_lora, language_lora
-from sdllava.train.arguments import DIFFUSION_FIELDS, MODEL_FIELDS, AdapterArguments, ModelArguments
+from sdllava.train.arguments import DIFFUSION_FIELDS, MODEL_FIELDS, AdapterArguments
 from sdllava.train.build import hold_trained_in_float32
 from sdllava.train.memory import state_bytes
 from sdllava.train.recipe_loading import find_recipe, load_recipe
@@ -140,8 +140,7 @@ def build(name: str, way: Way, text_config: PreTrainedConfig) -> Any:
         if way.lora:
             rank = load_recipe(find_recipe("own-data/lora"))["lora_r"]
             unet = {key: values[key] for key in ("unet_lora_r", "unet_lora_alpha") if key in values}
-            run = ModelArguments(stage="finetune", init_from=name)
-            adapter = language_lora(model, AdapterArguments(lora_r=rank, **unet), run)
+            adapter = language_lora(model, AdapterArguments(lora_r=rank, **unet))
             assert adapter is not None  # the rank is not 0
             model = get_peft_model(model, adapter)
         elif "unet_lora_r" in values:

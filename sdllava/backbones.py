@@ -79,7 +79,7 @@ def read_whole(diffusion: str, image_size: int | None = None, max_image_size: in
         size = image_size or min(native, max_image_size or native)
         taps = [tap.name for tap in family.list_taps(parts, size // family.latent_scale(parts))]
         last = [tap for tap in taps if tap.endswith(("Cross-Q", "Joint-Q"))][-1:] or taps[-1:]
-        fields = {"use_t5": False} if family.can_leave_out_t5 and len(tokenizers) < 3 else {}
+        fields = {"use_t5": False} if family.can_leave_out_t5 and len(tokenizers) < len(family.tokenizers) else {}
         config = SDLlavaDiffusionConfig(**parts, **fields, truncate=False, taps=last, image_size=size)
         return PublishedDiffusion(diffusion, config, tokenizers)
 

@@ -7,12 +7,13 @@ that the checkpoint records.
 import copy
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from typing import Any, ClassVar, Concatenate
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .backbones import load_backbone
@@ -33,12 +34,16 @@ _NOT_QUANTIZED = [
 ]
 
 
+PushFolder = Callable[Concatenate[str, str, ...], Any]
+"""Pushes a folder to a repository: (folder, repository id, options)."""
+
+
 class CheckpointMixin:
     """Saves the code next to the weights, reads weights as safetensors only, and re-freezes the frozen modules."""
 
-    push_hook: ClassVar[Callable[Concatenate[Any, str, ...], Any] | None] = None
-    """Pushes a model to the Hub with a model card: (model, repository id, options). Set by `registration.register`,
-    since the code that travels with a checkpoint cannot write cards."""
+    push_folder: ClassVar[PushFolder | None] = None
+    """Pushes a saved model to the Hub with a model card. Set by `registration.register`, since the code that travels
+    with a checkpoint cannot write cards."""
 
     def freeze(self) -> None:
         """Stop gradients to what never trains by default; loading resets `requires_grad` to True."""
@@ -50,10 +55,13 @@ class CheckpointMixin:
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.push_to_hub`, with the code and, where `sdllava` is installed, a model card."""
-        push = type(self).push_hook
+        push = type(self).push_folder
         if push is None:
             return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]  # a mixin's base
-        return push(self, repo_id, *args, **kwargs)
+        saved = {name: kwargs.pop(name) for name in ("max_shard_size", "bundle_frozen") if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **saved)
+            return push(folder, repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,14 +106,19 @@ class CheckpointMixin:
         """Compare the headers of the weights with the configuration, and with the model that it describes."""
         found = check_files(source, options)
         kind: Any = cls.config_class  # type: ignore[attr-defined]  # of PreTrainedModel
-        if found is None or options.get("config") is not None or options.keys() & kind.__dataclass_fields__.keys():
+        own_fields = kind.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        if found is None or options.keys() & own_fields:
             return
         fields, shapes = found
         if fields.get("model_type") != kind.model_type or "quantization_config" in fields:
             return
         with damage_reported(source, "the model's configuration"), torch.device("meta"), no_init_weights():
-            built: Any = cls(kind.from_dict(fields))  # type: ignore[call-arg]  # of PreTrainedModel
+            saved = kind.from_dict(fields)
+            config = copy.deepcopy(options.get("config") or saved)
+            built: Any = cls(config)  # type: ignore[call-arg]  # of PreTrainedModel
         compare_shapes(source, {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, shapes)
+        if config.to_diff_dict() != saved.to_diff_dict():
+            return  # a run may add parts, which the checkpoint lacks
         needed = built.state_dict().keys() - (built.all_tied_weights_keys or {}).keys() - shapes.keys()
         if lacking := sorted(name for name in needed if not _FROZEN.search(name)):
             raise CheckpointError.of(source, f"it lacks {len(lacking)} weights, {lacking[0]!r} first")

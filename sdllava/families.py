@@ -159,8 +159,8 @@ class StableDiffusionXL(StableDiffusion):
 
     @classmethod
     def matches(cls, parts: PartConfigs) -> bool:
-        """Whether a UNet has two text encoders."""
-        return super().matches(parts) and parts.get("text_encoder_2_config") is not None
+        """Whether the UNet takes time ids and a pooled prompt."""
+        return (parts.get("unet_config") or {}).get("addition_embed_type") == "text_time"
 
 
 class DeepFloydIF(DiffusionFamily):

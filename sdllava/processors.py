@@ -1,6 +1,7 @@
 """The processor: images for both encoders, text with placeholders, and the question for the diffusion model."""
 
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Concatenate
@@ -60,8 +61,8 @@ class SDLlavaProcessor(ProcessorMixin):
     """
 
     get_attributes = _PartNames()
-    push_hook: ClassVar[Callable[Concatenate[Any, str, ...], Any] | None] = None
-    """Pushes a processor to the Hub with the code: (processor, repository id, options). Set by
+    push_files: ClassVar[Callable[Concatenate[str, str, ...], Any] | None] = None
+    """Pushes the files of a saved processor to the Hub: (folder, repository id, options). Set by
     `registration.register`."""
 
     def __init__(
@@ -171,10 +172,12 @@ class SDLlavaProcessor(ProcessorMixin):
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """As `ProcessorMixin.push_to_hub`, in one commit with the code where `sdllava` is installed."""
-        push = type(self).push_hook
+        push = type(self).push_files
         if push is None:
             return super().push_to_hub(repo_id, *args, **kwargs)
-        return push(self, repo_id, *args, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(folder, repo_id, *args, **{"commit_message": "Upload processor", **kwargs})
 
     @property
     def model_input_names(self) -> list[str]:

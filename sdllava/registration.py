@@ -20,7 +20,7 @@ def register() -> None:
 
     from .configuration import SDLlavaConfig, SDLlavaDiffusionConfig
     from .diffusion import SDLlavaDiffusionModel
-    from .hub.push import push_model, push_processor
+    from .hub.push import push_files, push_folder
     from .image_model import SDLlavaPreTrainedModel
     from .modeling_sdllava import SDLlavaForConditionalGeneration, SDLlavaModel
     from .processors import SDLlavaProcessor
@@ -32,8 +32,8 @@ def register() -> None:
     for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForVisualQuestionAnswering):
         auto.register(SDLlavaConfig, SDLlavaForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(SDLlavaConfig, SDLlavaProcessor, exist_ok=True)
-    SDLlavaPreTrainedModel.push_hook = staticmethod(push_model)
-    SDLlavaProcessor.push_hook = staticmethod(push_processor)
+    SDLlavaPreTrainedModel.push_folder = staticmethod(push_folder)
+    SDLlavaProcessor.push_files = staticmethod(push_files)
     _register_pipeline()
     SDLlavaConfig.pipeline_is_registered = True
 

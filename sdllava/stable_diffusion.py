@@ -16,6 +16,7 @@ from transformers import (
 
 from .backbone import Prompts, dtype_of
 from .diffusion_configuration import SDLlavaDiffusionConfig
+from .families import find_family
 from .hooked_backbone import as_dict, published
 from .latent_backbone import LatentBackbone
 from .noise import ddpm_rates
@@ -48,9 +49,9 @@ class StableDiffusionBackbone(LatentBackbone):
             unet = UNet2DConditionModel.load_config(subfolder="unet", **where)
             vae = AutoencoderKL.load_config(subfolder="vae", **where)
             scheduler = DDPMScheduler.load_config(subfolder="scheduler", **where)
-            is_xl = unet.get("addition_embed_type") == "text_time"
-            suffixes = ["", "_2"] if is_xl else [""]
-            encoders, tokenizers = zip(*(read_clip(where, number) for number in suffixes), strict=True)
+            names = find_family({"unet_config": unet}).tokenizers
+            read = [read_clip(where, name.removeprefix("tokenizer")) for name in names]
+            encoders, tokenizers = zip(*read, strict=True)
         except (OSError, HFValidationError) as error:
             raise missing(source, "diffusion model", error) from error
         _check_parts(unet, vae, encoders, tokenizers)
@@ -60,9 +61,9 @@ class StableDiffusionBackbone(LatentBackbone):
             "vae_config": published(vae),
             "scheduler_config": published(scheduler),
             "text_encoder_config": encoders[0].to_diff_dict(),
-            "text_encoder_2_config": encoders[1].to_diff_dict() if is_xl else None,
+            "text_encoder_2_config": encoders[1].to_diff_dict() if len(encoders) > 1 else None,
             "null_input_ids": empty[0],
-            "null_input_ids_2": empty[1] if is_xl else None,
+            "null_input_ids_2": empty[1] if len(empty) > 1 else None,
         }
         return parts, list(tokenizers)
 

@@ -3,12 +3,14 @@
 import copy
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,6 +22,7 @@ from transformers import (
 
 import sdllava
 from sdllava import SDLlavaConfig, SDLlavaDiffusionModel, SDLlavaForConditionalGeneration, SDLlavaProcessor
+from sdllava.checkpoint_files import CheckpointError
 from sdllava.train.adapters import load_merged
 from sdllava.version import CONFIGURATION_VERSION, __version__
 
@@ -228,3 +231,22 @@ def test_assembly_records_where_parts_come_from_but_no_path(published, tmp_path)
     ).config
     assert config.components == {"diffusion": {"license": "openrail++"}, "vision": {}, "language_model": {}}
     assert not any(str(path) in config.to_json_string() for path in (tmp_path, *published.values()))
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        SDLlavaForConditionalGeneration.from_pretrained,
+        partial(SDLlavaForConditionalGeneration.from_pretrained, dtype="bfloat16"),
+        AutoModelForImageTextToText.from_pretrained,
+        lambda folder: pipeline("visual-question-answering", model=str(folder)),
+    ],
+    ids=["class", "dtype", "auto", "pipeline"],
+)
+def test_a_weight_that_is_missing_is_never_made_up(checkpoint, load):
+    file, name = checkpoint / "model.safetensors", "model.multi_modal_projector.linear_1.weight"
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises((CheckpointError, ValueError), match=f"it lacks 1 weights, '{name}' first"):
+        load(checkpoint)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from train_fixtures import command, losses, model_arguments, weights
 
 from sdllava.data.sources import DataSource, load_data
-from sdllava.train.arguments import AdapterArguments, ModelArguments
+from sdllava.train.arguments import ModelArguments
 from sdllava.train.build import build_model, build_processor, read_source
 from sdllava.train.cache import RECORD, FeatureCache, begin_cache, cache_kind, image_key, write_shards
 from sdllava.train.cache_writer import _earlier_fingerprint, write_cache
@@ -38,7 +38,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def model(work):
     """The model of `command`; tests change it only within themselves."""
-    model = build_model(read_source(ModelArguments(init_from=str(work / "trained"))), AdapterArguments())
+    model = build_model(read_source(ModelArguments(init_from=str(work / "trained"))))
     torch.nn.init.normal_(model.model.fusion.out_proj.weight)  # so that the diffusion features reach the answer
     return model.eval()
 
@@ -126,7 +126,7 @@ def test_a_sample_that_the_cache_left_out_is_bad_in_training(work, tmp_path, cap
     data.write_text(json.dumps(samples))
     arguments = model_arguments(work, vision=None, fusion_num_attention_heads=None)
     source = read_source(arguments)
-    model, processor = build_model(source, AdapterArguments()), build_processor(source)
+    model, processor = build_model(source), build_processor(source)
     rows = load_data([DataSource(str(data))])
     plain = SDLlavaCollator(processor, skip_bad_samples=True, fixed_noise=True)
     assert write_cache(model, plain, rows, tmp_path, "latents", "float32", 8) == 3

@@ -16,7 +16,7 @@ from sdllava.data.sources import DataSource, load_data
 from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
 from sdllava.processors import SDLlavaProcessor
 from sdllava.train.__main__ import main
-from sdllava.train.arguments import AdapterArguments, ModelArguments
+from sdllava.train.arguments import ModelArguments
 from sdllava.train.build import build_model, build_processor, read_source
 from sdllava.train.collator import SDLlavaCollator
 from sdllava.train.run import cache, train
@@ -109,7 +109,7 @@ def test_a_llava_is_a_starting_point(published, work):
     fields = {"image_size": 64, "grid_size": 4, "fusion_num_attention_heads": 4, "taps": ["U-L1-R1-B0-Cross-Q"]}
     arguments = ModelArguments(init_from=str(published["llava"]), diffusion=str(work / "sd2"), **fields)
     source = read_source(arguments)
-    model, processor = build_model(source, AdapterArguments()), build_processor(source)
+    model, processor = build_model(source), build_processor(source)
     assert model.config.fusion == "cross_attention"
     assert processor.num_image_tokens == model.config.num_image_tokens
     assert "generation" in processor.chat_template
@@ -127,7 +127,7 @@ def test_a_llava_trains(published, work):
 def test_a_run_sets_fields_of_the_configurations(work):
     """Those that this package's own recipes leave at their defaults, too."""
     fields = {"vae_in_fp32": False, "vision_feature_layer": [-3], "projector_hidden_act": "relu"}
-    model = build_model(read_source(model_arguments(work, dtype="bfloat16", **fields)), AdapterArguments())
+    model = build_model(read_source(model_arguments(work, dtype="bfloat16", **fields)))
     assert model.model.diffusion_tower.vae.dtype == torch.bfloat16
     assert model.config.vision_feature_layer == [-3]
     assert model.config.projector_hidden_act == "relu"

@@ -80,7 +80,7 @@ def test_two_processes_equal_one(work, data, base):
 def test_checkpointed_gradients_equal_plain_ones(work, data):
     """Also where gradients pass through the UNet and its taps."""
     arguments = model_arguments(work, fusion="concat", fusion_num_attention_heads=None, guidance_scales=[1.0])
-    model = build_model(read_source(arguments), AdapterArguments(unet_lora_r=2, lora_dropout=0.0)).train()
+    model = build_model(read_source(arguments, AdapterArguments(unet_lora_r=2, lora_dropout=0.0))).train()
     batch = batch_for(arguments, data)
     found = []
     for checkpointing in (False, True):
@@ -158,7 +158,7 @@ def test_align_leaves_all_but_projector_and_fusion_bitwise_unchanged(work):
 
 def test_frozen_parts_hold_no_gradient_and_are_counted(work, data):
     arguments = ModelArguments(init_from=str(work / "trained"), stage="align")
-    model = build_model(read_source(arguments), AdapterArguments()).train()
+    model = build_model(read_source(arguments)).train()
     model(**batch_for(arguments, data)).loss.backward()
     for name, parameter in model.named_parameters():
         is_trained = name.startswith(("model.fusion.", "model.multi_modal_projector."))
@@ -220,7 +220,7 @@ def in_double(batch: dict) -> dict:
 
 def test_lora_gradient_through_the_unet(work, data):
     arguments = model_arguments(work, grid_size=8, guidance_scales=[1.0])
-    model = randomised(build_model(read_source(arguments), AdapterArguments(unet_lora_r=2, lora_dropout=0.0)))
+    model = randomised(build_model(read_source(arguments, AdapterArguments(unet_lora_r=2, lora_dropout=0.0))))
     adapted, trained = set(), set()
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -248,7 +248,7 @@ def test_lora_gradient_through_the_unet(work, data):
 
 def test_implicit_captioner_gradient_through_the_unet(work, data):
     arguments = model_arguments(work, grid_size=8, guidance_scales=[1.0], fusion="none", implicit_caption_tokens=2)
-    model = randomised(build_model(read_source(arguments), AdapterArguments()))
+    model = randomised(build_model(read_source(arguments)))
     batch = in_double(batch_for(arguments, data))
     for parameter in (model.model.implicit_captioner.linear_1.weight, model.model.implicit_captioner.linear_2.weight):
         finite_difference_check(model, parameter, batch)
@@ -259,6 +259,6 @@ def test_implicit_captioner_gradient_through_the_unet(work, data):
 
 def test_unet_lora_without_a_tower_raises(work):
     arguments = ModelArguments(vision=str(work / "clip"), language_model=str(work / "lm"))
-    model = build_model(read_source(arguments), AdapterArguments())
+    model = build_model(read_source(arguments))
     with pytest.raises(ValueError, match="needs a diffusion tower"):
         inject_unet_lora(model, 2, 4)

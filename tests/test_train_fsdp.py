@@ -24,7 +24,6 @@ from train_fixtures import model_arguments
 from sdllava import SDLlavaForConditionalGeneration
 from sdllava.data.sources import DataSource, load_data
 from sdllava.evaluation.processes import process_state
-from sdllava.train.arguments import AdapterArguments
 from sdllava.train.build import build_model, build_processor, read_source
 from sdllava.train.collator import SDLlavaCollator
 
@@ -39,7 +38,7 @@ def train(work: Path, name: str, killed_after: int | None = None) -> None:
     state = process_state()
     arguments = model_arguments(work)
     torch.manual_seed(0)
-    model = build_model(read_source(arguments), AdapterArguments()).train()
+    model = build_model(read_source(arguments)).train()
     if state.num_processes > 1:
         mesh = init_device_mesh("cpu", (state.num_processes,))
         for layer in model.model.language_model.layers:
@@ -64,7 +63,7 @@ def train(work: Path, name: str, killed_after: int | None = None) -> None:
             die()
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if state.is_main_process:
-        model = build_model(read_source(arguments), AdapterArguments())
+        model = build_model(read_source(arguments))
         model.load_state_dict(whole)
         model.save_pretrained(work / name)
         (work / name / "losses.json").write_text(json.dumps({"first": first, "losses": losses}))

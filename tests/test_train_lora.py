@@ -87,7 +87,7 @@ def test_from_pretrained_takes_an_adapter(lora, unmerged, batch):
 def test_qlora_holds_only_the_language_model_in_4_bits(work, base):
     pytest.importorskip("bitsandbytes")
     arguments = ModelArguments(init_from=str(work / "trained"), dtype="bfloat16")
-    model = build_model(read_source(arguments), AdapterArguments(lora_r=4, load_in_4bit=True))
+    model = build_model(read_source(arguments, AdapterArguments(lora_r=4, load_in_4bit=True)))
     packed = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert len(packed) == 2 * 7
     assert all(".language_model.layers." in name for name in packed)
@@ -121,11 +121,11 @@ def test_lora_only_in_the_unet_ends_in_a_plain_model(work, base, batch):
 
 
 def test_an_adapter_is_a_starting_point(lora, unmerged, batch):
-    model = build_model(read_source(ModelArguments(init_from=lora)), AdapterArguments())
+    model = build_model(read_source(ModelArguments(init_from=lora)))
     torch.testing.assert_close(logits(model, batch), logits(unmerged, batch), atol=1e-5, rtol=1e-5)
     assert all(p.requires_grad for p in model.model.language_model.parameters())
     with pytest.raises(ValueError, match=r"is an adapter, but the run sets \['guidance_scales'\]\. Merge it"):
-        build_model(read_source(ModelArguments(init_from=lora, guidance_scales=[1.0])), AdapterArguments())
+        build_model(read_source(ModelArguments(init_from=lora, guidance_scales=[1.0])))
 
 
 @pytest.mark.slow
@@ -143,15 +143,13 @@ def test_training_continues_from_an_adapter(work, lora):
         ({"init_from": None, "language_model": "lm"}, r"Give one in init_from \(not None\)"),
     ],
 )
-def test_adapters_that_could_not_be_used_raise(work, base, fields, reason):
-    run = ModelArguments(**{"init_from": str(work / "trained"), **fields})
+def test_adapters_that_could_not_be_used_raise(work, fields, reason):
     with pytest.raises(ValueError, match=reason):
-        language_lora(base, AdapterArguments(lora_r=4), run)
+        read_source(ModelArguments(**{"init_from": str(work / "trained"), **fields}), AdapterArguments(lora_r=4))
 
 
-def test_projector_and_fusion_can_stay_as_they_are(work, base):
-    run = ModelArguments(init_from=str(work / "trained"))
-    assert language_lora(base, AdapterArguments(lora_r=4, train_projector=False), run).modules_to_save == []
+def test_projector_and_fusion_can_stay_as_they_are(base):
+    assert language_lora(base, AdapterArguments(lora_r=4, train_projector=False)).modules_to_save == []
 
 
 def test_training_checks_its_adapter(work):
@@ -168,7 +166,7 @@ def test_training_checks_its_adapter(work):
 )
 def test_lora_on_a_llava_raises(published, adapters, reason):
     with pytest.raises(ValueError, match=reason):
-        build_model(read_source(ModelArguments(init_from=str(published["llava"]))), AdapterArguments(**adapters))
+        build_model(read_source(ModelArguments(init_from=str(published["llava"])), AdapterArguments(**adapters)))
 
 
 @pytest.mark.parametrize(
@@ -177,8 +175,11 @@ def test_lora_on_a_llava_raises(published, adapters, reason):
         ({"init_from": "nowhere"}, FileNotFoundError, "Checkpoint 'nowhere' .* does not exist"),
         ({"taps": ["U-L1-R1-B0-Out"]}, ValueError, r"[Ll]acks \d+ frozen weights"),
         ({"fusion": "concat"}, ValueError, "has a projector for 32 channels"),
+        ({"timesteps": [-1]}, ValueError, r"Timestep -1 is outside the training schedule\. Use a value in 0\.\.999"),
+        ({"guidance_scales": [float("nan")]}, ValueError, "must be finite numbers"),
+        ({"spatial_merge_size": 3}, ValueError, "spatial_merge_size=3"),
     ],
 )
 def test_checkpoints_that_do_not_fit_raise(work, fields, error, reason):
     with pytest.raises(error, match=reason):
-        build_model(read_source(ModelArguments(**{"init_from": str(work / "trained"), **fields})), AdapterArguments())
+        build_model(read_source(ModelArguments(**{"init_from": str(work / "trained"), **fields})))

@@ -71,9 +71,13 @@ def learning_rate(budget: Budget, step: int) -> float:
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 on devices that compute in it. On others it is many times slower than float32."""
-    native = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+    """Autocast to bfloat16 on devices that compute in it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(device.type))
+
+
+def computes_in_bfloat16(device: str) -> bool:
+    """Whether a device has units for bfloat16. On others it is many times slower than float32."""
+    return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def scene_numbers(seed: int, step: int, batch_size: int) -> range:

@@ -35,6 +35,7 @@ from sdllava.scenes.world import (
 )
 from sdllava.train.run import train
 
+from .loop import computes_in_bfloat16
 from .stages import RECIPES
 
 WORDS = ("empty", *COLOURS, *SHAPES, *DIRECTIONS, *LETTERS, *STATES, "border", *VIEWPOINTS, "top", "bottom")
@@ -55,7 +56,7 @@ CHAT = (
     ("What language is spoken in Brazil?", "Portuguese is spoken in Brazil."),
     ("Hello!", "Hello! How can I help you today?"),
 )
-"""Questions without an image, one in 24 conversations, so that the language model keeps answering in sentences."""
+"""Questions without an image, one in 16 conversations, so that the language model keeps answering in sentences."""
 
 
 def quadrant_words(scene: Scene) -> torch.Tensor:
@@ -149,13 +150,13 @@ def write_data(folder: Path, scenes: int) -> None:
         scenes: Scenes of stage 2.
     """
     described = scene_dataset("train", scenes // 2, 10, "descriptions")
-    look_ups = scene_dataset("train", scenes // 7, 11, turns=7, patterns=LOOK_UPS)
+    look_ups = scene_dataset("train", scenes // 8, 11, turns=7, patterns=LOOK_UPS)
     questions = scene_dataset("train", scenes, 12, turns=7, patterns=(*PATTERNS, "text", "structure", "position"))
-    rows = [*described.select(range(scenes // 3)), *look_ups]
-    rest = iter(described.select(range(scenes // 3, scenes // 2)))
-    rows += [next(rest, row) if number % 6 == 0 else row for number, row in enumerate(questions)][: scenes - len(rows)]
+    rows = [*described.select(range(scenes // 6)), *look_ups]
+    rest = iter(described.select(range(scenes // 6, scenes // 2)))
+    rows += [next(rest, row) if number % 4 == 0 else row for number, row in enumerate(questions)][: scenes - len(rows)]
     conversations = [{"images": row["images"], "messages": row["messages"]} for row in rows]
-    for place, chat in zip(range(7, len(conversations), 24), itertools.cycle(CHAT), strict=False):
+    for place, chat in zip(range(7, len(conversations), 16), itertools.cycle(CHAT), strict=False):
         conversations[place] = _chat_row(*chat)
     finetune = datasets.Dataset.from_list(conversations, on_mixed_types="use_json")
     with atomic_path(folder / "finetune.parquet") as written:
@@ -192,7 +193,12 @@ def train_smol(folder: str | os.PathLike, scenes: int = 5792, steps: int = 926, 
         write_data(folder, 3 * max_steps)
     output = folder / "finetune"
     if not (output / "adapter_config.json").exists():
-        options = {"init_from": folder / "base", "train_data": folder / "finetune.parquet", "output_dir": output}
+        options: dict[str, Any] = {
+            "init_from": folder / "base",
+            "train_data": folder / "finetune.parquet",
+            "output_dir": output,
+            "bf16": computes_in_bfloat16("cpu"),
+        }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         train(["--config", str(RECIPES / "smol-finetune.yaml"), *words, "--max_steps", str(max_steps)])
     return output

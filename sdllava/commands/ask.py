@@ -100,7 +100,13 @@ def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
     from ..repositories import split_revision
 
     sdllava.register()
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, pipeline
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        pipeline,
+    )
 
     device = check_device(device) if device else default_device()
     weights = dtype.value if dtype else "float32" if device == "cpu" else "bfloat16"
@@ -112,14 +118,10 @@ def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
             f"{path!r} is a model of type {config.model_type!r}, which does not answer questions about images. Use a "
             "checkpoint of this package, or another vision-language model."
         )
-    pipe = pipeline(
-        "visual-question-answering",
-        model=where["pretrained_model_name_or_path"],
-        revision=where.get("revision"),
-        config=config,
-        device=device,
-        dtype=weights,
-    )
+    where["trust_remote_code"] = False
+    model = AutoModelForImageTextToText.from_pretrained(config=config, dtype=weights, **where)
+    processor = AutoProcessor.from_pretrained(**where)
+    pipe = pipeline("visual-question-answering", model=model, processor=processor, device=device)
     if device == "cpu" and pipe.model.num_parameters() < SMALL_MODEL:
         torch.set_num_threads(1)
     return pipe

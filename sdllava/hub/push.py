@@ -294,34 +294,14 @@ def _has_card_by_hand(api: HfApi, repo_id: str, revision: str | None) -> bool:
         return is_by_hand(Path(card).read_text(encoding="utf-8"))
 
 
-def push_model(
-    model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", bundle_frozen: bool = True, **options: Any
-) -> CommitInfo:
-    """Push a model of this package: weights, configuration, generation configuration, code and card.
+def push_files(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitInfo:
+    """Push all files of a folder, without a card, such as those of a processor.
 
     Args:
-        model: The model.
-        repo_id: The repository, `owner/name`.
-        max_shard_size: Option of `save_pretrained`.
-        bundle_frozen: Option of `save_pretrained`.
-        options: Options of [`push_folder`].
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size, bundle_frozen=bundle_frozen)
-        return push_folder(folder, repo_id, **options)
-
-
-def push_processor(processor: Any, repo_id: str, **options: Any) -> CommitInfo:
-    """Push a processor of this package: its files and the code. A card needs a model.
-
-    Args:
-        processor: The processor.
+        folder: The folder.
         repo_id: The repository, `owner/name`.
         options: Options of [`upload`].
     """
-    options.setdefault("commit_message", "Upload processor")
-    with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        root = Path(folder)
-        files: Files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
-        return upload(files, repo_id, **options)
+    root = Path(folder)
+    files: Files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+    return upload(files, repo_id, **options)

@@ -20,7 +20,7 @@ from ..modeling_sdllava import SDLlavaForConditionalGeneration
 from ..processors import SDLlavaProcessor
 from ..registration import register
 from ..repositories import check_adapter
-from .arguments import AdapterArguments, ModelArguments
+from .arguments import AdapterArguments
 
 LANGUAGE_TARGETS = r".*\blanguage_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 UNET_TARGETS = r".*\battn2\.(to_q|to_k|to_v|to_out\.0)"
@@ -28,36 +28,18 @@ UNET_ADAPTER_FILE = "unet_adapter.json"
 SAVED_MODULES = ("multi_modal_projector", "fusion", "implicit_captioner")
 
 
-def language_lora(
-    model: SDLlavaForConditionalGeneration, arguments: AdapterArguments, run: ModelArguments
-) -> LoraConfig | None:
+def language_lora(model: SDLlavaForConditionalGeneration, arguments: AdapterArguments) -> LoraConfig | None:
     """The adapter configuration of a run with LoRA on the language model, for SFTTrainer.
 
     Args:
         model: The model of the run.
         arguments: Ranks and scales.
-        run: Where the model comes from, and its stage.
 
     Returns:
         `LoraConfig | None`: None without LoRA on the language model.
-
-    Raises:
-        ValueError: The stage keeps the language model frozen, or the model is not an unchanged checkpoint that the
-            adapter could name as its base.
     """
     if not arguments.lora_r:
         return None
-    if run.stage != "finetune":
-        raise ValueError(
-            f"lora_r={arguments.lora_r} adapts the language model, which stage {run.stage!r} keeps frozen. Use "
-            "stage: finetune, or lora_r: 0."
-        )
-    if run.init_from is None or is_adapter(run.init_from) or run.overrides():
-        raise ValueError(
-            f"lora_r={arguments.lora_r} saves an adapter, which needs an unchanged SDLlava checkpoint as its base. "
-            f"Give one in init_from (not {run.init_from!r}), and set no field of its configuration "
-            f"({sorted(run.overrides())})."
-        )
     targets = _linear_layers(model, LANGUAGE_TARGETS)
     ranks, scales = {}, {}
     if arguments.unet_lora_r:

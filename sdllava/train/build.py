@@ -30,31 +30,50 @@ class ModelSource:
     Attributes:
         kind: "parts", "llava", "sdllava" (a checkpoint) or "adapter".
         arguments: The arguments of the run's model.
+        adapters: Ranks and scales of LoRA.
         parts: What a model of kind "parts" or "llava" is assembled from.
         config: The checkpoint's configuration as the run sets it; None for the other kinds.
     """
 
     kind: str
     arguments: ModelArguments
+    adapters: AdapterArguments
     parts: Parts | None = None
     config: SDLlavaConfig | None = None
 
 
-def read_source(arguments: ModelArguments) -> ModelSource:
+def read_source(arguments: ModelArguments, adapters: AdapterArguments | None = None) -> ModelSource:
     """Read configurations and tokenizers of a run's model, but no weights.
 
+    Args:
+        arguments: Where the model comes from, what the run changes, and the stage.
+        adapters: Ranks and scales. Default: no LoRA.
+
     Raises:
-        ValueError: The arguments name no model, or one of another architecture, or what the run changes does not fit.
+        ValueError: The arguments name no model, or one of another architecture, what the run changes does not fit,
+            LoRA or 4 bits need another kind of checkpoint, or the run sets 4 bits without LoRA.
         FileNotFoundError: The checkpoint does not exist.
     """
+    adapters = adapters or AdapterArguments()
+    kind, config = _kind_and_config(arguments)
+    _check_adapters(arguments, adapters, kind)
+    parts = None
+    if kind == "parts":
+        names = ("diffusion", "vision", "language_model")
+        parts = read_parts(**{name: getattr(arguments, name) for name in names}, **arguments.overrides())
+    elif kind == "llava":
+        parts = read_llava_parts(str(arguments.init_from), arguments.diffusion, **arguments.overrides())
+    return ModelSource(kind, arguments, adapters, parts, None if config is None else apply_overrides(config, arguments))
+
+
+def _kind_and_config(arguments: ModelArguments) -> tuple[str, SDLlavaConfig | None]:
+    """The kind of a run's model, and the configuration of a checkpoint of this package."""
     if arguments.init_from is None:
         if arguments.language_model is None:
             raise ValueError("No model to train. Give init_from, or language_model with diffusion or vision.")
-        names = ("diffusion", "vision", "language_model")
-        parts = read_parts(**{name: getattr(arguments, name) for name in names}, **arguments.overrides())
-        return ModelSource("parts", arguments, parts)
+        return "parts", None
     if is_adapter(arguments.init_from):
-        return ModelSource("adapter", arguments)
+        return "adapter", None
     try:
         config = AutoConfig.from_pretrained(**split_revision(arguments.init_from), trust_remote_code=False)
     except OSError as error:
@@ -62,14 +81,11 @@ def read_source(arguments: ModelArguments) -> ModelSource:
             f"Checkpoint {arguments.init_from!r} (init_from) does not exist. Train its stage first, or give a folder, "
             "a repository or repository@revision."
         ) from error
-    if isinstance(config, SDLlavaConfig):
-        return ModelSource("sdllava", arguments, config=apply_overrides(config, arguments))
-    if config.model_type == "llava":
-        parts = read_llava_parts(str(arguments.init_from), arguments.diffusion, **arguments.overrides())
-        return ModelSource("llava", arguments, parts)
-    raise ValueError(
-        f"init_from={arguments.init_from!r} is a {config.model_type!r} model. Use an SDLlava or a LLaVA checkpoint."
-    )
+    if config.model_type not in ("sdllava", "llava"):
+        raise ValueError(
+            f"init_from={arguments.init_from!r} is a {config.model_type!r} model. Use an SDLlava or a LLaVA checkpoint."
+        )
+    return config.model_type, config if isinstance(config, SDLlavaConfig) else None
 
 
 def build_processor(source: ModelSource) -> SDLlavaProcessor:
@@ -87,20 +103,16 @@ def build_processor(source: ModelSource) -> SDLlavaProcessor:
     return processor
 
 
-def build_model(source: ModelSource, adapters: AdapterArguments) -> SDLlavaForConditionalGeneration:
+def build_model(source: ModelSource) -> SDLlavaForConditionalGeneration:
     """The model of a run, with its stage set, and with LoRA in the UNet where only the UNet has LoRA.
 
-    Args:
-        source: Where the model comes from, what the run changes, and the stage.
-        adapters: Ranks and scales. SFTTrainer adds LoRA on the language model; see
-            [`~sdllava.train.adapters.language_lora`].
+    SFTTrainer adds LoRA on the language model; see [`~sdllava.train.adapters.language_lora`].
 
     Raises:
-        ValueError: A checkpoint does not fit what the run changes, LoRA or 4 bits need another kind of checkpoint, or
-            the run sets 4 bits without LoRA.
+        ValueError: A checkpoint lacks weights that the run needs.
+        ImportError: 4 bits need an extra.
     """
-    arguments = source.arguments
-    _check_adapters(source, adapters)
+    arguments, adapters = source.arguments, source.adapters
     model = _load_in_4bit(source) if adapters.load_in_4bit else _load(source)
     if arguments.attn_implementation:
         model.model.language_model.set_attn_implementation(arguments.attn_implementation)
@@ -133,12 +145,22 @@ def hold_vae_in_float32(model: SDLlavaForConditionalGeneration) -> None:
             module.register_buffer(name, parameter.data)
 
 
-def _check_adapters(source: ModelSource, adapters: AdapterArguments) -> None:
-    arguments, kind = source.arguments, source.kind
+def _check_adapters(arguments: ModelArguments, adapters: AdapterArguments, kind: str) -> None:
     if adapters.lora_r and kind == "llava":
         raise ValueError(
             f"lora_r={adapters.lora_r} saves an adapter, which needs an SDLlava checkpoint as its base. Convert "
             f"{arguments.init_from!r} with sdllava compose and give the result in init_from."
+        )
+    if adapters.lora_r and arguments.stage != "finetune":
+        raise ValueError(
+            f"lora_r={adapters.lora_r} adapts the language model, which stage {arguments.stage!r} keeps frozen. Use "
+            "stage: finetune, or lora_r: 0."
+        )
+    if adapters.lora_r and (kind != "sdllava" or arguments.overrides()):
+        raise ValueError(
+            f"lora_r={adapters.lora_r} saves an adapter, which needs an unchanged SDLlava checkpoint as its base. "
+            f"Give one in init_from (not {arguments.init_from!r}), and set no field of its configuration "
+            f"({sorted(arguments.overrides())})."
         )
     if adapters.load_in_4bit and not adapters.lora_r:
         raise ValueError("load_in_4bit holds the language model in 4 bits, which cannot be trained. Set lora_r.")
@@ -164,15 +186,18 @@ def _load(source: ModelSource) -> SDLlavaForConditionalGeneration:
 
 
 def apply_overrides(config: SDLlavaConfig, arguments: ModelArguments) -> SDLlavaConfig:
-    """Change a checkpoint's configuration as the run sets it, in place.
+    """A checkpoint's configuration as the run sets it, checked like a new one.
 
     Args:
         config: The checkpoint's configuration.
         arguments: The arguments of the run.
 
     Raises:
-        ValueError: The checkpoint has no diffusion tower for the fields, or its projector would not fit.
+        ValueError: The checkpoint has no diffusion tower for the fields, a field does not fit, or the checkpoint's
+            projector would not fit.
     """
+    if not arguments.overrides():
+        return config
     before = config.fused_hidden_size
     changes = arguments.diffusion_overrides()
     if changes and config.diffusion_config is None:
@@ -180,10 +205,10 @@ def apply_overrides(config: SDLlavaConfig, arguments: ModelArguments) -> SDLlava
             f"init_from={arguments.init_from!r} has no diffusion tower, but the run sets {sorted(changes)}. Leave them "
             "out, or use another checkpoint."
         )
-    for name, value in changes.items():
-        setattr(config.diffusion_config, name, [float(s) for s in value] if name == "guidance_scales" else value)
-    for name, value in arguments.model_overrides().items():
-        setattr(config, name, value)
+    fields = config.to_dict() | arguments.model_overrides()
+    if changes:
+        fields["diffusion_config"] |= changes
+    config = SDLlavaConfig.from_dict(fields)
     if config.fused_hidden_size != before:
         raise ValueError(
             f"init_from={arguments.init_from!r} has a projector for {before} channels, but the run's settings give "

@@ -69,7 +69,7 @@ def train(arguments: Sequence[str]) -> None:
     """
     register()
     run = parse_run(arguments)
-    source = read_source(run.model)
+    source = read_source(run.model, run.adapter)
     collator = build_collator(run, build_processor(source))
     train_data = load_sources(run, run.data.datasets)
     if run.data.check_data:
@@ -110,13 +110,13 @@ def cache(arguments: Sequence[str], folder: str, kind: str, dtype: str, batch_si
     """
     register()
     run = parse_run(arguments)
-    source = read_source(run.model)
+    source = read_source(run.model, run.adapter)
     collator = build_collator(run, build_processor(source))
     rows = load_sources(run, run.data.datasets)
     require_image_files(run, collator, rows)
     process, num_processes = run.training.process_index, run.training.world_size
     with locked(folder, process):
-        model = build_model(source, run.adapter).to(run.training.device).eval()
+        model = build_model(source).to(run.training.device).eval()
         return write_cache(model, collator, rows, folder, kind, dtype, batch_size, process, num_processes)
 
 
@@ -197,10 +197,10 @@ def build_trainer(
     """
     set_seed(run.training.seed)
     with outside_zero_init(run.training):
-        model = build_model(source, run.adapter)
+        model = build_model(source)
     if "gradient_checkpointing" not in run.chosen:
         run.training.gradient_checkpointing = recomputes_activations(model)
-    adapter = language_lora(model, run.adapter, run.model)
+    adapter = language_lora(model, run.adapter)
     keeps_own_copy = run.training.deepspeed_plugin is not None or run.adapter.load_in_4bit
     if (run.training.bf16 or run.training.fp16) and not keeps_own_copy:
         hold_trained_in_float32(model)
