@@ -78,7 +78,10 @@ def check_wheel(path: Path, version: str) -> None:
 def main(dist: Path, notes: Path) -> None:
     """Check the packages in a folder, and write the release notes."""
     version = package_version()
-    (wheel,) = dist.glob("*.whl")
+    wheels = sorted(dist.glob("*.whl"))
+    if len(wheels) != 1:
+        raise ValueError(f"{str(dist)!r} has {len(wheels)} wheels instead of one. Empty it and build again.")
+    wheel = wheels[0]
     check_wheel(wheel, version)
     text = release_notes((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), version)
     notes.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Stable Diffusion as a question-conditioned visual encoder for LLaVA-style vision-language models.
+"""Stable Diffusion as a question-conditioned vision encoder for LLaVA-style vision-language models.
 
 Importing the package imports nothing else. The first use of a public name makes transformers' Auto classes and
 `pipeline("visual-question-answering")` know it; `sdllava.register()` does the same where no name is used.

@@ -1,4 +1,4 @@
-"""The diffusion tower: a frozen text-to-image model as a question-conditioned visual encoder (S3, sections 3 and 4)."""
+"""The diffusion tower: a frozen text-to-image model as a question-conditioned vision encoder (S3, sections 3 and 4)."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -51,7 +51,7 @@ class VersionedConfig(PreTrainedConfig):
 
 @strict
 class SDLlavaDiffusionConfig(VersionedConfig):
-    r"""The frozen diffusion model as a visual encoder: which model, where it is read, how it is conditioned.
+    r"""The frozen diffusion model as a vision encoder: which model, where it is read, how it is conditioned.
 
     One general form covers every system of S3 (arXiv 2507.07106) and of S4, its workshop version. With ``X_u`` and
     ``X_c`` the features for the empty and for the given prompt, each guidance scale ``s`` gives

@@ -121,6 +121,17 @@ def test_libraries_are_quiet_and_the_environment_can_change_that():
     assert process(code, TRANSFORMERS_VERBOSITY="info", TQDM_DELAY="0").stderr.strip().endswith("it/s]")
 
 
+@pytest.mark.slow
+def test_an_answer_is_all_that_is_printed(tmp_path):
+    image = tmp_path / "scene.png"
+    code = "from sdllava.commands.main import main; main()"
+    done = process(f"import sys; sys.argv = ['sdllava', 'mini', 'scene', {str(image)!r}, '--seed', '27']; {code}")
+    assert done.returncode == 0
+    question = "What colour is the circle?"
+    done = process(f"import sys; sys.argv = ['sdllava', 'ask', {str(image)!r}, {question!r}]; {code}")
+    assert (done.stdout, done.stderr) == ("green\n", "")
+
+
 def test_the_report_on_the_installation():
     extras = missing_packages()
     assert set(extras) >= {"train", "eval", "demo", "serve", "quantize"}

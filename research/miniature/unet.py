@@ -75,7 +75,7 @@ def noise_scheduler(prediction_type: str) -> DDIMScheduler:
 def prompt_for(scene: Scene, rng: random.Random, questions: float = _QUESTION_SHARE) -> str:
     """The prompt with which a scene is trained: its caption, a question about it (30%), or an empty prompt (12%).
 
-    Questions are the UNet's prompts when it is used as a visual encoder. Without training on their words, it treats
+    Questions are the UNet's prompts when it is used as a vision encoder. Without training on their words, it treats
     them as noise. Empty prompts are the unconditional half of guidance.
 
     Args:

@@ -28,6 +28,7 @@ LONGEST_SIDE = 512
 PAGE = (10.0, 13.0)
 """Width and height, in inches, that the panels of a figure may fill."""
 LARGEST_PANEL = 1.7
+SMALLEST_PANEL = 0.4
 LABEL_HEIGHT = 0.45
 """Height of a panel's label, in inches."""
 
@@ -46,7 +47,7 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Figures need matplotlib. Run `pip install "sdllava[eval]"`.') from error
+        raise ImportError('Figures need matplotlib. Run `pip install "sdllava[demo]"`.') from error
     figure = Figure(figsize=(max(width, 4.5), height), layout="constrained")
     figure.suptitle(title, fontsize=9, wrap=True)
     return figure
@@ -102,14 +103,15 @@ def layout(blocks: int, panels: int, aspect: float = 1.0) -> tuple[int, int, flo
 
     def side(columns: int) -> float:
         rows = ceil(blocks / columns)
-        return min(LARGEST_PANEL, PAGE[0] / (columns * panels), (PAGE[1] / rows - LABEL_HEIGHT) / aspect)
+        fits = min(LARGEST_PANEL, PAGE[0] / (columns * panels), (PAGE[1] / rows - LABEL_HEIGHT) / aspect)
+        return max(fits, SMALLEST_PANEL)
 
     def squareness(columns: int) -> float:
         height = ceil(blocks / columns) * (side(columns) * aspect + LABEL_HEIGHT)
         return -abs(log(max(columns * side(columns), 0.1) / max(height, 0.1)))
 
     columns = max(range(1, blocks + 1), key=lambda n: (round(side(n), 3), squareness(n) if panels == 1 else -n))
-    return ceil(blocks / columns), columns, max(side(columns), 0.2)
+    return ceil(blocks / columns), columns, side(columns)
 
 
 def _aspect(images: Sequence[Image.Image]) -> float:
@@ -245,8 +247,9 @@ def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) 
 
 
 def _rows(count: int, panels: int, title: str, aspect: float) -> tuple["Figure", list[list["Axes"]]]:
-    """A figure with the axes of rows that are compared by column."""
+    """A figure with the axes of rows that are compared by column. Many rows are longer than a page."""
     side = min(LARGEST_PANEL, PAGE[0] / panels, (PAGE[1] / count - LABEL_HEIGHT) / aspect)
+    side = max(side, SMALLEST_PANEL)
     figure = new_figure(panels * side + 1.5, count * (side * aspect + LABEL_HEIGHT) + 0.6, title)
     return figure, [list(line) for line in figure.subplots(count, panels, squeeze=False)]
 

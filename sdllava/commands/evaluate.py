@@ -28,17 +28,18 @@ PANEL_DATA, PANEL_DIFFUSION, PANEL_JUDGE, PANEL_OTHER = "Data", "Diffusion promp
 
 # the options, in the order of the commands' help
 RunsOption = Annotated[list[Path] | None, typer.Argument(help="With --compare: results folders.", show_default=False)]
-ModelsOption = Annotated[list[str] | None, typer.Option("--model", help="Folder, Hub id or mini. Repeatable.")]
+ModelsOption = Annotated[list[str] | None, typer.Option("--model", help="Folder, Hub id, mini or smol. Repeatable.")]
 BenchmarkOption = Annotated[
     str | None,
-    typer.Option(
-        help="Names, comma-separated: mmvp, naturalbench, blink, gqa, llava_bench, captions, mini, mini_captions, own."
-    ),
+    typer.Option(help=f"Names, comma-separated: {', '.join(BENCHMARKS)}."),
 ]
 OutputOption = Annotated[Path, typer.Option(help="Results are written to OUTPUT/MODEL/BENCHMARK.")]
 ProtocolOption = Annotated[
     str,
-    typer.Option(help="default (greedy, a published parser), official (the authors' script); for captions also plain."),
+    typer.Option(
+        help="default (greedy, a published parser) or official (the authors' script). Some benchmarks have others: "
+        "captions plain, easy_vqa and own short, shapes val, nlvr even."
+    ),
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Approximate number of samples, spread evenly, in whole pairs.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per batch. Results do not depend on it.")]

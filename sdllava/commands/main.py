@@ -26,7 +26,7 @@ app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Stable Diffusion as a question-conditioned visual encoder for LLaVA-style vision-language models.",
+    help="Stable Diffusion as a question-conditioned vision encoder for LLaVA-style vision-language models.",
 )
 app.command()(ask)
 app.command()(compose)

@@ -1,6 +1,7 @@
 """What every command reports: errors as one message without a traceback, and progress bars. Imports nothing heavy."""
 
 import importlib.util
+import logging
 import os
 import sys
 import warnings
@@ -43,6 +44,7 @@ def quieten_libraries() -> None:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

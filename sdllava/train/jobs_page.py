@@ -1,6 +1,6 @@
 """The page `docs/jobs.md`, generated from the table of recipes: `python -m sdllava.train.jobs_page` prints it."""
 
-from .recipe_loading import list_recipes
+from .recipe_loading import find_recipe, list_recipes, load_recipe
 from .recipe_rows import Recipe
 from .recipe_table import RECIPES, SECTIONS
 
@@ -12,11 +12,15 @@ This page is generated from `sdllava/train/recipe_table.py`: `python -m sdllava.
 Each line below trains one recipe with [Hugging Face Jobs](https://huggingface.co/docs/hub/jobs) on 4 GPUs and pushes
 the model to a repository of yours. The commands were checked with `hf jobs run --dry-run`. **No job was run.**
 
-1. Prepare the data of both stages once, and copy it to a bucket:
+1. Prepare the data of both stages once, and copy it to a bucket. The weights of Vicuna and of CLIP are converted, since
+   their repositories may hold them as pickles only. Recipes of CleanDIFT also need its [folders](families.md#cleandift)
+   in `data/models`.
 
    ```bash
    sdllava data prepare llava-558k data     # lists what to download; run it again to unpack
    sdllava data prepare mix-665k data
+   sdllava convert lmsys/vicuna-7b-v1.5 data/vicuna-7b-v1.5
+   sdllava convert openai/clip-vit-large-patch14-336 data/clip-336
    hf buckets create llava-data
    hf buckets sync data hf://buckets/$OWNER/llava-data
    ```
@@ -49,11 +53,24 @@ QLoRA on several GPUs is untested.
 """
 
 
+IN_BUCKET = {
+    "lmsys/vicuna-7b-v1.5": "/data/vicuna-7b-v1.5",
+    "openai/clip-vit-large-patch14-336": "/data/clip-336",
+    "models/cleandift-sd15": "/data/models/cleandift-sd15",
+    "models/cleandift-sd21": "/data/models/cleandift-sd21",
+}
+"""Where a job finds parts that recipes name otherwise."""
+
+
 def command(recipe: Recipe) -> str:
     """The command `job` of a recipe. A second stage reads its first stage from the Hub."""
     parts = ["job", recipe.name]
-    if first := recipe.changes.get("init_from"):
+    values = load_recipe(find_recipe(recipe.name))
+    if first := values.get("init_from"):
         parts.append(f"--init_from $OWNER/sdllava-{first.removeprefix('runs/').replace('/', '-')}")
+    else:
+        sources = ((name, values.get(name)) for name in ("diffusion", "vision", "language_model"))
+        parts += [f"--{name} {IN_BUCKET[source]}" for name, source in sources if source in IN_BUCKET]
     return " ".join(parts)
 
 
