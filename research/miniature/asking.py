@@ -21,6 +21,7 @@ from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate
 from sdllava.miniature.smol import write_parts
 from sdllava.train.run import train
 
+from .loop import computes_in_bfloat16
 from .scales import TOWER, StageBudget
 from .stages import RECIPES, write_scenes
 
@@ -102,7 +103,7 @@ def train_run(work: Path, name: str, asks: bool, seed: int, align: StageBudget, 
             "num_train_epochs": budget.epochs,
             "per_device_train_batch_size": budget.batch_size,
             "diffusion_prompt": "question" if asks and stage == "finetune" else "none",
-            "bf16": torch.accelerator.is_available(),
+            "bf16": computes_in_bfloat16(),
             "seed": seed,
         }
         train([word for key, value in values.items() for word in (f"--{key}", *_words(value))])

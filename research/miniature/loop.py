@@ -75,8 +75,14 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(device.type))
 
 
-def computes_in_bfloat16(device: str) -> bool:
-    """Whether a device has units for bfloat16. On others it is many times slower than float32."""
+def computes_in_bfloat16(device: str | None = None) -> bool:
+    """Whether a device has units for bfloat16. On others it is many times slower than float32.
+
+    Args:
+        device: Its type. Default: the accelerator, else the CPU.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    device = device or (accelerator.type if accelerator else "cpu")
     return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 

@@ -197,7 +197,7 @@ def train_smol(folder: str | os.PathLike, scenes: int = 5792, steps: int = 926, 
             "init_from": folder / "base",
             "train_data": folder / "finetune.parquet",
             "output_dir": output,
-            "bf16": computes_in_bfloat16("cpu"),
+            "bf16": computes_in_bfloat16(),
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         train(["--config", str(RECIPES / "smol-finetune.yaml"), *words, "--max_steps", str(max_steps)])

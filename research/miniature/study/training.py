@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sdllava.train.run import cache, train
 
+from ..loop import computes_in_bfloat16
 from ..scales import TOWERS, StageBudget
 from ..stages import RECIPES
 
@@ -83,7 +82,7 @@ class Stage:
             "num_train_epochs": self.budget.epochs,
             "per_device_train_batch_size": self.budget.batch_size,
             "seed": SEED,
-            "bf16": torch.accelerator.is_available(),
+            "bf16": computes_in_bfloat16(),
             "fusion": self.variant.fusion,
         }
         if self.variant.diffuses:
