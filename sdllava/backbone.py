@@ -52,8 +52,15 @@ class DiffusionBackbone(nn.Module, ABC):
     @property
     def _keep_in_fp32_modules(self) -> set[str]:
         """Modules of the parts that stay in float32 in a model loaded in float16; collected in the same way."""
-        kept = (getattr(module, "_keep_in_fp32_modules", None) for module in self.children())
-        return {name for names in kept for name in names or ()}
+        return self._names_of_parts("_keep_in_fp32_modules")
+
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """Modules of the parts that stay on one device with a `device_map`; collected in the same way."""
+        return self._names_of_parts("_no_split_modules")
+
+    def _names_of_parts(self, attribute: str) -> set[str]:
+        return {name for module in self.children() for name in getattr(module, attribute, None) or ()}
 
     @classmethod
     @abstractmethod

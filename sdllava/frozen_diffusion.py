@@ -26,15 +26,6 @@ class FrozenDiffusionModel(CheckpointMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "BasicTransformerBlock",
-        "JointTransformerBlock",
-        "FluxTransformerBlock",
-        "FluxSingleTransformerBlock",
-        "ResnetBlock2D",
-        "CLIPEncoderLayer",
-        "T5Block",
-    ]
     _keys_to_ignore_on_load_unexpected = [r"^(lm_head|model)\."]
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import tiny_families
 import torch
 from loopback_hub import LoopbackHub, Repository
@@ -254,6 +255,21 @@ def test_a_gated_repository_without_access_names_its_licence(monkeypatch, tmp_pa
             message = " ".join(result.output.split())
             assert f"from '{source}' (the repository is gated, and this account has no access)." in message
             assert "Accept its licence at https://huggingface.co/tester/flux, then run `hf auth login`." in message
+
+
+@pytest.mark.parametrize(
+    ("config", "blocks"),
+    [
+        (tiny.diffusion_config("sd2"), {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}),
+        (tiny_families.diffusion_config("pixart"), {"BasicTransformerBlock", "T5Block"}),
+        (tiny_families.diffusion_config("sd3"), {"JointTransformerBlock", "CLIPEncoderLayer", "T5Block"}),
+        (tiny_families.diffusion_config("flux"), {"FluxTransformerBlock", "FluxSingleTransformerBlock", "T5Block"}),
+    ],
+    ids=["sd2", "pixart", "sd3", "flux"],
+)
+def test_blocks_of_the_parts_stay_on_one_device(config, blocks):
+    with torch.device("meta"):
+        assert SDLlavaDiffusionModel(config)._no_split_modules >= blocks
 
 
 @pytest.mark.slow
