@@ -54,7 +54,7 @@ def _training(found: Numbers) -> list[str]:
         for row in found["training"]
     ]
     return [
-        "The training until now, in steps of 32 scenes. The error is that of the velocity on held-out scenes; the "
+        "The training, in steps of 32 scenes. The error is that of the velocity on held-out scenes; the "
         "ratio is the error at sigma = 0.95 with another scene's caption, divided by that with the own one. The judge "
         "reads 64 samples (guidance 3): percent of the captions' objects that appear in any quadrant and in their "
         "own one with the correct colour and shape, and of quadrants with the correct colour, and of objects with the "
@@ -63,7 +63,7 @@ def _training(found: Numbers) -> list[str]:
         f"At step {last['step']} of {SCALES['mini'].budgets['mmdit'].steps}, {number(reached)}% of the objects are in "
         f"their quadrant, against {number(unet)}% in the UNet's samples: "
         + ("the transformer follows its prompts as well." if reached >= unet else "not as many.")
-        + " The numbers below are of the weights at the last row, or of those before the next one.",
+        + " The numbers below are of the weights at the last row.",
     ]
 
 
