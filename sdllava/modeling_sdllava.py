@@ -164,15 +164,37 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         Raises:
             OSError, ValueError: As [`~sdllava.assembly.load_weights`].
         """
-        dtype = as_dtype(dtype)
+        return cls.build(parts).load_parts(parts, as_dtype(dtype))
+
+    @classmethod
+    def build(cls, parts: Parts) -> "SDLlavaForConditionalGeneration":
+        """A model on the meta device, without weights, for [`load_parts`].
+
+        Args:
+            parts: As for [`from_parts`].
+
+        Raises:
+            ValueError: The configuration does not fit.
+        """
         sources = ", ".join(map(str, parts.sources.values()))
         with unexpected_reported(sources, "the configuration", FIELD_ERRORS), torch.device("meta"):
-            model = cls(parts.config)
-        projector = load_weights(model, parts, dtype)
-        model.model.build_new_parts(dtype)
+            return cls(parts.config)
+
+    def load_parts(self, parts: Parts, dtype: torch.dtype) -> "SDLlavaForConditionalGeneration":
+        """Fill a model that [`build`] made with the weights of its parts; fusion and projector are initialised.
+
+        Args:
+            parts: Those that the model was built from.
+            dtype: Of all weights except the VAE's.
+
+        Raises:
+            OSError, ValueError: As [`~sdllava.assembly.load_weights`].
+        """
+        projector = load_weights(self, parts, dtype)
+        self.model.build_new_parts(dtype)
         if projector is not None:
-            model.model.multi_modal_projector.load_state_dict(projector)
-        return model.eval()
+            self.model.multi_modal_projector.load_state_dict(projector)
+        return self.eval()
 
     @classmethod
     def from_component_pretrained(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from ..configuration import SDLlavaConfig, SDLlavaDiffusionConfig
+    from ..configuration import SDLlavaDiffusionConfig
+    from ..modeling_sdllava import SDLlavaForConditionalGeneration
 
 
 class Fusion(StrEnum):
@@ -118,7 +119,6 @@ def _compose_to_folder(output: Path, sources: dict[str, str], dtype: str, fields
     from rich.console import Console
 
     from ..atomic_files import atomic_path
-    from ..checkpoint_files import FIELD_ERRORS, unexpected_reported
     from ..modeling_sdllava import SDLlavaForConditionalGeneration
     from ..parts import read_llava_parts, read_parts
     from ..processors import SDLlavaProcessor
@@ -126,31 +126,25 @@ def _compose_to_folder(output: Path, sources: dict[str, str], dtype: str, fields
 
     console = Console(stderr=True)
     parts = read_llava_parts(**sources, **fields) if "llava" in sources else read_parts(**sources, **fields)
-    with unexpected_reported(", ".join(map(str, sources.values())), "the configuration", FIELD_ERRORS):
-        table = _parameter_table(parts.config, as_dtype(dtype))
-    console.print(table)
+    model = SDLlavaForConditionalGeneration.build(parts)
+    console.print(_parameter_table(model, as_dtype(dtype)))
     with console.status("Reading the weights"):
-        model = SDLlavaForConditionalGeneration.from_parts(parts, dtype)
+        model.load_parts(parts, as_dtype(dtype))
     with console.status("Writing the model"), atomic_path(output) as folder:
         model.save_pretrained(folder)
         SDLlavaProcessor.from_parts(parts).save_pretrained(folder)
     console.print(f"Wrote {output}. Fusion and projector are new: train them with `sdllava train`.")
 
 
-def _parameter_table(config: "SDLlavaConfig", dtype: "torch.dtype") -> "Table":
-    """Parameters and memory of each part, from the meta device."""
-    import torch
+def _parameter_table(model: "SDLlavaForConditionalGeneration", dtype: "torch.dtype") -> "Table":
+    """Parameters and memory of each part."""
     from rich.table import Table
 
-    from ..modeling_sdllava import SDLlavaForConditionalGeneration
-
-    with torch.device("meta"):
-        model = SDLlavaForConditionalGeneration(config)
     table = Table("part", "parameters", "memory", box=None)
     total = 0
     for name, module in [*model.model.named_children(), ("lm_head", model.lm_head)]:
         count = sum(p.numel() for p in module.parameters())
-        size = sum(p.numel() * _bytes(n, dtype, config.diffusion_config) for n, p in module.named_parameters())
+        size = sum(p.numel() * _bytes(n, dtype, model.config.diffusion_config) for n, p in module.named_parameters())
         total += size
         table.add_row(name, f"{count:,}", f"{size / 2**30:.2f} GiB")
     table.add_row("all", "", f"{total / 2**30:.2f} GiB")
