@@ -27,11 +27,15 @@ def test_workers_leave_cores_to_the_training(monkeypatch, cores, processes, work
     assert "dataloader_num_workers" not in fit_to_machine({}, [])
 
 
-@pytest.mark.parametrize("has_accelerator", [False, True])
-def test_precision_by_machine(monkeypatch, has_accelerator):
+@pytest.mark.parametrize(
+    ("has_accelerator", "has_units", "expected"),
+    [(True, False, ("bfloat16", True)), (False, True, ("float32", True)), (False, False, ("float32", False))],
+)
+def test_precision_by_machine(monkeypatch, has_accelerator, has_units, expected):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: has_accelerator)
+    monkeypatch.setattr(machine, "computes_in_bfloat16", lambda device: has_units)
     fitted = fit_to_machine(GPU, [])
-    assert (fitted["dtype"], fitted["bf16"]) == (("bfloat16", True) if has_accelerator else ("float32", False))
+    assert (fitted["dtype"], fitted["bf16"]) == expected
     assert fitted["learning_rate"] == 2e-5
     assert fit_to_machine(GPU, ["bf16", "dtype"])["bf16"] is True
 
@@ -52,8 +56,10 @@ def test_what_the_user_sets_stays(tmp_path):
     assert chosen_arguments(["--config", "own-data/full"]) == {"config"}
 
 
-def test_a_small_model_on_a_laptop_trains_without_what_slows_it_down(work, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("has_units", [False, True])
+def test_a_small_model_on_a_laptop_trains_without_what_slows_it_down(has_units, work, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr(machine, "computes_in_bfloat16", lambda device: has_units)
     monkeypatch.setattr(machine, "available_cores", lambda: 2)
     data = ["--train_data", str(work / "data" / "colours.json"), "--output_dir", str(tmp_path)]
     run = parse_run(["--config", "own-data/full", "--init_from", str(work / "trained"), *data])
@@ -61,7 +67,7 @@ def test_a_small_model_on_a_laptop_trains_without_what_slows_it_down(work, tmp_p
     build_trainer(run, source, build_collator(run, build_processor(source)), load_sources(run, run.data.datasets))
     assert run.model.dtype == "float32"
     training = run.training
-    assert (training.bf16, training.gradient_checkpointing, training.dataloader_num_workers) == (False, False, 0)
+    assert (training.bf16, training.gradient_checkpointing, training.dataloader_num_workers) == (has_units, False, 0)
 
 
 def test_words_that_the_tokenizer_does_not_know_are_reported(work, tmp_path):

@@ -19,9 +19,9 @@ from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor, mini_path
 from sdllava.atomic_files import atomic_path, write_json, write_text
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate_samples, load_samples
 from sdllava.miniature.smol import write_parts
+from sdllava.train.machine import computes_in_bfloat16
 from sdllava.train.run import train
 
-from .loop import computes_in_bfloat16
 from .scales import TOWER, StageBudget
 from .stages import RECIPES, write_scenes
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sdllava.atomic_files import atomic_path
 from sdllava.run_records import check_settings
+from sdllava.train.machine import computes_in_bfloat16
 
 _STEPS_PER_SEED = 2**32
 _LOG_EVERY = 50
@@ -73,17 +74,6 @@ def learning_rate(budget: Budget, step: int) -> float:
 def mixed_precision(device: torch.device) -> torch.autocast:
     """Autocast to bfloat16 on devices that compute in it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(device.type))
-
-
-def computes_in_bfloat16(device: str | None = None) -> bool:
-    """Whether a device has units for bfloat16. On others it is many times slower than float32.
-
-    Args:
-        device: Its type. Default: the accelerator, else the CPU.
-    """
-    accelerator = torch.accelerator.current_accelerator()
-    device = device or (accelerator.type if accelerator else "cpu")
-    return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def scene_numbers(seed: int, step: int, batch_size: int) -> range:

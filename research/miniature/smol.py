@@ -33,9 +33,9 @@ from sdllava.scenes.world import (
     Scene,
     sample_scene,
 )
+from sdllava.train.machine import computes_in_bfloat16
 from sdllava.train.run import train
 
-from .loop import computes_in_bfloat16
 from .stages import RECIPES
 
 WORDS = ("empty", *COLOURS, *SHAPES, *DIRECTIONS, *LETTERS, *STATES, "border", *VIEWPOINTS, "top", "bottom")

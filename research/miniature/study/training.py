@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdllava.train.machine import computes_in_bfloat16
 from sdllava.train.run import cache, train
 
-from ..loop import computes_in_bfloat16
 from ..scales import TOWERS, StageBudget
 from ..stages import RECIPES
 
