@@ -40,10 +40,10 @@ def load_weights(model: PreTrainedModel, parts: Parts, dtype: torch.dtype) -> di
             projector = source.model.multi_modal_projector.state_dict()
     else:
         causal_lm = _load_language_model(parts.sources["language_model"], parts.config.text_config.vocab_size, dtype)
+        _check_head(causal_lm, parts.sources["language_model"])
         vision = parts.sources.get("vision")
         vision_tower = load_vision(vision, parts.config.vision_config, dtype) if vision else None
         language_model, lm_head = causal_lm.base_model, causal_lm.get_output_embeddings()
-        _check_head(causal_lm, parts.sources["language_model"])
         generation_config = causal_lm.generation_config
     if body.diffusion_tower is not None:
         diffusion = parts.sources["diffusion"]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Concatenate
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .backbones import load_backbone
@@ -53,15 +53,15 @@ class CheckpointMixin:
         save_code(save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # a mixin's base
 
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As `PreTrainedModel.push_to_hub`, with the code and, where `sdllava` is installed, a model card."""
         push = type(self).push_folder
         if push is None:
-            return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]  # a mixin's base
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]  # a mixin's base
         saved = {name: kwargs.pop(name) for name in ("max_shard_size", "bundle_frozen") if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **saved)
-            return push(folder, repo_id, *args, **kwargs)
+            return push(folder, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,8 @@ class CheckpointMixin:
 
         Raises:
             CheckpointError: A file is damaged or missing, or the configuration does not fit the weights. It is raised
-                before memory for the weights is allocated.
+                before memory for the weights is allocated, except for weights that are missing. With
+                `output_loading_info=True`, the caller checks `missing_keys` instead.
             ValueError: The weights are pickles, or the checkpoint lacks frozen weights that the configuration needs.
         """
         if kwargs.pop("use_safetensors", None) is False:
@@ -96,6 +97,8 @@ class CheckpointMixin:
                 raise
             raise CheckpointError.of(source, str(error).strip().splitlines()[0]) from error
         _require_frozen(source, loaded, info["missing_keys"])
+        if not want_info and kwargs.get("state_dict") is None:
+            _require_trained(source, info["missing_keys"])
         for module in loaded.modules():
             if isinstance(module, CheckpointMixin):
                 module.freeze()
@@ -106,22 +109,21 @@ class CheckpointMixin:
         """Compare the headers of the weights with the configuration, and with the model that it describes."""
         found = check_files(source, options)
         kind: Any = cls.config_class  # type: ignore[attr-defined]  # of PreTrainedModel
-        own_fields = kind.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-        if found is None or options.keys() & own_fields:
+        changes = kind.__dataclass_fields__.keys() - {"dtype"} | {"config", "key_mapping", "ignore_mismatched_sizes"}
+        if found is None or any(options.get(name) is not None for name in changes):
             return
         fields, shapes = found
         if fields.get("model_type") != kind.model_type or "quantization_config" in fields:
             return
         with damage_reported(source, "the model's configuration"), torch.device("meta"), no_init_weights():
-            saved = kind.from_dict(fields)
-            config = copy.deepcopy(options.get("config") or saved)
-            built: Any = cls(config)  # type: ignore[call-arg]  # of PreTrainedModel
+            built: Any = cls(kind.from_dict(fields))  # type: ignore[call-arg]  # of PreTrainedModel
         compare_shapes(source, {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}, shapes)
-        if config.to_diff_dict() != saved.to_diff_dict():
-            return  # a run may add parts, which the checkpoint lacks
-        needed = built.state_dict().keys() - (built.all_tied_weights_keys or {}).keys() - shapes.keys()
-        if lacking := sorted(name for name in needed if not _FROZEN.search(name)):
-            raise CheckpointError.of(source, f"it lacks {len(lacking)} weights, {lacking[0]!r} first")
+
+
+def _require_trained(source: Any, missing_keys: Any) -> None:
+    """Raise where transformers would leave weights at random values, with a warning."""
+    if lacking := sorted(key for key in missing_keys if not _FROZEN.search(key)):
+        raise CheckpointError.of(source, f"it lacks {len(lacking)} weights, {lacking[0]!r} first")
 
 
 def _require_frozen(source: Any, model: PreTrainedModel, missing_keys: Any) -> None:

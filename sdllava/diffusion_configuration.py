@@ -61,9 +61,9 @@ class SDLlavaDiffusionConfig(VersionedConfig):
     Args:
         unet_config, transformer_config, vae_config, text_encoder_config, text_encoder_2_config, text_encoder_3_config,
             scheduler_config (`dict`, *optional*): The published configurations of the parts, as in the repository's
-            folders. All default to Stable Diffusion 2.1-base; `text_encoder_2_config` makes it SDXL, and the
-            `_class_name` in `transformer_config` names the family of a diffusion transformer. `vae_config` may be that
-            of an `AutoencoderTiny`.
+            folders. All default to Stable Diffusion 2.1-base. `addition_embed_type="text_time"` in `unet_config` makes
+            it SDXL, and the `_class_name` in `transformer_config` names the family of a diffusion transformer.
+            `vae_config` may be that of an `AutoencoderTiny`.
         taps (`list[str]`): Where the denoiser is read, see [`~sdllava.taps.list_taps`]. Default: the papers' tap,
             `U-L1-R1-B0-Cross-Q`, for SDXL `U-L0-R0-B7-Out`.
         timesteps (`list[int]`): Noise levels, 0..999 on the training schedule; larger means more noise.
@@ -158,7 +158,7 @@ class SDLlavaDiffusionConfig(VersionedConfig):
                 f"image_size={self.image_size} is larger than the {largest} pixels that this model has positions for. "
                 "Use a smaller image_size."
             )
-        self._check_t5()
+        self._check_text_encoders()
         taps = self.resolved_taps()
         if not all(math.isfinite(scale) for scale in self.guidance_scales):
             raise ValueError(f"guidance_scales={self.guidance_scales} must be finite numbers.")
@@ -191,8 +191,14 @@ class SDLlavaDiffusionConfig(VersionedConfig):
                 f"keep. Use 1 to {self.num_maps}, or leave it out."
             )
 
-    def _check_t5(self) -> None:
+    def _check_text_encoders(self) -> None:
         family = self.family
+        has_second, needs_second = self.text_encoder_2_config is not None, len(family.tokenizers) > 1
+        if has_second != needs_second:
+            raise ValueError(
+                f"text_encoder_2_config is {'given' if has_second else 'None'}, but the family {family.name!r} has "
+                f"{len(family.tokenizers)} text encoder(s). {'Give it.' if needs_second else 'Leave it out.'}"
+            )
         if not self.use_t5 and not family.can_leave_out_t5:
             raise ValueError(
                 f"use_t5=False only fits Stable Diffusion 3, not the family {family.name!r}. Leave it out."

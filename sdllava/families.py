@@ -303,7 +303,7 @@ FAMILIES: tuple[type[DiffusionFamily], ...] = (
     StableDiffusionXL,
     StableDiffusion,
 )
-"""The families; the first that matches is meant."""
+"""The families; the first that matches is used, so a new one with a UNet comes before Stable Diffusion."""
 
 
 def find_family(parts: PartConfigs) -> DiffusionFamily:

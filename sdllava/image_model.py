@@ -94,7 +94,7 @@ class SDLlavaImageModel(SDLlavaPreTrainedModel):
         self.freeze()
 
     def build_new_parts(self, dtype: torch.dtype) -> None:
-        """Replace projector, fusion and implicit captioner by initialised ones on the CPU.
+        """Replace projector, fusion and implicit captioner by initialised ones, which a model on the meta device lacks.
 
         Args:
             dtype: Of their weights.

@@ -164,7 +164,8 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         Raises:
             OSError, ValueError: As [`~sdllava.assembly.load_weights`].
         """
-        return cls.build(parts).load_parts(parts, as_dtype(dtype))
+        dtype = as_dtype(dtype)
+        return cls.build(parts).load_parts(parts, dtype)
 
     @classmethod
     def build(cls, parts: Parts) -> "SDLlavaForConditionalGeneration":

@@ -170,14 +170,14 @@ class SDLlavaProcessor(ProcessorMixin):
         save_code(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As `ProcessorMixin.push_to_hub`, in one commit with the code where `sdllava` is installed."""
         push = type(self).push_files
         if push is None:
-            return super().push_to_hub(repo_id, *args, **kwargs)
+            return super().push_to_hub(repo_id, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return push(folder, repo_id, *args, **{"commit_message": "Upload processor", **kwargs})
+            return push(folder, repo_id, **{"commit_message": "Upload processor", **kwargs})
 
     @property
     def model_input_names(self) -> list[str]:

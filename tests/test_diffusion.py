@@ -341,6 +341,14 @@ def test_guide_skips_what_a_scale_does_not_need():
         ({"timesteps": [1000]}, "Timestep 1000 is outside the training schedule. Use a value in 0..999"),
         ({"timesteps": [-1]}, "Timestep -1 is outside"),
         ({"taps": []}, "need at least one entry"),
+        (
+            {"text_encoder_2_config": tiny.TEXT_ENCODER},
+            r"is given, .* 'stable_diffusion' has 1 text encoder\(s\)\. Leave",
+        ),
+        (
+            {"unet_config": tiny.UNET_SDXL, "taps": None},
+            r"is None, .* 'stable_diffusion_xl' has 2 text encoder\(s\)\. Give",
+        ),
         ({"taps": ["U-L1-R1-B0-Cross-Q", "U-L3-R1-B0-Out"], "ensemble": "mean"}, "needs taps of equal channels"),
     ],
 )

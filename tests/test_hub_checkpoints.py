@@ -239,9 +239,11 @@ def test_assembly_records_where_parts_come_from_but_no_path(published, tmp_path)
         SDLlavaForConditionalGeneration.from_pretrained,
         partial(SDLlavaForConditionalGeneration.from_pretrained, dtype="bfloat16"),
         AutoModelForImageTextToText.from_pretrained,
+        partial(AutoModelForImageTextToText.from_pretrained, dtype="bfloat16"),
+        partial(SDLlavaForConditionalGeneration.from_pretrained, is_trained=False),
         lambda folder: pipeline("visual-question-answering", model=str(folder)),
     ],
-    ids=["class", "dtype", "auto", "pipeline"],
+    ids=["class", "dtype", "auto", "auto-dtype", "field", "pipeline"],
 )
 def test_a_weight_that_is_missing_is_never_made_up(checkpoint, load):
     file, name = checkpoint / "model.safetensors", "model.multi_modal_projector.linear_1.weight"

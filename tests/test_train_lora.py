@@ -178,6 +178,7 @@ def test_lora_on_a_llava_raises(published, adapters, reason):
         ({"timesteps": [-1]}, ValueError, r"Timestep -1 is outside the training schedule\. Use a value in 0\.\.999"),
         ({"guidance_scales": [float("nan")]}, ValueError, "must be finite numbers"),
         ({"spatial_merge_size": 3}, ValueError, "spatial_merge_size=3"),
+        ({"spatial_merge_size": 2}, ValueError, "has a projector for 32 channels, but the run's settings give 128"),
     ],
 )
 def test_checkpoints_that_do_not_fit_raise(work, fields, error, reason):

@@ -119,8 +119,8 @@ def _load_pipeline(path: str, device: str | None, dtype: DType | None) -> Any:
             "checkpoint of this package, or another vision-language model."
         )
     where["trust_remote_code"] = False
-    model = AutoModelForImageTextToText.from_pretrained(config=config, dtype=weights, **where)
     processor = AutoProcessor.from_pretrained(**where)
+    model = AutoModelForImageTextToText.from_pretrained(config=config, dtype=weights, **where)
     pipe = pipeline("visual-question-answering", model=model, processor=processor, device=device)
     if device == "cpu" and pipe.model.num_parameters() < SMALL_MODEL:
         torch.set_num_threads(1)

@@ -300,7 +300,7 @@ def push_files(folder: str | os.PathLike, repo_id: str, **options: Any) -> Commi
     Args:
         folder: The folder.
         repo_id: The repository, `owner/name`.
-        options: Options of [`upload`].
+        options: Options of [`upload`], which needs a `commit_message`.
     """
     root = Path(folder)
     files: Files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}

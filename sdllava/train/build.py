@@ -198,7 +198,7 @@ def apply_overrides(config: SDLlavaConfig, arguments: ModelArguments) -> SDLlava
     """
     if not arguments.overrides():
         return config
-    before = config.fused_hidden_size
+    before = config.fused_hidden_size * config.spatial_merge_size**2
     changes = arguments.diffusion_overrides()
     if changes and config.diffusion_config is None:
         raise ValueError(
@@ -209,10 +209,11 @@ def apply_overrides(config: SDLlavaConfig, arguments: ModelArguments) -> SDLlava
     if changes:
         fields["diffusion_config"] |= changes
     config = SDLlavaConfig.from_dict(fields)
-    if config.fused_hidden_size != before:
+    after = config.fused_hidden_size * config.spatial_merge_size**2
+    if after != before:
         raise ValueError(
             f"init_from={arguments.init_from!r} has a projector for {before} channels, but the run's settings give "
-            f"{config.fused_hidden_size}. Train the align stage with these settings first."
+            f"{after}. Train the align stage with these settings first."
         )
     return config
 
