@@ -39,6 +39,8 @@ from sdllava.train.run import train
 from .stages import RECIPES
 
 WORDS = ("empty", *COLOURS, *SHAPES, *DIRECTIONS, *LETTERS, *STATES, "border", *VIEWPOINTS, "top", "bottom")
+PRACTISED = ("text", "orientation", "count", "count", "presence", "presence")
+"""Patterns that are drawn more often."""
 LOOK_UPS = ("structure", "colour", "text", "orientation", "state")
 """The patterns of the first questions: looking an object up must be learned before anything else."""
 
@@ -151,7 +153,7 @@ def write_data(folder: Path, scenes: int) -> None:
     """
     described = scene_dataset("train", scenes // 2, 10, "descriptions")
     look_ups = scene_dataset("train", scenes // 8, 11, turns=7, patterns=LOOK_UPS)
-    questions = scene_dataset("train", scenes, 12, turns=7, patterns=(*PATTERNS, "text", "structure", "position"))
+    questions = scene_dataset("train", scenes, 12, turns=7, patterns=(*PATTERNS, *PRACTISED))
     rows = [*described.select(range(scenes // 6)), *look_ups]
     rest = iter(described.select(range(scenes // 6, scenes // 2)))
     rows += [next(rest, row) if number % 4 == 0 else row for number, row in enumerate(questions)][: scenes - len(rows)]
