@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from research.miniature import stages
 from research.miniature.images import to_pixels
 from research.miniature.judge import labels
-from research.miniature.loop import Run
+from research.miniature.loop import Run, mixed_precision
 from research.miniature.pretrain import CheckFailedError, build, pretrain, train_part
 from research.miniature.prompts import PromptPart
 from research.miniature.scales import PARTS, SCALES, Gate
@@ -150,7 +150,8 @@ def test_the_denoiser_predicts_noise_and_the_unet_starts_from_it_and_predicts_th
     torch.manual_seed(0)
     error = part._error(pixels, prompts, timesteps)
     torch.manual_seed(0)
-    latents = part.vae.encode(pixels).latent_dist.mode() * part.vae.config.scaling_factor
+    with mixed_precision(part.unet.device):
+        latents = part.vae.encode(pixels).latent_dist.mode().float() * part.vae.config.scaling_factor
     noise = torch.randn(latents.shape)
     kept = part.scheduler.alphas_cumprod[timesteps].view(2, 1, 1, 1)
     target = noise if name == "denoiser" else kept.sqrt() * noise - (1 - kept).sqrt() * latents

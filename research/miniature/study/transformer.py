@@ -341,8 +341,8 @@ QUESTION_TRENDS = {
         "cross-attention, s = 4",
     ),
     "with cross-attention, s = 1 is more accurate than s = 0": ("cross-attention, s = 0", "cross-attention, s = 1"),
-    "the transformer alone, s = 0, is more accurate than CLIP": ("CLIP", "diffusion, s = 0"),
-    "the transformer alone, s = 4 is more accurate than s = 0": ("diffusion, s = 0", "diffusion, s = 4"),
+    "only the transformer, s = 0, is more accurate than CLIP": ("CLIP", "diffusion, s = 0"),
+    "only the transformer, s = 4 is more accurate than s = 0": ("diffusion, s = 0", "diffusion, s = 4"),
 }
 
 
