@@ -10,10 +10,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _OLD = "-replaced"  # the folder that is being replaced
@@ -95,6 +98,24 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write a value as indented JSON, atomically. Raises as `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically. Raises as `write_text`.
+
+    `save_file` writes to another temporary file in the same folder, which would stay there after a kill.
+
+    Args:
+        path: The file.
+        tensors: Contiguous tensors by name.
+        metadata: Written to the header.
+    """
+    from safetensors.torch import save  # imports torch
+
+    with atomic_path(path) as written:
+        written.write_bytes(save(tensors, metadata))
 
 
 def move_into_place(written: Path, place: Path) -> None:

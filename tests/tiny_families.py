@@ -30,7 +30,7 @@ from sdllava import SDLlavaDiffusionConfig
 T5 = {
     "vocab_size": 128,
     "d_model": 32,
-    "d_kv": 8,
+    "d_kv": 16,  # bitsandbytes packs no less than 64 inputs on some CPUs
     "d_ff": 64,
     "num_layers": 2,
     "num_heads": 4,

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from ..atomic_files import atomic_path
+from ..atomic_files import write_tensors
 from ..fingerprints import weights_hash
 from ..run_records import begin_run, locked, read_run
 from .images import DatasetImages, ImageFiles, PromptedImage
@@ -258,8 +257,7 @@ def _write_batch(
     for index in wanted:
         # one entry: safetensors writes several in random order, so equal files would differ in their bytes
         entry = {"name": images[index].name, "question": images[index].question}
-        with atomic_path(image_path(folder, index)) as written:
-            save_file(tensors[index], written, metadata={"image": json.dumps(entry)})
+        write_tensors(image_path(folder, index), tensors[index], {"image": json.dumps(entry)})
 
 
 def _settings(

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from ..atomic_files import atomic_path
+from ..atomic_files import write_tensors
 from ..data.records import image_identity
 from ..run_records import begin_run, check_settings
 
@@ -193,5 +192,4 @@ def write_shards(
 
 def _write_shard(folder: Path, tensors: dict[str, torch.Tensor], process: int) -> None:
     name = f"{process:04}-{hashlib.blake2b(min(tensors).encode(), digest_size=6).hexdigest()}.safetensors"
-    with atomic_path(folder / name) as written:
-        save_file(tensors, written)
+    write_tensors(folder / name, tensors)
