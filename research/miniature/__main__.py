@@ -79,7 +79,7 @@ def unpack(out: Annotated[Path, typer.Option(help="Folder of the parts.")]) -> N
 @app.command()
 def smol(
     out: Annotated[Path, typer.Option(help="Folder of the base, the data and the run. Resumes an earlier run.")],
-    max_steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2, of three conversations.")] = 240,
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2, of three conversations.")] = 1900,
     ship: Annotated[Path | None, typer.Option(help="Also write the adapter in half precision to this folder.")] = None,
 ) -> None:
     """Compose, initialise and fine-tune sdllava-smol, the miniature's encoders with SmolLM2."""

@@ -171,7 +171,7 @@ def _chat_row(question: str, answer: str) -> dict[str, Any]:
     return {"images": [], "messages": messages}
 
 
-def train_smol(folder: str | os.PathLike, scenes: int = 5792, steps: int = 926, max_steps: int = 240) -> Path:
+def train_smol(folder: str | os.PathLike, scenes: int = 12_000, steps: int = 2400, max_steps: int = 1900) -> Path:
     """Compose, initialise and fine-tune. Finished parts are kept, and the recipe resumes.
 
     Args:
