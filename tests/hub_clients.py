@@ -9,6 +9,7 @@ from pathlib import Path
 
 import forks
 import huggingface_hub
+import transformers
 from loopback_hub import TOKEN, LoopbackHub
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ def become_client(hub: LoopbackHub, home: Path, token: str | None = TOKEN) -> No
         del os.environ[name]
     importlib.reload(huggingface_hub.constants)
     huggingface_hub.close_session()
+    transformers.utils.hub._hf_api = None  # of another Hub, where an earlier test of this process used one
 
 
 def run_command(
