@@ -74,7 +74,7 @@ class DeepFloydIFBackbone(HookedBackbone):
 
     @property
     def image_weight(self) -> torch.Tensor:
-        """The UNet's first weight: there is no image encoder."""
+        """The UNet's first weight, since the UNet reads pixels."""
         return next(self.unet.parameters())
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ class StableDiffusion(LatentDiffusion):
 
     @classmethod
     def matches(cls, parts: PartConfigs) -> bool:
-        """Whether there is no transformer; other families with a UNet come first."""
+        """Whether the denoiser is a UNet. Other families with a UNet are earlier in `FAMILIES`."""
         return parts.get("transformer_config") is None
 
     def list_taps(self, parts: PartConfigs, latent_size: int) -> list[Tap]:

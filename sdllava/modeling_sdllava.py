@@ -250,7 +250,7 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
                 in `"finetune"` the language model as well. Encoders stay frozen.
 
         Raises:
-            ValueError: There is no such stage.
+            ValueError: The stage is unknown.
         """
         if stage not in ("align", "finetune"):
             raise ValueError(f"There is no stage {stage!r}. Use 'align' or 'finetune'.")
