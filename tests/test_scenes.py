@@ -14,7 +14,15 @@ from sdllava.scenes.dataset import scene_dataset, write_examples
 from sdllava.scenes.language import KINDS, ask, caption, sample_question
 from sdllava.scenes.minimal_pairs import minimal_pair
 from sdllava.scenes.render import looks_rendered, render, render_array
-from sdllava.scenes.world import HELD_OUT_PAIRS, PATTERNS, SPLITS, Scene, sample_scene
+from sdllava.scenes.world import (
+    FURTHER_COLOURS,
+    FURTHER_SHAPES,
+    HELD_OUT_PAIRS,
+    PATTERNS,
+    SPLITS,
+    Scene,
+    sample_scene,
+)
 
 RENDERED = "f0a9e5f3ee1918dcb9f6c346fd26f8b74e6a33853566063e5fdf5f9c2b889be6"
 ANSWER_SETS = {
@@ -28,6 +36,7 @@ ANSWER_SETS = {
     "text": ({"o", "v", "x", "z"},),
     "viewpoint": ({"above", "front", "below"},),
 }
+FURTHER_ANSWERS = {"colour": set(FURTHER_COLOURS), "structure": set(FURTHER_SHAPES)}
 
 
 def find(record: dict, phrase: str) -> dict:
@@ -50,7 +59,7 @@ def read_answer(record: dict, question: str) -> str:
         r"Is the (.+) whole or broken\?": lambda p: find(record, p)["state"],
         r"Is the (\w+ \w+) broken\?": lambda p: find(record, p)["state"] == "broken",
         r"How many objects are there\?": lambda: str(len(shapes)),
-        r"How many (?!objects)(\w+)s are there\?": lambda s: str(shapes.count(s)),
+        r"How many (?!objects)(\w+?)(?:(?<=s)e)?s are there\?": lambda s: str(shapes.count(s)),
         r"Where is the (.+)\?": lambda p: find(record, p)["cell"],
         r"Is the (.+) (?:left or right|right or left) of the (.+)\?": lambda p, q: (
             "left" if "left" in find(record, p)["cell"] and "right" in find(record, q)["cell"] else "right"
@@ -105,7 +114,8 @@ def test_captions_and_answers_agree_with_the_record(split, count):
             if question := ask(scene, rng, (pattern,)):
                 kinds.add(question.kind)
                 assert question.answer == read_answer(record, question.text)
-                assert any(question.answer in answers for answers in ANSWER_SETS[pattern])
+                further = FURTHER_ANSWERS.get(pattern, set()) if split == "varied" else set()
+                assert any(question.answer in answers | further for answers in ANSWER_SETS[pattern])
     assert kinds == set(KINDS)
 
 
@@ -119,7 +129,7 @@ def test_a_minimal_pair_differs_only_in_its_pattern(pattern):
         "text": "letter",
     }.get(pattern, pattern)
     for seed in range(12):
-        for split in ("train", "test"):
+        for split in ("train", "test", "varied"):
             pair = minimal_pair(pattern, split, seed)
             first, second = (scene.record() for scene in pair.scenes)
             assert [scene.split for scene in pair.scenes] == [split, split]
@@ -222,7 +232,7 @@ def test_the_dataset_is_in_trls_format():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"split": "dev"}, "Split 'dev' is unknown. Use one of train, validation, test, composition."),
+        ({"split": "dev"}, "Split 'dev' is unknown. Use one of train, validation, test, composition, varied."),
         ({"task": "answers"}, "Task 'answers' is unknown. Use one of questions, captions, descriptions, pairs."),
         ({"count": 0}, "Count 0 with 1 turns gives no rows. Use positive numbers."),
         ({"turns": -1}, "Count 1 with -1 turns gives no rows. Use positive numbers."),

@@ -97,20 +97,39 @@ def asking(
     out: Annotated[Path, typer.Option(help="Folder of runs and of asking.md. Resumes an earlier call.")],
     variant: Annotated[list[str] | None, typer.Option(help="Only these rows of the table. Repeatable.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pairs of runs per variant.")] = 3,
-    scenes: Annotated[int, typer.Option(min=1, help="Training scenes of stage 2.")] = 12_000,
-    limit: Annotated[int | None, typer.Option(min=1, help="Approximate number of evaluated questions.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Training images.")] = 10_000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of stage 2, of 32 images each.")] = 1_000,
+    test: Annotated[int, typer.Option(min=1, help="Test images, one question each.")] = 2_000,
 ) -> None:
     """Train variants of the miniature with and without the question, and write what the question gains."""
     with _without_traceback():
-        from .asking import VARIANTS, measure
-        from .scales import StageBudget
+        from .asking import VARIANTS, AskingBudget, measure
 
         names = variant or list(VARIANTS)
         if unknown := next((name for name in names if name not in VARIANTS), None):
             raise ValueError(f"Unknown variant {unknown!r}. Use one of {', '.join(map(repr, VARIANTS))}.")
-        align, finetune = StageBudget(max(scenes // 3, 1), 2, 32), StageBudget(scenes, 2, 32)
-        measure(out, names, seeds, align, finetune, limit)
+        measure(out, names, seeds, AskingBudget(images, test, max(steps * 3 // 10, 1), steps))
         typer.echo((out / "asking.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def third_party(
+    out: Annotated[Path, typer.Option(help="Folder of data and runs. Resumes an earlier call.")],
+    benchmark: Annotated[str, typer.Option(help="easy_vqa, shapes or nlvr.")],
+    base: Annotated[list[str], typer.Option(help="Checkpoint to fine-tune: mini or a folder. Repeatable.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of SHAPES or NLVR.")] = None,
+) -> None:
+    """Fine-tune checkpoints on the training set of a benchmark that others wrote, and score them on it."""
+    with _without_traceback():
+        from sdllava.miniature import mini_path
+
+        from .third_party import TASKS, train_and_score
+
+        if benchmark not in TASKS:
+            raise ValueError(f"Unknown benchmark {benchmark!r}. Use one of {', '.join(map(repr, TASKS))}.")
+        for name in base:
+            found = train_and_score(out, benchmark, mini_path() if name == "mini" else name, data)
+            typer.echo(f"{name}: {found['scores']}, blind {found['blind']['scores']}")
 
 
 @app.command()

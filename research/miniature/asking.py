@@ -1,173 +1,268 @@
 """When does conditioning on the question help? Variants of the miniature, each trained with and without the question.
 
 A question can only help where the image tokens cannot hold the whole image. The variants therefore differ in the number
-of image tokens, in how the maps are fused, in the guidance scale, and in whether the UNet is trained with the question.
-Both members of a pair of runs have the same parts, data, seed and number of steps.
+of image tokens, in the number of objects, in how the maps are fused, in the guidance scale, in what the prompt is, and
+in whether the UNet is trained with the question. Both members of a pair of runs have the same data, seed and number of
+steps. Features are computed once ([`~research.miniature.asking_features`]), except those of a trained UNet.
 """
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from torch import Tensor
 
-from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor, mini_path
-from sdllava.atomic_files import atomic_path, write_json, write_text
-from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate_samples, load_samples
-from sdllava.miniature.smol import write_parts
-from sdllava.train.machine import computes_in_bfloat16
-from sdllava.train.run import train
+from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
+from sdllava.atomic_files import write_json, write_text
+from sdllava.evaluation.bootstrap import difference
+from sdllava.train.adapters import inject_unet_lora
 
-from .scales import TOWER, StageBudget
-from .stages import RECIPES, write_scenes
+from .asking_features import Examples, compose, examples
+from .loop import Budget, Run, mixed_precision
+from .unpack import unpack
 
-PARTS = {"diffusion": "diffusion", "vision": "clip", "language_model": "llm"}
+IGNORED = -100
+_EVAL_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a model reads its images.
+
+    Attributes:
+        world: A key of `WORLDS`.
+        merge: Side of the square of features that make one image token. 8 gives one token per scene.
+        fusion: How both maps are fused. "none" has only the diffusion model.
+        trains_unet: Whether LoRA on the UNet's cross-attention is trained, too.
+    """
+
+    world: str = "scenes"
+    merge: int = 8
+    fusion: str = "cross_attention"
+    trains_unet: bool = False
 
 
 @dataclass(frozen=True)
 class AskingVariant:
-    """One row of the table.
+    """One row of the table: a reader, and the guidance scales and the prompt of the run with the question.
 
-    Attributes:
-        guidance: The guidance scale of the run with the question. The run without it has scale 0.
-        fields: Options of both runs.
+    The run without the question has the scale 0, or an empty prompt where the UNet is trained.
     """
 
-    guidance: float = 1.0
-    fields: dict[str, Any] = field(default_factory=dict)
-
-
-def _tokens(merge: int, **changes: Any) -> dict[str, Any]:
-    return {"fusion": "cross_attention", "fusion_num_attention_heads": 6, "spatial_merge_size": merge} | changes
+    reader: Reader = Reader()
+    scales: tuple[float, ...] = (1.0,)
+    prompt: str = "question"
 
 
 VARIANTS = {
-    "16 tokens": AskingVariant(fields=_tokens(2)),
-    "4 tokens": AskingVariant(fields=_tokens(4)),
-    "1 token": AskingVariant(fields=_tokens(8)),
-    "1 token, s = 4": AskingVariant(4.0, _tokens(8)),
-    "1 token, s = 8": AskingVariant(8.0, _tokens(8)),
-    "1 token, concat": AskingVariant(fields={"fusion": "concat", "spatial_merge_size": 8}),
-    "1 token, only diffusion": AskingVariant(fields={"fusion": "none", "spatial_merge_size": 8}),
-    "1 token, UNet trained": AskingVariant(fields=_tokens(8, unet_lora_r=16)),
+    "16 tokens": AskingVariant(Reader(merge=2)),
+    "4 tokens": AskingVariant(Reader(merge=4)),
+    "1 token": AskingVariant(),
+    "1 token, s = 2": AskingVariant(scales=(2.0,)),
+    "1 token, s = 4": AskingVariant(scales=(4.0,)),
+    "1 token, s = 8": AskingVariant(scales=(8.0,)),
+    "1 token, both maps": AskingVariant(scales=(0.0, 1.0)),
+    "1 token, caption as prompt": AskingVariant(prompt="caption"),
+    "1 token, CLIP concatenated": AskingVariant(Reader(fusion="concat")),
+    "1 token, only diffusion": AskingVariant(Reader(fusion="none")),
+    "nine objects, 9 tokens": AskingVariant(Reader("crowded", 4)),
+    "nine objects, 1 token": AskingVariant(Reader("crowded", 12)),
+    "nine objects, 1 token, caption as prompt": AskingVariant(Reader("crowded", 12), prompt="caption"),
+    "1 token, UNet trained": AskingVariant(Reader(trains_unet=True)),
 }
 
 
-def write_language_model(folder: Path) -> None:
-    """Write the miniature's Llama and its tokenizer as a checkpoint of its own."""
-    model = SDLlavaForConditionalGeneration.from_pretrained(mini_path(), dtype=torch.float32)
-    llama = LlamaForCausalLM(model.config.text_config)
-    llama.model.load_state_dict(model.model.language_model.state_dict())
-    llama.tie_weights()
-    llama.save_pretrained(folder)
-    processor: Any = SDLlavaProcessor.from_pretrained(mini_path())
-    processor.tokenizer.chat_template = processor.chat_template
-    processor.tokenizer.save_pretrained(folder)
+@dataclass(frozen=True)
+class AskingBudget:
+    """Images of training and of evaluation, and optimizer steps of both stages, of 32 images each."""
+
+    train: int = 10_000
+    test: int = 2_000
+    align: int = 300
+    finetune: int = 1_000
 
 
-def train_run(work: Path, name: str, asks: bool, seed: int, align: StageBudget, finetune: StageBudget) -> Path:
-    """Train both stages of one run, unless it is finished.
+class AskingPart:
+    """A stage of a run, for [`~research.miniature.loop.Run`].
 
     Args:
-        work: The folder of parts, data and runs.
-        name: A key of `VARIANTS`.
-        asks: Whether the question is the diffusion model's prompt, in training and in evaluation.
-        seed: Of initial weights, order and dropout.
-        align, finetune: The budgets of the stages.
+        name: "align" (captions) or "finetune" (questions).
+        model, processor: Of the run.
+        data: What is trained on.
+        prompt: One of `PROMPTS`, or "none".
     """
-    variant = VARIANTS[name]
-    output = work / "runs" / f"{name.replace(' ', '-').replace(',', '')}-{'question' if asks else 'none'}-{seed}"
-    write_scenes(work / "align.parquet", "captions", align, 0)
-    write_scenes(work / "finetune.parquet", "questions", finetune, 0)
-    parts = {option: work / "parts" / place for option, place in PARTS.items()}
-    if variant.fields["fusion"] == "none":
-        del parts["vision"]
-    adapter = {"unet_lora_r": variant.fields.get("unet_lora_r", 0)}
-    model = {key: value for key, value in variant.fields.items() if key != "unet_lora_r"}
-    model |= TOWER | {"guidance_scales": variant.guidance if asks else 0.0}
-    stages: Sequence[tuple[str, StageBudget, dict[str, Any]]] = (
-        ("align", align, parts | model),
-        ("finetune", finetune, {"init_from": output / "align"} | model | adapter),
+
+    def __init__(self, name: str, model: Any, processor: Any, data: Examples, prompt: str):
+        self.name, self.model, self.processor, self.data, self.prompt = name, model, processor, data, prompt
+        model.set_stage(name)
+        turns = zip(data.captions if name == "align" else data.questions, data.answers, strict=True)
+        self.texts = [
+            tokenize(processor, *((None, text) if name == "align" else (text, answer))) for text, answer in turns
+        ]
+
+    def loss(self, step: int, batch_size: int) -> Tensor:
+        """Mean cross-entropy of the answers' tokens."""
+        rows = torch.randint(len(self.texts), (batch_size,)).tolist()
+        with mixed_precision(self.model.device):
+            return self.model(**self.inputs(rows)).loss
+
+    def inputs(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The model's inputs for some images."""
+        found = pad([self.texts[row] for row in rows], self.processor.tokenizer.pad_token_id)
+        stored = {name: tensor[rows].float() for name, tensor in self.data.features.items()}
+        encodings = {"vision_features": stored["vision"]} if self.model.model.vision_tower is not None else {}
+        if hasattr(self.model.model.diffusion_tower.unet, "peft_config"):
+            encodings["latents"] = stored["latents"]
+            asked = [self.data.questions[row] if self.prompt == "question" else "" for row in rows]
+            found |= self.processor.tokenize_questions(asked, return_tensors="pt")
+        else:
+            encodings["unconditional_features"] = stored["unconditional"]
+            encodings["conditional_features"] = stored.get(self.prompt, stored["unconditional"])
+        return found | {"image_encodings": encodings, "use_cache": False}
+
+    @torch.no_grad()
+    def right(self) -> list[bool]:
+        """Whether each answer is what greedy decoding would give: every token is the most likely one."""
+        self.model.eval()
+        verdicts: list[bool] = []
+        for start in range(0, len(self.texts), _EVAL_BATCH):
+            inputs = self.inputs(range(start, min(start + _EVAL_BATCH, len(self.texts))))
+            labels = inputs.pop("labels")[:, 1:]
+            with mixed_precision(self.model.device):
+                likely = self.model(**inputs).logits[:, :-1].argmax(-1)
+            verdicts += ((likely == labels) | (labels == IGNORED)).all(1).tolist()
+        return verdicts
+
+
+def tokenize(processor: Any, question: str | None, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one turn about an image. Without a question the text is LLaVA's plain template."""
+    tokenizer = processor.tokenizer
+    image = "<image>" * processor.num_image_tokens
+    start = f"{image}\n" if question is None else f"USER: {image}\n{question} ASSISTANT: "
+    context = tokenizer(start)["input_ids"]
+    target = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return context + target, [IGNORED] * len(context) + target
+
+
+def pad(texts: Sequence[tuple[list[int], list[int]]], filler: int) -> dict[str, Tensor]:
+    """Tokenised texts as tensors, filled at the end."""
+    length = max(len(ids) for ids, _ in texts)
+    return {
+        "input_ids": torch.tensor([ids + [filler] * (length - len(ids)) for ids, _ in texts]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in texts]),
+        "labels": torch.tensor([labels + [IGNORED] * (length - len(labels)) for _, labels in texts]),
+    }
+
+
+def build(
+    parts: Path, reader: Reader, scales: Sequence[float]
+) -> tuple[SDLlavaForConditionalGeneration, SDLlavaProcessor]:
+    """The untrained model of a run, and its processor."""
+    fields: dict[str, Any] = {
+        "fusion": reader.fusion,
+        "spatial_merge_size": reader.merge,
+        "guidance_scales": list(scales),
+    }
+    if reader.fusion == "cross_attention":
+        fields["fusion_num_attention_heads"] = 6
+    return compose(parts, reader.world, **fields)
+
+
+def answer_questions(out: Path, variant: AskingVariant, asks: bool, seed: int, budget: AskingBudget) -> list[bool]:
+    """Train both stages of a run, unless it is finished, and return which test questions it answers correctly.
+
+    Args:
+        out: The folder of parts, features and runs.
+        variant: The row of the table.
+        asks: Whether the diffusion model is conditioned on the question.
+        seed: Of initial weights and order.
+        budget: The size of the run.
+    """
+    reader = variant.reader
+    scales = variant.scales if asks or reader.trains_unet else (0.0,)
+    names = [reader.world, reader.merge, reader.fusion, *(["unet"] if reader.trains_unet else [])]
+    place = out / "runs" / "-".join(map(str, names)) / f"seed-{seed}"
+    run = place / ("-".join([variant.prompt, *map(str, scales)]) if asks else "none")
+    if (run / "right.json").exists():
+        return json.loads((run / "right.json").read_text(encoding="utf-8"))
+    train, test = (
+        examples(out, reader.world, split, count) for split, count in (("train", budget.train), ("test", budget.test))
     )
-    for stage, budget, options in stages:
-        if (output / stage / "config.json").exists():
-            continue
-        values = options | {
-            "config": RECIPES / f"study-{stage}.yaml",
-            "train_data": work / f"{stage}.parquet",
-            "output_dir": output / stage,
-            "num_train_epochs": budget.epochs,
-            "per_device_train_batch_size": budget.batch_size,
-            "diffusion_prompt": "question" if asks and stage == "finetune" else "none",
-            "bf16": computes_in_bfloat16(),
-            "seed": seed,
-        }
-        train([word for key, value in values.items() for word in (f"--{key}", *_words(value))])
-    return output / "finetune"
+    torch.manual_seed(seed)
+    model, processor = build(out / "parts", reader, scales)
+    align = AskingPart("align", model, processor, train, "none")
+    Run(align, Budget(budget.align, 32, 2e-3, warmup=20), place / f"align-{len(scales)}", seed).train()
+    if reader.trains_unet:
+        inject_unet_lora(model, 16, 32)
+    prompt = variant.prompt if asks else "none"
+    finetune = AskingPart("finetune", model, processor, train, prompt)
+    if reader.trains_unet:
+        for name, parameter in model.model.diffusion_tower.unet.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    Run(finetune, Budget(budget.finetune, 32, 1e-3, warmup=20), run, seed).train()
+    right = AskingPart("finetune", model, processor, test, prompt).right()
+    write_json(run / "right.json", right)
+    return right
 
 
-def measure(
-    out: str | os.PathLike,
-    names: Sequence[str],
-    seeds: int,
-    align: StageBudget,
-    finetune: StageBudget,
-    limit: int | None,
-) -> dict[str, Any]:
+def measure(out: str | os.PathLike, names: Sequence[str], seeds: int, budget: AskingBudget) -> dict[str, Any]:
     """Train and evaluate the variants, and write `asking.json` and `asking.md` after each.
 
     Args:
         out: The folder. Finished runs in it are kept.
         names: Keys of `VARIANTS`.
         seeds: The number of pairs of runs per variant.
-        align, finetune: The budgets of the stages.
-        limit: The approximate number of questions to evaluate. None takes all.
+        budget: The size of every run.
 
     Returns:
-        `dict`: Per variant the scores of both kinds of runs by seed, in percent.
+        `dict`: Per variant [`compare`] of its runs.
     """
     out = Path(out)
-    for place, write in (("parts", write_parts), ("parts/llm", write_language_model)):
-        if not (out / place).exists():
-            with atomic_path(out / place) as written:
-                write(written)
-    options = EvaluationOptions(limit=limit, batch_size=32)
-    benchmark, samples, source = load_samples("mini", options)
+    unpack(out / "parts")
     rows: dict[str, Any] = {}
     for name in names:
-        rows[name] = {"question": [], "none": []}
-        for seed in range(seeds):
-            for prompt in rows[name]:
-                folder = train_run(out, name, prompt == "question", seed, align, finetune)
-                model = LoadedModel.load(os.fspath(folder))
-                found = evaluate_samples(model, benchmark, samples, source, folder / "answers", options)
-                rows[name][prompt].append(found["scores"])
+        pairs = [
+            [answer_questions(out, VARIANTS[name], asks, seed, budget) for asks in (False, True)]
+            for seed in range(seeds)
+        ]
+        rows[name] = compare(pairs)
         write_json(out / "asking.json", rows)
         write_text(out / "asking.md", table(rows))
     return rows
 
 
-def table(rows: dict[str, Any], metrics: Sequence[str] = ("questions", "pairs", "compositions")) -> str:
-    """A Markdown table: the difference that the question makes, in points, with its standard error over the seeds."""
-    lines = [
-        f"| variant | {' | '.join(metrics)} | without the question |",
-        f"|---|{'---|' * (len(metrics) + 1)}",
+def compare(pairs: Sequence[Sequence[list[bool]]]) -> dict[str, Any]:
+    """Accuracy without and with the question over all seeds, and the difference with its 95% interval, in percent.
+
+    Args:
+        pairs: By seed, which questions were answered correctly without and with the question.
+
+    Returns:
+        `dict`: `without`, `with`, `difference`, `interval`, and the differences `by_seed`.
+    """
+    units = [
+        {str(row): {"right": 100 * mean(verdicts)} for row, verdicts in enumerate(zip(*runs, strict=True))}
+        for runs in zip(*pairs, strict=True)
     ]
-    for name, scores in rows.items():
-        cells = []
-        for metric in metrics:
-            pairs = zip(scores["question"], scores["none"], strict=True)
-            gains = [with_it[metric] - without[metric] for with_it, without in pairs if metric in with_it]
-            error = f" ± {stdev(gains) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
-            cells.append(f"{mean(gains):+.1f}{error}" if gains else "")
-        level = mean(entry[metrics[0]] for entry in scores["none"])
-        lines.append(f"| {name} | {' | '.join(cells)} | {level:.1f} |")
+    found = difference(units[0], units[1], dict, "right")
+    levels = [mean(unit["right"] for unit in runs.values()) for runs in units]
+    by_seed = [100 * (mean(asked) - mean(silent)) for silent, asked in pairs]
+    return {"without": levels[0], "with": levels[1], "by_seed": by_seed} | {
+        name: found[name] for name in ("difference", "interval")
+    }
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The variants as a Markdown table: accuracy without and with the question, and the difference in points."""
+    lines = ["| variant | without | with the question | difference | by seed |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        low, high = row["interval"]
+        gain = f"{row['difference']:+.1f} [{low:.1f}, {high:.1f}]"
+        seeds = ", ".join(f"{value:+.1f}" for value in row["by_seed"])
+        lines.append(f"| {name} | {row['without']:.1f} | {row['with']:.1f} | {gain} | {seeds} |")
     return "\n".join(lines) + "\n"
-
-
-def _words(value: Any) -> list[str]:
-    return [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)]

@@ -10,7 +10,7 @@ from .options import check_outputs
 
 app = typer.Typer(no_args_is_help=True, help="Write the rendered scenes that the embedded miniature was trained on.")
 
-SplitOption = Annotated[str, typer.Option(help="train, validation, test or composition.")]
+SplitOption = Annotated[str, typer.Option(help="train, validation, test, composition or varied.")]
 
 
 class Task(StrEnum):

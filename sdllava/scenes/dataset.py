@@ -80,7 +80,8 @@ def scene_dataset(
     """Rendered scenes as a dataset in TRL's format: `images`, `messages`, and `scene` (the scene's record as JSON).
 
     Args:
-        split: "train", "validation", "test" or "composition" (scenes with a held-out colour-shape pair).
+        split: "train", "validation", "test", "composition" (scenes with a held-out colour-shape pair) or "varied" (with
+            further colours and shapes).
         count: The number of rows. For "pairs", the number of pairs of rows.
         seed: Other seeds give other scenes of the split.
         task: "questions" (adds `pattern`), "captions", "descriptions" (one turn per object), or "pairs" (adds `pattern`

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .world import (
-    COLOURS,
     DIRECTIONS,
     HELD_OUT_PAIRS,
     PATTERNS,
-    SHAPES,
     Scene,
     SceneObject,
     sample_scene,
@@ -108,14 +106,14 @@ def _border(scene: Scene, rng: random.Random) -> Wording | None:
 
 
 def _exists(scene: Scene, rng: random.Random) -> Wording | None:
-    shape = rng.choice(SHAPES)
+    shape = rng.choice(scene.shapes)
     item = next((o for o in scene.objects if o.shape == shape), None)
     return f"Is there {article(shape)}?", yes_no(item is not None), item
 
 
 def _pair_exists(scene: Scene, rng: random.Random) -> Wording | None:
     present = [o.pair for o in scene.objects]
-    pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS or (c, s) in present]
+    pairs = [(c, s) for c in scene.colours for s in scene.shapes if (c, s) not in HELD_OUT_PAIRS or (c, s) in present]
     tempting = [p for p in pairs if any((p[0] == c) != (p[1] == s) for c, s in present)]
     pair = rng.choice(present if rng.random() < 0.5 else tempting)
     item = next((o for o in scene.objects if o.pair == pair), None)
@@ -139,9 +137,10 @@ def _how_many(scene: Scene, rng: random.Random) -> Wording | None:
 
 
 def _how_many_of(scene: Scene, rng: random.Random) -> Wording | None:
-    shape = rng.choice(SHAPES)
+    shape = rng.choice(scene.shapes)
     number = sum(o.shape == shape for o in scene.objects)
-    return (f"How many {shape}s are there?", str(number), None) if number <= MAX_SHAPE_COUNT else None
+    plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
+    return (f"How many {plural} are there?", str(number), None) if number <= MAX_SHAPE_COUNT else None
 
 
 def _where(scene: Scene, rng: random.Random) -> Wording | None:
@@ -192,7 +191,7 @@ def _shape_at(scene: Scene, rng: random.Random) -> Wording | None:
 
 def _which_shape(scene: Scene, rng: random.Random) -> Wording | None:
     item = rng.choice(scene.objects)
-    others = [s for s in SHAPES if s != item.shape and (item.colour, s) not in HELD_OUT_PAIRS]
+    others = [s for s in scene.shapes if s != item.shape and (item.colour, s) not in HELD_OUT_PAIRS]
     options = rng.sample([item.shape, rng.choice(others)], 2)
     return f"Is the {item.colour} object {' or '.join(map(article, options))}?", item.shape, item
 
@@ -227,11 +226,11 @@ def _ask(scene: Scene, rng: random.Random, pattern: str, kind: str) -> Question 
 
 
 @functools.cache
-def _keep_probabilities() -> dict[tuple[str, str], float]:
+def _keep_probabilities(split: str) -> dict[tuple[str, str], float]:
     """The probability with which a (kind, answer) is kept, so that the answers of a kind become equally frequent."""
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     for seed in range(_BALANCE_SCENES):
-        rng, scene = random.Random(f"balance {seed}"), sample_scene("train", seed)
+        rng, scene = random.Random(f"balance {seed}"), sample_scene(split, seed)
         for pattern, kinds in _KINDS.items():
             for kind in kinds:
                 if question := _ask(scene, rng, pattern, kind):
@@ -258,11 +257,12 @@ def ask(
     Returns:
         `Question` or `None`: None where no question fits the scene.
     """
+    keep = _keep_probabilities("varied" if scene.is_varied else "train")
     for pattern in rng.sample(patterns, len(patterns)):
         possible = [kind for kind in _KINDS[pattern] if kind in kinds]
         for kind in rng.sample(possible, len(possible)):
             question = _ask(scene, rng, pattern, kind)
-            if question is None or rng.random() >= _keep_probabilities()[kind, question.answer]:
+            if question is None or rng.random() >= keep[kind, question.answer]:
                 continue
             if not held_out_only or question.subject is None or question.subject.pair in HELD_OUT_PAIRS:
                 return question

@@ -9,11 +9,9 @@ from typing import Any
 from .language import choose, yes_no
 from .world import (
     CELLS,
-    COLOURS,
     DIRECTIONS,
     LETTERS,
     PATTERNS,
-    SHAPES,
     STATES,
     VIEWPOINTS,
     Scene,
@@ -67,9 +65,9 @@ def _edit_state(scene: Scene, rng: random.Random) -> Edit | None:
 def _edit_count(scene: Scene, rng: random.Random) -> Edit | None:
     if len(scene.objects) == len(CELLS):
         return replace(scene, objects=scene.objects[:-1]), None
-    colour = rng.choice([c for c in COLOURS if all(o.colour != c for o in scene.objects)])
+    colour = rng.choice([c for c in scene.colours if all(o.colour != c for o in scene.objects)])
     cell = rng.choice([c for c in CELLS if all(o.cell != c for o in scene.objects)])
-    added = random_object(rng, colour, rng.choice(SHAPES), cell)
+    added = random_object(rng, colour, rng.choice(scene.shapes), cell)
     return replace(scene, objects=(*scene.objects, added)), None
 
 
@@ -84,14 +82,14 @@ def _edit_position(scene: Scene, rng: random.Random) -> Edit | None:
 def _edit_colour(scene: Scene, rng: random.Random) -> Edit | None:
     shapes = Counter(o.shape for o in scene.objects)
     if item := choose((o for o in scene.objects if shapes[o.shape] == 1), rng):
-        colour = rng.choice([c for c in COLOURS if all(o.colour != c for o in scene.objects)])
+        colour = rng.choice([c for c in scene.colours if all(o.colour != c for o in scene.objects)])
         return _with(scene, item, colour=colour), item
     return None
 
 
 def _edit_structure(scene: Scene, rng: random.Random) -> Edit | None:
     item = rng.choice(scene.objects)
-    alike = [s for s in SHAPES if (s in ("triangle", "arrow")) == bool(item.direction)]
+    alike = [s for s in scene.shapes if (s in ("triangle", "arrow")) == bool(item.direction)]
     return _with(scene, item, shape=_other(alike, item.shape, rng)), item
 
 

@@ -17,6 +17,11 @@ _RGB = {
     "blue": (48, 92, 224),
     "yellow": (244, 204, 36),
     "purple": (152, 60, 196),
+    "orange": (240, 130, 30),
+    "pink": (246, 142, 192),
+    "brown": (118, 70, 38),
+    "teal": (20, 140, 140),
+    "gray": (112, 112, 112),
 }
 _SKY, _FLOOR, _BLACK, _WHITE = (214, 226, 238), (178, 162, 142), (20, 20, 20), (250, 250, 250)
 _HORIZON = {"above": 10, "front": 32, "below": 54}
@@ -34,6 +39,27 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
         (_CENTRE + r * math.sin(math.pi * k / 5), _CENTRE + 0.8 - r * math.cos(math.pi * k / 5))
         for k, r in enumerate((12.0, 5.6) * 5)
     ],
+    "cross": [
+        *[(8, 1), (16, 1), (16, 8), (23, 8), (23, 16), (16, 16)],
+        *[(16, 23), (8, 23), (8, 16), (1, 16), (1, 8), (8, 8)],
+    ],
+    "diamond": [(12, 0.5), (21, 12), (12, 23.5), (3, 12)],
+    "pentagon": [
+        (_CENTRE + 12 * math.sin(k * math.pi / 2.5), 12.8 - 12 * math.cos(k * math.pi / 2.5)) for k in range(5)
+    ],
+    "heart": [
+        (12, 23),
+        (1.5, 11),
+        (1.5, 5.5),
+        (4.5, 2),
+        (8.5, 2),
+        (12, 6),
+        (15.5, 2),
+        (19.5, 2),
+        (22.5, 5.5),
+        (22.5, 11),
+    ],
+    "rectangle": [(0.5, 6), (23.5, 6), (23.5, 18), (0.5, 18)],
 }
 # Strokes of the letters, in pixels from the centre of the badge.
 _STROKES: dict[str, list[list[tuple[float, float]]]] = {
@@ -94,15 +120,30 @@ def object_box(item: SceneObject) -> tuple[int, int, int, int]:
 
 def render_array(scene: Scene) -> np.ndarray:
     """Render a scene as RGB pixels `(64, 64, 3)`, uint8."""
-    pixels = np.empty((SIZE, SIZE, 3), dtype=np.uint16)
-    pixels[: _HORIZON[scene.viewpoint]] = _SKY
-    pixels[_HORIZON[scene.viewpoint] :] = _FLOOR
+    pixels = ground(SIZE, _HORIZON[scene.viewpoint])
     for item in scene.objects:
-        left, top, right, bottom = object_box(item)
-        paint, background = _sprite(item.colour, item.shape, item.direction, item.border, item.state, item.letter)
-        region = pixels[top:bottom, left:right]
-        region[:] = paint + (region * background + 127) // 255
+        left, top, _, _ = object_box(item)
+        paint(pixels, item, left, top)
     return pixels.astype(np.uint8)
+
+
+def ground(size: int, horizon: int) -> np.ndarray:
+    """A square image of sky and floor, `(size, size, 3)`, uint16.
+
+    Args:
+        size: Pixels along one side.
+        horizon: Rows of sky.
+    """
+    pixels = np.empty((size, size, 3), dtype=np.uint16)
+    pixels[:horizon], pixels[horizon:] = _SKY, _FLOOR
+    return pixels
+
+
+def paint(pixels: np.ndarray, item: SceneObject, left: int, top: int) -> None:
+    """Paint an object, 24 pixels wide and high, over an image `(height, width, 3)`, uint16, in place."""
+    colour, background = _sprite(item.colour, item.shape, item.direction, item.border, item.state, item.letter)
+    region = pixels[top : top + SPRITE, left : left + SPRITE]
+    region[:] = colour + (region * background + 127) // 255
 
 
 def render(scene: Scene) -> Image.Image:

@@ -11,6 +11,9 @@ from typing import Any
 
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 SHAPES = ("circle", "square", "star", "triangle", "arrow")
+FURTHER_COLOURS = ("orange", "pink", "brown", "teal", "gray")
+FURTHER_SHAPES = ("cross", "diamond", "pentagon", "heart", "rectangle")
+"""Colours and shapes only of the split "varied", so that most colours occur with most shapes there."""
 DIRECTIONAL = ("triangle", "arrow")
 DIRECTIONS = ("up", "right", "down", "left")
 CELLS = ("top left", "top right", "bottom left", "bottom right")
@@ -18,7 +21,7 @@ STATES = ("whole", "broken")
 LETTERS = ("o", "v", "x", "z")
 VIEWPOINTS = ("above", "front", "below")
 PATTERNS = ("orientation", "presence", "state", "count", "position", "colour", "structure", "text", "viewpoint")
-SPLITS = ("train", "validation", "test", "composition")
+SPLITS = ("train", "validation", "test", "composition", "varied")
 
 HELD_OUT_PAIRS = frozenset(zip(COLOURS, ("star", "arrow", "circle", "square", "triangle"), strict=True))
 MAX_OFFSET = 4
@@ -62,15 +65,32 @@ class Scene:
         return cls(record["viewpoint"], tuple(objects))
 
     @property
+    def is_varied(self) -> bool:
+        """Whether an object has one of `FURTHER_COLOURS` or `FURTHER_SHAPES`."""
+        return any(o.colour in FURTHER_COLOURS or o.shape in FURTHER_SHAPES for o in self.objects)
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """The colours among which those of this scene were drawn."""
+        return COLOURS + FURTHER_COLOURS * self.is_varied
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """The shapes among which those of this scene were drawn."""
+        return SHAPES + FURTHER_SHAPES * self.is_varied
+
+    @property
     def split(self) -> str:
         """The split of this scene, computed from its content without the objects' offsets and order.
 
-        "composition" holds every scene with a colour-shape pair of `HELD_OUT_PAIRS`. Of the others, one eighth is
-        "test" and one eighth "validation". Held-out scenes are therefore not in the training split, not even with
-        objects moved by some pixels.
+        "composition" holds every scene with a colour-shape pair of `HELD_OUT_PAIRS`, "varied" every other scene with
+        further colours or shapes. Of the rest, one eighth is "test" and one eighth "validation". Held-out scenes are
+        therefore not in the training split, not even with objects moved by some pixels.
         """
         if any(o.pair in HELD_OUT_PAIRS for o in self.objects):
             return "composition"
+        if self.is_varied:
+            return "varied"
         content = sorted((o.cell, o.colour, o.shape, o.direction, o.border, o.state, o.letter) for o in self.objects)
         bucket = hashlib.blake2b(repr((self.viewpoint, content)).encode(), digest_size=2).digest()[0] % 8
         return {0: "test", 1: "validation"}.get(bucket, "train")
@@ -91,11 +111,13 @@ def random_object(rng: random.Random, colour: str, shape: str, cell: str) -> Sce
     )
 
 
-def _random_scene(rng: random.Random, composition: bool) -> Scene:
+def _random_scene(rng: random.Random, split: str) -> Scene:
     count = rng.choices(*_OBJECT_COUNTS)[0]
-    colours, cells = rng.sample(COLOURS, count), rng.sample(CELLS, count)
-    pairs = [(c, rng.choice([s for s in SHAPES if (c, s) not in HELD_OUT_PAIRS])) for c in colours]
-    if composition:
+    varied = split == "varied"
+    known, shapes = COLOURS + FURTHER_COLOURS * varied, SHAPES + FURTHER_SHAPES * varied
+    colours, cells = rng.sample(known, count), rng.sample(CELLS, count)
+    pairs = [(c, rng.choice([s for s in shapes if (c, s) not in HELD_OUT_PAIRS])) for c in colours]
+    if split == "composition":
         held_out = rng.randrange(count)
         pairs[held_out] = next(pair for pair in HELD_OUT_PAIRS if pair[0] == colours[held_out])
     objects = tuple(random_object(rng, *pair, cell) for pair, cell in zip(pairs, cells, strict=True))
@@ -111,6 +133,6 @@ def sample_scene(split: str, seed: int) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"Split {split!r} is unknown. Use one of {', '.join(SPLITS)}.")
     rng = random.Random(f"scene {split} {seed}")
-    while (scene := _random_scene(rng, composition=split == "composition")).split != split:
+    while (scene := _random_scene(rng, split)).split != split:
         pass
     return scene

@@ -1,0 +1,170 @@
+"""The miniature, and CLIP alone, fine-tuned on the training sets of benchmarks that others wrote."""
+
+import io
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+
+from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
+from sdllava.atomic_files import atomic_path, write_json
+from sdllava.evaluation.benchmarks.base import open_image
+from sdllava.evaluation.benchmarks.statements import read_nlvr, read_shapes
+from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate_samples, load_samples
+from sdllava.train.machine import computes_in_bfloat16
+from sdllava.train.run import cache, train
+
+from .shapes_scenes import compose_images
+from .stages import RECIPES
+
+Turns = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark: its protocol, and the epochs of training on its training set."""
+
+    epochs: int
+    protocol: str = "default"
+
+
+TASKS = {"easy_vqa": Task(12), "shapes": Task(12), "nlvr": Task(20, "even")}
+
+
+def training_rows(name: str, data: Path | None) -> Iterator[tuple[Any, Turns]]:
+    """The images of a benchmark's training set with their questions and answers.
+
+    Args:
+        name: A key of `TASKS`.
+        data: The folder of SHAPES or NLVR. Where SHAPES has no images for `train.large`, they are composed.
+    """
+    if name == "easy_vqa":
+        yield from _easy_vqa()
+    elif name == "nlvr":
+        for identifier, _, sentence, label, image in read_nlvr(_folder(name, data)):
+            if int(identifier.partition("-")[0]) % 2:  # the benchmark has the even numbers
+                yield image, [(f"{sentence.strip()} True or false?", "yes" if label else "no")]
+    else:
+        folder = _folder(name, data)
+        published = (folder / "train.large.input.npy").is_file()
+        rows = read_shapes(folder, "train.large") if published else compose_images(folder)
+        yield from ((image, [(f"{question}?", "yes" if answer else "no")]) for image, question, answer in rows)
+
+
+def _folder(name: str, data: Path | None) -> Path:
+    if data is None:
+        raise ValueError(f"The data of {name} is not a package. Give its folder with --data.")
+    return data
+
+
+def _easy_vqa() -> Iterator[tuple[Path, Turns]]:
+    import easy_vqa
+
+    turns: dict[int, Turns] = defaultdict(list)
+    for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
+        turns[image].append((question, answer))
+    folder = Path(easy_vqa.__file__).parent / "data/train/images"
+    return ((folder / f"{image}.png", asked) for image, asked in turns.items())
+
+
+def write_training_data(file: Path, name: str, data: Path | None) -> list[str]:
+    """Write the training set of a benchmark in TRL's format, one conversation per image, and return its texts."""
+    import datasets
+
+    rows, texts = [], []
+    for source, turns in training_rows(name, data):
+        buffer = io.BytesIO()
+        open_image(source).convert("RGB").save(buffer, format="PNG")
+        messages = []
+        for number, (question, answer) in enumerate(turns):
+            content = [*([{"type": "image"}] if number == 0 else []), {"type": "text", "text": question}]
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            texts += [question, answer]
+        rows.append({"images": [{"bytes": buffer.getvalue(), "path": None}], "messages": messages})
+    table = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    with atomic_path(file) as written:
+        table.cast_column("images", datasets.List(datasets.Image())).to_parquet(written)
+    return texts
+
+
+def add_words(source: str | os.PathLike, texts: list[str], target: Path) -> list[str]:
+    """Write a model whose tokenizer also knows the words of some texts, with new embeddings.
+
+    Args:
+        source: A checkpoint with a word-level tokenizer, as the miniature's.
+        texts: The texts.
+        target: The folder of the new checkpoint.
+
+    Returns:
+        `list`: The added words.
+    """
+    model = SDLlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    processor: Any = SDLlavaProcessor.from_pretrained(source)
+    known = processor.tokenizer.get_vocab()
+    words = sorted({word for text in texts for word in re.findall(r"\w+", text.lower())} - known.keys())
+    processor.tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    with atomic_path(target) as written:
+        model.save_pretrained(written)
+        processor.save_pretrained(written)
+    return words
+
+
+def train_and_score(
+    out: str | os.PathLike, name: str, base: str | os.PathLike, data: str | os.PathLike | None, seed: int = 0
+) -> dict[str, Any]:
+    """Fine-tune a checkpoint on the training set of a benchmark, and score it on the benchmark, also with grey images.
+
+    Args:
+        out: The folder of the data and the runs. What is finished in it is kept.
+        name: A key of `TASKS`.
+        base: The checkpoint. Its last folder names the run.
+        data: The folder of SHAPES or NLVR.
+        seed: Selects the order of the training.
+
+    Returns:
+        `dict`: The results of the evaluation.
+    """
+    folder, task = Path(out) / name, TASKS[name]
+    run, file, texts = folder / Path(base).name, folder / "train.parquet", folder / "texts.json"
+    if not texts.exists():
+        write_json(texts, write_training_data(file, name, Path(data) if data else None))
+    if not (run / "base").exists():
+        add_words(base, json.loads(texts.read_text(encoding="utf-8")), run / "base")
+    if not (run / "trained" / "config.json").exists():
+        _train(run, file, task.epochs, seed)
+    options = EvaluationOptions(
+        batch_size=32, protocol=task.protocol, data=os.fspath(data) if data else None, blind=True
+    )
+    benchmark, samples, source = load_samples(name, options)
+    model = LoadedModel.load(os.fspath(run / "trained"))
+    return evaluate_samples(model, benchmark, samples, source, run / "answers", options)
+
+
+def _train(run: Path, file: Path, epochs: int, seed: int) -> None:
+    options: dict[str, Any] = {
+        "config": RECIPES / "third-party.yaml",
+        "init_from": run / "base",
+        "train_data": file,
+        "output_dir": run / "trained",
+        "num_train_epochs": epochs,
+        "bf16": computes_in_bfloat16(),
+        "seed": seed,
+    }
+    diffuses = json.loads((run / "base" / "config.json").read_text(encoding="utf-8"))["diffusion_config"]
+    options |= {} if diffuses else {"diffusion_prompt": "none"}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    if diffuses:
+        features = file.parent / "features"
+        cache(arguments, str(features), kind="conditional", dtype="bfloat16", batch_size=64)
+        arguments += ["--feature_cache", str(features)]
+    train(arguments)
