@@ -94,22 +94,26 @@ def smol(
 
 @app.command()
 def asking(
-    out: Annotated[Path, typer.Option(help="Folder of runs and of asking.md. Resumes an earlier call.")],
+    out: Annotated[Path, typer.Option(help="Folder of features, runs and asking.json. Resumes an earlier call.")],
     variant: Annotated[list[str] | None, typer.Option(help="Only these rows of the table. Repeatable.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pairs of runs per variant.")] = 3,
     images: Annotated[int, typer.Option(min=1, help="Training images.")] = 10_000,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of stage 2, of 32 images each.")] = 1_000,
     test: Annotated[int, typer.Option(min=1, help="Test images, one question each.")] = 2_000,
+    page: Annotated[Path | None, typer.Option(help="Folder of asking.md, asking.json and figures/.")] = None,
 ) -> None:
     """Train variants of the miniature with and without the question, and write what the question gains."""
     with _without_traceback():
         from .asking import VARIANTS, AskingBudget, measure
+        from .asking_page import table, write_page
 
         names = variant or list(VARIANTS)
         if unknown := next((name for name in names if name not in VARIANTS), None):
             raise ValueError(f"Unknown variant {unknown!r}. Use one of {', '.join(map(repr, VARIANTS))}.")
-        measure(out, names, seeds, AskingBudget(images, test, max(steps * 3 // 10, 1), steps))
-        typer.echo((out / "asking.md").read_text(encoding="utf-8"))
+        rows = measure(out, names, seeds, AskingBudget(images, test, max(steps * 3 // 10, 1), steps))
+        typer.echo(table(rows))
+        if page:
+            write_page(page, rows)
 
 
 @app.command()

@@ -9,7 +9,7 @@ steps. Features are computed once ([`~research.miniature.asking_features`]), exc
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
-from sdllava.atomic_files import write_json, write_text
+from sdllava.atomic_files import write_json
 from sdllava.evaluation.bootstrap import difference
 from sdllava.train.adapters import inject_unet_lora
 
@@ -211,7 +211,7 @@ def answer_questions(out: Path, variant: AskingVariant, asks: bool, seed: int, b
 
 
 def measure(out: str | os.PathLike, names: Sequence[str], seeds: int, budget: AskingBudget) -> dict[str, Any]:
-    """Train and evaluate the variants, and write `asking.json` and `asking.md` after each.
+    """Train and evaluate variants, and add them to `asking.json`, the rows of all calls.
 
     Args:
         out: The folder. Finished runs in it are kept.
@@ -220,19 +220,20 @@ def measure(out: str | os.PathLike, names: Sequence[str], seeds: int, budget: As
         budget: The size of every run.
 
     Returns:
-        `dict`: Per variant [`compare`] of its runs.
+        `dict`: Per variant [`compare`] of its runs and their budget, in the order of `VARIANTS`.
     """
     out = Path(out)
     unpack(out / "parts")
-    rows: dict[str, Any] = {}
+    file = out / "asking.json"
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in names:
+        variant = VARIANTS[name]
         pairs = [
-            [answer_questions(out, VARIANTS[name], asks, seed, budget) for asks in (False, True)]
-            for seed in range(seeds)
+            [answer_questions(out, variant, asks, seed, budget) for asks in (False, True)] for seed in range(seeds)
         ]
-        rows[name] = compare(pairs)
-        write_json(out / "asking.json", rows)
-        write_text(out / "asking.md", table(rows))
+        rows[name] = compare(pairs) | {"budget": asdict(budget)}
+        rows = {name: rows[name] for name in VARIANTS if name in rows}
+        write_json(file, rows)
     return rows
 
 
@@ -255,14 +256,3 @@ def compare(pairs: Sequence[Sequence[list[bool]]]) -> dict[str, Any]:
     return {"without": levels[0], "with": levels[1], "by_seed": by_seed} | {
         name: found[name] for name in ("difference", "interval")
     }
-
-
-def table(rows: dict[str, Any]) -> str:
-    """The variants as a Markdown table: accuracy without and with the question, and the difference in points."""
-    lines = ["| variant | without | with the question | difference | by seed |", "|---|---|---|---|---|"]
-    for name, row in rows.items():
-        low, high = row["interval"]
-        gain = f"{row['difference']:+.1f} [{low:.1f}, {high:.1f}]"
-        seeds = ", ".join(f"{value:+.1f}" for value in row["by_seed"])
-        lines.append(f"| {name} | {row['without']:.1f} | {row['with']:.1f} | {gain} | {seeds} |")
-    return "\n".join(lines) + "\n"

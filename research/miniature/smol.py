@@ -25,6 +25,8 @@ from sdllava.scenes.world import (
     CELLS,
     COLOURS,
     DIRECTIONS,
+    FURTHER_COLOURS,
+    FURTHER_SHAPES,
     LETTERS,
     PATTERNS,
     SHAPES,
@@ -38,7 +40,13 @@ from sdllava.train.run import train
 
 from .stages import RECIPES
 
-WORDS = ("empty", *COLOURS, *SHAPES, *DIRECTIONS, *LETTERS, *STATES, "border", *VIEWPOINTS, "top", "bottom")
+SPLITS = ("varied", "varied", "train")
+"""The splits of the training scenes, in turn. Further colours and shapes teach that every colour goes with every shape,
+which the training split alone contradicts for the held-out pairs."""
+WORDS = (
+    *("empty", *COLOURS, *FURTHER_COLOURS, *SHAPES, *FURTHER_SHAPES, *DIRECTIONS, *LETTERS, *STATES),
+    *("border", *VIEWPOINTS, "top", "bottom"),
+)
 PRACTISED = ("text", "orientation", "count", "count", "presence", "presence")
 """Patterns that are drawn more often."""
 LOOK_UPS = ("structure", "colour", "text", "orientation", "state")
@@ -99,7 +107,7 @@ def initialise_projector(
     words = torch.stack([_embedding(model, processor, word) for word in WORDS])
     to_weights = torch.linalg.pinv(words)
     per_value = words.norm(dim=1).mean() / words.shape[1] ** 0.5
-    drawn = [sample_scene("train", 700_000_000 + number) for number in range(scenes)]
+    drawn = [sample_scene(SPLITS[number % len(SPLITS)], 700_000_000 + number) for number in range(scenes)]
     vision, diffusion = _features(model, processor, drawn)
     weights = torch.stack([quadrant_words(scene) for scene in drawn])
     groups = [
@@ -151,11 +159,11 @@ def write_data(folder: Path, scenes: int) -> None:
         folder: Where the file is written.
         scenes: Scenes of stage 2.
     """
-    described = scene_dataset("train", scenes // 2, 10, "descriptions")
-    look_ups = scene_dataset("train", scenes // 8, 11, turns=7, patterns=LOOK_UPS)
-    questions = scene_dataset("train", scenes, 12, turns=7, patterns=(*PATTERNS, *PRACTISED))
-    rows = [*described.select(range(scenes // 6)), *look_ups]
-    rest = iter(described.select(range(scenes // 6, scenes // 2)))
+    described = _rows(scenes // 2, 10, task="descriptions")
+    look_ups = _rows(scenes // 8, 11, turns=7, patterns=LOOK_UPS)
+    questions = _rows(scenes, 12, turns=7, patterns=(*PATTERNS, *PRACTISED))
+    rows = [*described[: scenes // 6], *look_ups]
+    rest = iter(described[scenes // 6 :])
     rows += [next(rest, row) if number % 4 == 0 else row for number, row in enumerate(questions)][: scenes - len(rows)]
     conversations = [{"images": row["images"], "messages": row["messages"]} for row in rows]
     for place, chat in zip(range(7, len(conversations), 16), itertools.cycle(CHAT), strict=False):
@@ -165,13 +173,19 @@ def write_data(folder: Path, scenes: int) -> None:
         finetune.cast_column("images", datasets.List(datasets.Image())).to_parquet(written)
 
 
+def _rows(count: int, seed: int, **options: Any) -> list[dict[str, Any]]:
+    """Rows of the splits in turn."""
+    drawn = {split: iter(scene_dataset(split, count, seed, **options)) for split in set(SPLITS)}
+    return [next(drawn[SPLITS[number % len(SPLITS)]]) for number in range(count)]
+
+
 def _chat_row(question: str, answer: str) -> dict[str, Any]:
     turns = (("user", question), ("assistant", answer))
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     return {"images": [], "messages": messages}
 
 
-def train_smol(folder: str | os.PathLike, scenes: int = 12_000, steps: int = 2400, max_steps: int = 1900) -> Path:
+def train_smol(folder: str | os.PathLike, scenes: int = 24_000, steps: int = 7000, max_steps: int = 1900) -> Path:
     """Compose, initialise and fine-tune. Finished parts are kept, and the recipe resumes.
 
     Args:

@@ -1,0 +1,97 @@
+"""Fine-tuning on the training sets of others: composed images for SHAPES, added words, and one run of the command."""
+
+import json
+
+import numpy as np
+import pytest
+
+from research.miniature.shapes_scenes import answer, compose_images, name_cell, read_cells
+
+RED_SQUARE, BLUE_CIRCLE = ("red", "square"), ("blue", "circle")
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("is a red shape left of a circle", True),
+        ("is a circle left of a red shape", False),
+        ("is a circle right of a square", True),
+        ("is a red shape above a circle", False),
+        ("is a green shape above below a red shape", False),
+        ("is a circle below right of a square", False),
+        ("is a circle right of below a square", False),
+        ("is a red shape left of right of a square", True),
+        ("is a red shape a square", True),
+        ("is a red shape blue", False),
+    ],
+)
+def test_relations_are_between_neighbouring_cells(question, expected):
+    cells = [RED_SQUARE, BLUE_CIRCLE, None, None, None, None, ("green", "triangle"), None, None]
+    assert answer(cells, question) is expected
+
+
+def test_another_question_of_shapes():
+    with pytest.raises(ValueError, match="'how many circles' is not a question of SHAPES"):
+        answer([None] * 9, "how many circles")
+
+
+def paint(shape: str, channel: int) -> np.ndarray:
+    """A cell of SHAPES with a shape of eight pixels."""
+    rows, columns = np.mgrid[-4.5:5.5, -4.5:5.5]
+    inside = {
+        "square": (abs(rows) < 4) & (abs(columns) < 4),
+        "circle": rows**2 + columns**2 < 18,
+        "triangle": (abs(columns) < (rows + 4) / 2 + 0.6) & (abs(rows) < 4),
+    }[shape]
+    cell = np.zeros((10, 10, 3), np.uint8)
+    cell[inside, channel] = 255
+    return cell
+
+
+@pytest.mark.parametrize("shape", ["square", "circle", "triangle"])
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_cells_are_named(shape, channel):
+    assert name_cell(paint(shape, channel)) == (("blue", "green", "red")[channel], shape)
+
+
+def test_composed_images_have_the_published_answers(tmp_path):
+    cells = [paint(shape, channel) for shape in ("square", "circle", "triangle") for channel in range(3)]
+    image = np.stack(cells).reshape(3, 3, 10, 10, 3).transpose(0, 2, 1, 3, 4).reshape(1, 30, 30, 3)
+    empty = np.zeros_like(image)
+    np.save(tmp_path / "train.small.input.npy", np.concatenate([image, empty]))
+    assert [name_cell(cell) for cell in read_cells(image)[0]] == [name_cell(cell) for cell in cells]
+    rows = [("is a circle above a square", "true"), ("is a red shape a circle", "false")] * 10
+    (tmp_path / "train.large.query_str.txt").write_text("".join(f"{question}\n" for question, _ in rows))
+    (tmp_path / "train.large.output").write_text("".join(f"{truth}\n" for _, truth in rows))
+    composed = list(compose_images(tmp_path))
+    assert [(question, truth) for _, question, truth in composed] == [(q, t == "true") for q, t in rows]
+    for picture, question, truth in composed:
+        pixels = np.asarray(picture)[None, ..., ::-1]
+        assert answer([name_cell(cell) for cell in read_cells(pixels)[0]], question) == truth
+    assert len({picture.tobytes() for picture, *_ in composed}) > 15
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_resamples")
+def test_a_model_learns_new_words_and_is_scored(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from research.miniature import third_party
+    from sdllava import SDLlavaProcessor, mini_path
+
+    np.save(tmp_path / "train.large.input.npy", np.zeros((4, 30, 30, 3), np.uint8))
+    np.save(tmp_path / "test.input.npy", np.zeros((2, 30, 30, 3), np.uint8))
+    for split, count in (("train.large", 4), ("test", 2)):
+        (tmp_path / f"{split}.query_str.txt").write_text("is a red thingummy left of a circle\n" * count)
+        (tmp_path / f"{split}.output").write_text("false\n" * count)
+    monkeypatch.setitem(third_party.TASKS, "shapes", third_party.Task(epochs=1))
+    found = third_party.train_and_score(tmp_path / "out", "shapes", mini_path(), tmp_path)
+    assert found["scores"]["accuracy"] in (0, 50, 100)
+    assert found["blind"]["scores"].keys() == found["scores"].keys()
+    run = tmp_path / "out" / "shapes" / "sdllava-mini"
+    tokenizer = SDLlavaProcessor.from_pretrained(run / "trained").tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer("thingummy star", add_special_tokens=False)["input_ids"]) == [
+        "thingummy",
+        "star",
+    ]
+    config = json.loads((run / "trained" / "config.json").read_text())
+    assert config["text_config"]["vocab_size"] == len(tokenizer)
