@@ -35,7 +35,7 @@ class Task:
     protocol: str = "default"
 
 
-TASKS = {"easy_vqa": Task(12), "shapes": Task(12), "nlvr": Task(20, "even")}
+TASKS = {"easy_vqa": Task(10), "shapes": Task(10), "nlvr": Task(20, "even")}
 
 
 def training_rows(name: str, data: Path | None) -> Iterator[tuple[Any, Turns]]:
