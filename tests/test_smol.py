@@ -85,6 +85,9 @@ def test_words_of_quadrants():
     empty, words = ({research.WORDS[i]: float(row[i]) for i in row.nonzero()} for row in weights[:2])
     assert empty == {"empty": 1, "front": 0.5, "top": 0.5, "left": 0.5}
     assert words == {"red": 1, "star": 1, "broken": 1, "border": 1, "front": 0.5, "top": 0.5, "right": 0.5}
+    heart = SceneObject("teal", "heart", "", "top left", False, "whole", "", (0, 0))
+    row = research.quadrant_words(Scene("above", (heart,)))[0]
+    assert {research.WORDS[i] for i in row.nonzero()} == {"teal", "heart", "whole", "above", "top", "left"}
 
 
 def test_the_shipped_adapter_is_half_precision(tmp_path):
@@ -123,6 +126,8 @@ def test_the_training_data_mixes_descriptions_questions_and_chat(tmp_path):
     answer = rows[0]["messages"][1]["content"][0]["text"]
     assert answer.startswith(("a ", "an "))
     assert " at the " in answer
+    scenes = [json.loads(row["scene"]) for row in research._rows(6, 0, task="descriptions")]
+    assert [Scene.from_record(scene).split for scene in scenes] == ["varied", "varied", "train"] * 2
 
 
 @pytest.fixture(scope="module")
