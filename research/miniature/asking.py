@@ -170,7 +170,10 @@ def build(
     }
     if reader.fusion == "cross_attention":
         fields["fusion_num_attention_heads"] = 6
-    return compose(parts, reader.world, **fields)
+    model, processor = compose(parts, reader.world, **fields)
+    language_model: Any = model.model.language_model
+    language_model.set_attn_implementation("eager")  # on a CPU faster in training than the fused kernel
+    return model, processor
 
 
 def answer_questions(out: Path, variant: AskingVariant, asks: bool, seed: int, budget: AskingBudget) -> list[bool]:
