@@ -105,8 +105,8 @@ def _compute(parts: Path, world: str, images: list[Image.Image], questions: list
             "unconditional": encoded.unconditional_features,
             "latents": encoded.latents,
         }
-        for prompt, rewritten in zip(PROMPTS, (str, rewrite), strict=True):
-            texts = [rewritten(question) for question in questions[rows]]
+        for prompt in PROMPTS:
+            texts = [rewrite(text) if prompt == "caption" else text for text in questions[rows]]
             tensors[prompt] = body.diffusion_tower(
                 latents=encoded.latents,
                 unconditional_features=encoded.unconditional_features,
