@@ -35,13 +35,13 @@ def test_a_question_is_rewritten_as_a_caption(question, caption):
 
 
 def test_every_kind_of_question_can_be_rewritten():
-    asked = {}
+    captions = {}
     for seed in range(600):
         question = sample_question("train", seed)[1]
-        asked[question.kind] = rewrite(question.text)
-    assert set(asked) == set(KINDS)
-    assert all(asked.values())
-    assert not any("?" in text for text in asked.values())
+        captions[question.kind] = rewrite(question.text)
+    assert set(captions) == set(KINDS)
+    assert all(captions.values())
+    assert not any("?" in text for text in captions.values())
 
 
 def test_crowded_scenes_have_five_to_nine_objects_and_balanced_answers():
@@ -73,8 +73,8 @@ def test_the_page_has_paired_differences_and_a_verdict(tmp_path):
     from research.miniature.asking import compare
     from research.miniature.asking_page import verdict, write_page
 
-    without, asked = [True, False, False, False], [True, True, False, True]
-    row = compare([(without, asked), (without, without)]) | {"budget": {"train": 9, "finetune": 5, "test": 4}}
+    without, conditioned = [True, False, False, False], [True, True, False, True]
+    row = compare([(without, conditioned), (without, without)]) | {"budget": {"train": 9, "finetune": 5, "test": 4}}
     assert (row["without"], row["with"], row["difference"]) == (25, 50, 25)
     assert row["by_seed"] == [50, 0]
     assert row["interval"][0] <= 25 <= row["interval"][1]
@@ -117,8 +117,8 @@ def test_stored_features_are_those_of_the_model_and_runs_resume(tmp_path):
     part = AskingPart("finetune", model, processor, data, "question")
     stored = part.inputs(range(3))
     pixels = processor(images=list(images), return_tensors="pt")
-    asked = processor.tokenize_questions(list(questions), return_tensors="pt")
+    prompts = processor.tokenize_questions(list(questions), return_tensors="pt")
     with torch.no_grad():
-        expected = model.get_image_features(**pixels, **asked).pooler_output
+        expected = model.get_image_features(**pixels, **prompts).pooler_output
         features = model.get_image_features(image_encodings=stored["image_encodings"]).pooler_output
     torch.testing.assert_close(torch.stack(features), torch.stack(expected), atol=2e-2, rtol=2e-2)

@@ -118,8 +118,8 @@ class AskingPart:
         encodings = {"vision_features": stored["vision"]} if self.model.model.vision_tower is not None else {}
         if hasattr(self.model.model.diffusion_tower.unet, "peft_config"):
             encodings["latents"] = stored["latents"]
-            asked = [self.data.questions[row] if self.prompt == "question" else "" for row in rows]
-            found |= self.processor.tokenize_questions(asked, return_tensors="pt")
+            prompts = [self.data.questions[row] if self.prompt == "question" else "" for row in rows]
+            found |= self.processor.tokenize_questions(prompts, return_tensors="pt")
         else:
             encodings["unconditional_features"] = stored["unconditional"]
             encodings["conditional_features"] = stored.get(self.prompt, stored["unconditional"])
@@ -255,7 +255,7 @@ def compare(pairs: Sequence[Sequence[list[bool]]]) -> dict[str, Any]:
     ]
     found = difference(units[0], units[1], dict, "right")
     levels = [mean(unit["right"] for unit in runs.values()) for runs in units]
-    by_seed = [100 * (mean(asked) - mean(silent)) for silent, asked in pairs]
+    by_seed = [100 * (mean(conditioned) - mean(plain)) for plain, conditioned in pairs]
     return {"without": levels[0], "with": levels[1], "by_seed": by_seed} | {
         name: found[name] for name in ("difference", "interval")
     }

@@ -70,7 +70,7 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def verdict(rows: dict[str, Any]) -> str:
-    """One sentence: under which conditions the question helps or hurts, by intervals and by the seeds' signs."""
+    """Under which conditions the question helps or hurts, by intervals and by the signs of the seeds."""
     helps = [name for name, row in rows.items() if row["interval"][0] > 0 and min(row["by_seed"]) > 0]
     hurts = [name for name, row in rows.items() if row["interval"][1] < 0 and max(row["by_seed"]) < 0]
     text = f"The question helps with {_listed(helps)}" if helps else "No condition was found under which it helps"

@@ -1,4 +1,4 @@
-"""Training images for SHAPES where its own are missing: cells of another split, arranged anew for given answers.
+"""Training images for SHAPES where its own are missing: cells of another split, arranged so that given answers hold.
 
 SHAPES (arXiv 1511.02799) asks about images of three by three cells. A relation is between neighbouring cells: "is a
 circle above left of a square" asks for a circle above the cell left of a square. [`read_cells`] and [`answer`] give the

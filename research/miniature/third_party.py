@@ -1,4 +1,4 @@
-"""The miniature, and CLIP alone, fine-tuned on the training sets of benchmarks that others wrote."""
+"""The miniature, and a model with only CLIP, fine-tuned on the training sets of benchmarks that others wrote."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def _easy_vqa() -> Iterator[tuple[Path, Turns]]:
     for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
         turns[image].append((question, answer))
     folder = Path(easy_vqa.__file__).parent / "data/train/images"
-    return ((folder / f"{image}.png", asked) for image, asked in turns.items())
+    return ((folder / f"{image}.png", questions) for image, questions in turns.items())
 
 
 def write_training_data(file: Path, name: str, data: Path | None) -> list[str]:
