@@ -79,10 +79,11 @@ def test_the_page_has_paired_differences_and_a_verdict(tmp_path):
     assert row["by_seed"] == [50, 0]
     assert row["interval"][0] <= 25 <= row["interval"][1]
     row["interval"] = [1.0, 37.5]
-    write_page(tmp_path, {"1 token": row})
+    write_page(tmp_path, {"1 token": row}, ["1 token", "9 tokens"])
     page = (tmp_path / "asking.md").read_text()
     assert "\n| 1 token | 25.0 | 50.0 | +25.0 [1.0, 37.5] | +50.0, +0.0 | 9, 5, 4 |\n" in page
     assert "No condition was found under which it helps. A row counts" in page  # one of the seeds shows no difference
+    assert '\nNot run: "9 tokens".\n' in page
     assert (tmp_path / "figures" / "asking.png").stat().st_size > 1000
     helps, hurts = row | {"by_seed": [50, 1]}, row | {"by_seed": [-1, -2], "interval": [-9, -1]}
     assert verdict({"a": helps, "b": hurts}).startswith('The question helps with "a"; it hurts with "b". ')

@@ -98,7 +98,7 @@ def asking(
     variant: Annotated[list[str] | None, typer.Option(help="Only these rows of the table. Repeatable.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pairs of runs per variant.")] = 3,
     images: Annotated[int, typer.Option(min=1, help="Training images.")] = 10_000,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of stage 2, of 32 images each.")] = 1_000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of stage 2, of 32 images each.")] = 500,
     test: Annotated[int, typer.Option(min=1, help="Test images, one question each.")] = 2_000,
     page: Annotated[Path | None, typer.Option(help="Folder of asking.md, asking.json and figures/.")] = None,
 ) -> None:
@@ -113,7 +113,7 @@ def asking(
         rows = measure(out, names, seeds, AskingBudget(images, test, max(steps * 3 // 10, 1), steps))
         typer.echo(table(rows))
         if page:
-            write_page(page, rows)
+            write_page(page, rows, VARIANTS)
 
 
 @app.command()

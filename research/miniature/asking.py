@@ -83,8 +83,8 @@ class AskingBudget:
 
     train: int = 10_000
     test: int = 2_000
-    align: int = 300
-    finetune: int = 1_000
+    align: int = 150
+    finetune: int = 500
 
 
 class AskingPart:

@@ -1,5 +1,6 @@
 """The page of what conditioning on the question gains: its table, its figure and its verdict, from the numbers."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ trains them on captions, stage 2 also the language model, on one question per im
 about held-out scenes, mean of the seeds; the difference in points with the 95% interval of a paired bootstrap over the
 questions, whose verdicts are averaged over the seeds; and the difference of each seed.
 """
-NOTES = """
-- *1 token*: all 64 features of a scene are one image token; *16 tokens* is the released miniature's number.
+NOTES = """- *1 token*: all 64 features of a scene are one image token; *16 tokens* is the released miniature's number.
 - *both maps*: the features at s = 0 and s = 1, concatenated on channels, so that the fusion can read their difference.
+  Its fusion has another width, so both members of a pair start from different weights, and seeds vary more.
 - *caption as prompt*: the question, rewritten by rules as a caption in the words that the UNet was trained on, for
   example "a red star marked" for "Which letter is on the red star?" ([rewriting.py](rewriting.py)).
 - *nine objects*: images of 96x96 pixels with five to nine objects, and questions about one of them by colour and shape
@@ -35,20 +36,23 @@ NOTES = """
 """
 
 
-def write_page(folder: Path, rows: dict[str, Any]) -> None:
+def write_page(folder: Path, rows: dict[str, Any], names: Collection[str]) -> None:
     """Write `asking.md`, `asking.json` and `figures/asking.png`.
 
     Args:
         folder: Where.
         rows: Per variant [`~research.miniature.asking.compare`] of its runs, and the `budget` of each.
+        names: All variants. The page says which of them were not run.
     """
     write_json(folder / "asking.json", rows)
     _draw(folder / "figures" / "asking.png", rows)
+    missing = [name for name in names if name not in rows]
     parts = [
         HEAD,
         f"**{verdict(rows)}**\n",
         "![The differences of the table](figures/asking.png)\n",
         table(rows),
+        *([f"Not run: {_listed(missing)}.\n"] if missing else []),
         NOTES,
     ]
     write_text(folder / "asking.md", "\n".join(parts))
