@@ -111,6 +111,8 @@ def test_stored_features_are_those_of_the_model_and_runs_resume(tmp_path):
     assert [len(right) for right in found.values()] == [3, 3]
     again = answer_questions(tmp_path, VARIANTS["1 token"], True, 0, budget)
     assert again == found["1 token"]
+    with pytest.raises(ValueError, match="finetune is 1 there and 2 here"):
+        answer_questions(tmp_path, VARIANTS["1 token"], True, 0, AskingBudget(train=4, test=3, align=1, finetune=2))
 
     data = examples(tmp_path, "scenes", "test", 3)
     model, processor = build(tmp_path / "parts", VARIANTS["1 token"].reader, (1.0,))

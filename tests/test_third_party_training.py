@@ -95,3 +95,6 @@ def test_a_model_learns_new_words_and_is_scored(tmp_path, monkeypatch):
     ]
     config = json.loads((run / "trained" / "config.json").read_text())
     assert config["text_config"]["vocab_size"] == len(tokenizer)
+    other = tmp_path / "other" / "sdllava-mini"
+    with pytest.raises(ValueError, match="base is "):
+        third_party.train_and_score(tmp_path / "out", "shapes", other, tmp_path)

@@ -20,13 +20,14 @@ from torch import Tensor
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
 from sdllava.atomic_files import write_json
 from sdllava.evaluation.bootstrap import difference
+from sdllava.run_records import begin_run
 from sdllava.train.adapters import inject_unet_lora
+from sdllava.train.tokens import IGNORED
 
 from .asking_features import Examples, compose, examples
 from .loop import Budget, Run, mixed_precision
 from .unpack import unpack
 
-IGNORED = -100
 _EVAL_BATCH = 100
 
 
@@ -185,12 +186,16 @@ def answer_questions(out: Path, variant: AskingVariant, asks: bool, seed: int, b
         asks: Whether the diffusion model is conditioned on the question.
         seed: Of initial weights and order.
         budget: The size of the run.
+
+    Raises:
+        ValueError: The folder has runs of another size.
     """
     reader = variant.reader
     scales = variant.scales if asks or reader.trains_unet else (0.0,)
     names = [reader.world, reader.merge, reader.fusion, *(["unet"] if reader.trains_unet else [])]
     place = out / "runs" / "-".join(map(str, names)) / f"seed-{seed}"
     run = place / ("-".join([variant.prompt, *map(str, scales)]) if asks else "none")
+    begin_run(place / "settings.json", asdict(budget))
     if (run / "right.json").exists():
         return json.loads((run / "right.json").read_text(encoding="utf-8"))
     train, test = (

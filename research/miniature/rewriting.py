@@ -19,7 +19,7 @@ def rewrite(question: str) -> str:
         return question.split()[2]
     if question.startswith("From where"):
         return "seen from"
-    things = [(noun, place) for noun, place in _THING.findall(question) if noun != "border"]
+    things = _THING.findall(question)
     if re.search(r"\ban? \w+ or an? \w+", question):  # "Is the red object a star or a circle?"
         things = things[:1]
     parts = [_part(question, noun, place) for noun, place in things]

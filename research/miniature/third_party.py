@@ -15,9 +15,11 @@ from tokenizers import AddedToken
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
 from sdllava.atomic_files import atomic_path, write_json
+from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.evaluation.benchmarks.base import open_image
 from sdllava.evaluation.benchmarks.statements import read_nlvr, read_shapes
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate_samples, load_samples
+from sdllava.run_records import begin_run
 from sdllava.train.machine import computes_in_bfloat16
 from sdllava.train.run import cache, train
 
@@ -65,12 +67,12 @@ def _folder(name: str, data: Path | None) -> Path:
 
 
 def _easy_vqa() -> Iterator[tuple[Path, Turns]]:
+    folder = get_benchmark("easy_vqa").default_folder() / "train/images"
     import easy_vqa
 
     turns: dict[int, Turns] = defaultdict(list)
     for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
         turns[image].append((question, answer))
-    folder = Path(easy_vqa.__file__).parent / "data/train/images"
     return ((folder / f"{image}.png", questions) for image, questions in turns.items())
 
 
@@ -133,9 +135,14 @@ def train_and_score(
 
     Returns:
         `dict`: The results of the evaluation.
+
+    Raises:
+        FileNotFoundError: The data or the package is missing.
+        ValueError: The folder has a run of another checkpoint with this name, or with another seed.
     """
     folder, task = Path(out) / name, TASKS[name]
     run, file, texts = folder / Path(base).name, folder / "train.parquet", folder / "texts.json"
+    begin_run(run / "settings.json", {"base": str(Path(base).resolve()), "epochs": task.epochs, "seed": seed})
     if not texts.exists():
         write_json(texts, write_training_data(file, name, Path(data) if data else None))
     if not (run / "base").exists():
