@@ -96,5 +96,9 @@ def test_a_model_learns_new_words_and_is_scored(tmp_path, monkeypatch):
     config = json.loads((run / "trained" / "config.json").read_text())
     assert config["text_config"]["vocab_size"] == len(tokenizer)
     other = tmp_path / "other" / "sdllava-mini"
+    with pytest.raises(FileNotFoundError, match="is not the folder of a checkpoint"):
+        third_party.train_and_score(tmp_path / "out", "shapes", other, tmp_path)
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="base is "):
         third_party.train_and_score(tmp_path / "out", "shapes", other, tmp_path)

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sdllava.evaluation.benchmarks.base import inside
+
 SIZE, CELL = 3, 10
 COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
@@ -86,10 +88,14 @@ def compose_images(
 
     Yields:
         Image, question and answer, in the order of the files.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The files differ in length, or a question has another form.
     """
-    texts = (folder / f"{questions}.query_str.txt").read_text(encoding="utf-8").splitlines()
-    answers = (folder / f"{questions}.output").read_text(encoding="utf-8").splitlines()
-    pool = read_cells(np.load(folder / f"{cells}.input.npy", allow_pickle=False)).reshape(-1, CELL, CELL, 3)
+    texts = inside(folder, f"{questions}.query_str.txt").read_text(encoding="utf-8").splitlines()
+    answers = inside(folder, f"{questions}.output").read_text(encoding="utf-8").splitlines()
+    pool = read_cells(np.load(inside(folder, f"{cells}.input.npy"), allow_pickle=False)).reshape(-1, CELL, CELL, 3)
     names = [name_cell(cell) for cell in pool]
     rng = random.Random(f"shapes {seed}")
     for text, wanted in zip(texts, answers, strict=True):

@@ -137,11 +137,13 @@ def train_and_score(
         `dict`: The results of the evaluation.
 
     Raises:
-        FileNotFoundError: The data or the package is missing.
+        FileNotFoundError: The checkpoint, the data or the package is missing.
         ValueError: The folder has a run of another checkpoint with this name, or with another seed.
     """
     folder, task = Path(out) / name, TASKS[name]
     run, file, texts = folder / Path(base).name, folder / "train.parquet", folder / "texts.json"
+    if not (Path(base) / "config.json").is_file():
+        raise FileNotFoundError(f"{os.fspath(base)!r} is not the folder of a checkpoint. Correct --base.")
     begin_run(run / "settings.json", {"base": str(Path(base).resolve()), "epochs": task.epochs, "seed": seed})
     if not texts.exists():
         write_json(texts, write_training_data(file, name, Path(data) if data else None))
