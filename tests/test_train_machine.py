@@ -1,6 +1,7 @@
 """Recipes fit the machine and the model; unknown words are reported; the miniature is a starting point by name."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,7 @@ def test_precision_by_machine(monkeypatch, has_accelerator, has_units, expected)
     assert (fitted["dtype"], fitted["bf16"]) == expected
     assert fitted["learning_rate"] == 2e-5
     assert fit_to_machine(GPU, ["bf16", "dtype"])["bf16"] is True
+    assert "bf16" not in fit_to_machine({}, ["fp16"])
 
 
 def test_gradient_checkpointing_by_size():
@@ -56,13 +58,18 @@ def test_what_the_user_sets_stays(tmp_path):
     assert chosen_arguments(["--config", "own-data/full"]) == {"config"}
 
 
+@pytest.mark.parametrize("recipe", ["own-data/full", "silent", None])
 @pytest.mark.parametrize("has_units", [False, True])
-def test_a_small_model_on_a_laptop_trains_without_what_slows_it_down(has_units, work, tmp_path, monkeypatch):
+def test_a_small_model_on_a_laptop_trains_without_what_slows_it_down(has_units, recipe, work, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setattr(machine, "computes_in_bfloat16", lambda device: has_units)
     monkeypatch.setattr(machine, "available_cores", lambda: 2)
     data = ["--train_data", str(work / "data" / "colours.json"), "--output_dir", str(tmp_path)]
-    run = parse_run(["--config", "own-data/full", "--init_from", str(work / "trained"), *data])
+    if recipe == "silent":
+        recipe = str(tmp_path / "own.yaml")
+        Path(recipe).write_text("stage: finetune\n")
+    config = ["--config", recipe] if recipe else []
+    run = parse_run([*config, "--init_from", str(work / "trained"), *data])
     source = read_source(run.model)
     build_trainer(run, source, build_collator(run, build_processor(source)), load_sources(run, run.data.datasets))
     assert run.model.dtype == "float32"

@@ -21,7 +21,7 @@ def fit_to_machine(values: Mapping[str, Any], chosen: Collection[str]) -> dict[s
     slower in bfloat16 than in float32.
 
     Args:
-        values: The recipe with its bases.
+        values: The recipe with its bases. Empty without a recipe.
         chosen: Arguments that the user sets, which stay as they are.
     """
     import torch
@@ -32,9 +32,11 @@ def fit_to_machine(values: Mapping[str, Any], chosen: Collection[str]) -> dict[s
         free = max(available_cores() // processes - FREE_CORES, 0)
         fitted["dataloader_num_workers"] = min(values["dataloader_num_workers"], free)
     if not torch.accelerator.is_available():
-        on_cpu = {"dtype": "float32", "bf16": computes_in_bfloat16("cpu")}
-        fitted |= {name: value for name, value in on_cpu.items() if values.get(name)}
-    return {name: values[name] if name in chosen else value for name, value in fitted.items()}
+        fitted |= {"dtype": "float32"} if values.get("dtype") else {}
+        if values.get("bf16", not (values.get("fp16") or "fp16" in chosen)):  # as SFTConfig's default
+            fitted["bf16"] = computes_in_bfloat16("cpu")
+    kept = {name: values[name] for name in chosen if name in values}
+    return {name: value for name, value in fitted.items() if name not in chosen} | kept
 
 
 def computes_in_bfloat16(device: str | None = None) -> bool:

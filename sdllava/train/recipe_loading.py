@@ -120,7 +120,7 @@ def parse_arguments(dataclass_types: Sequence[Any], arguments: Sequence[str]) ->
         ValueError: The recipe is not valid, or has a key that is not an argument.
     """
     recipe = find_config(arguments)
-    values = None if recipe is None else fit_to_machine(load_recipe(recipe), chosen_arguments(arguments))
+    values = fit_to_machine({} if recipe is None else load_recipe(recipe), chosen_arguments(arguments))
 
     import torch
     import yaml
@@ -132,7 +132,8 @@ def parse_arguments(dataclass_types: Sequence[Any], arguments: Sequence[str]) ->
         arguments.append("--use_cpu")
     position = _config_position(arguments)
     if position is None:
-        return parser.parse_args_and_config(arguments)
+        arguments += ["--config", ""]
+        position = len(arguments) - 1
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as merged:
         yaml.safe_dump(values, merged)
         merged.flush()
