@@ -1,11 +1,15 @@
 """Fine-tuning on the training sets of others: composed images for SHAPES, added words, and one run of the command."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
-from research.miniature.shapes_scenes import answer, compose_images, name_cell, read_cells
+from research.miniature.shapes_scenes import answer, compose_images, further_turns, name_cell, read_cells
 
 RED_SQUARE, BLUE_CIRCLE = ("red", "square"), ("blue", "circle")
 
@@ -71,23 +75,39 @@ def test_composed_images_have_the_published_answers(tmp_path):
     assert len({picture.tobytes() for picture, *_ in composed}) > 15
 
 
+def test_further_questions_are_answered_and_the_cells_described():
+    cells = [paint("circle", 2), np.zeros((10, 10, 3), np.uint8), *(paint("square", 0) for _ in range(7))]
+    pixels = np.stack(cells).reshape(3, 3, 10, 10, 3).transpose(0, 2, 1, 3, 4).reshape(30, 30, 3)
+    questions = ["is a circle above a blue shape", "is a circle left of a square"]
+    turns = dict(further_turns(Image.fromarray(pixels[..., ::-1]), questions, seed=0))
+    assert turns.pop("what are the nine cells") == "red circle, nothing" + 7 * ", blue square"
+    assert turns == {questions[0]: "yes", questions[1]: "no"}
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """A folder of SHAPES with black images."""
+    np.save(tmp_path / "train.large.input.npy", np.zeros((4, 30, 30, 3), np.uint8))
+    np.save(tmp_path / "test.input.npy", np.zeros((2, 30, 30, 3), np.uint8))
+    for split, count in (("train.large", 4), ("test", 2)):
+        (tmp_path / f"{split}.query_str.txt").write_text("is a thingummy left of a circle\n" * count)
+        (tmp_path / f"{split}.output").write_text("false\n" * count)
+    return tmp_path
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_resamples")
-def test_a_model_learns_new_words_and_is_scored(tmp_path, monkeypatch):
+def test_a_model_learns_new_words_and_is_scored(shapes, monkeypatch):
     pytest.importorskip("trl")
     from research.miniature import third_party
     from sdllava import SDLlavaProcessor, mini_path
 
-    np.save(tmp_path / "train.large.input.npy", np.zeros((4, 30, 30, 3), np.uint8))
-    np.save(tmp_path / "test.input.npy", np.zeros((2, 30, 30, 3), np.uint8))
-    for split, count in (("train.large", 4), ("test", 2)):
-        (tmp_path / f"{split}.query_str.txt").write_text("is a red thingummy left of a circle\n" * count)
-        (tmp_path / f"{split}.output").write_text("false\n" * count)
-    monkeypatch.setitem(third_party.TASKS, "shapes", third_party.Task(epochs=1))
-    found = third_party.train_and_score(tmp_path / "out", "shapes", mini_path(), tmp_path)
+    monkeypatch.setitem(third_party.TASKS, "shapes", third_party.Task(1, 1))
+    out = shapes / "out"
+    found = third_party.train_and_score(out, "shapes", mini_path(), shapes)
     assert found["scores"]["accuracy"] in (0, 50, 100)
     assert found["blind"]["scores"].keys() == found["scores"].keys()
-    run = tmp_path / "out" / "shapes" / "sdllava-mini"
+    run = out / "shapes" / "sdllava-mini"
     tokenizer = SDLlavaProcessor.from_pretrained(run / "trained").tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer("thingummy star", add_special_tokens=False)["input_ids"]) == [
         "thingummy",
@@ -95,10 +115,33 @@ def test_a_model_learns_new_words_and_is_scored(tmp_path, monkeypatch):
     ]
     config = json.loads((run / "trained" / "config.json").read_text())
     assert config["text_config"]["vocab_size"] == len(tokenizer)
-    other = tmp_path / "other" / "sdllava-mini"
+    other = shapes / "other" / "sdllava-mini"
     with pytest.raises(FileNotFoundError, match="is not the folder of a checkpoint"):
-        third_party.train_and_score(tmp_path / "out", "shapes", other, tmp_path)
+        third_party.train_and_score(out, "shapes", other, shapes)
     other.mkdir(parents=True)
-    (other / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(mini_path() / name, other)
     with pytest.raises(ValueError, match="base is "):
-        third_party.train_and_score(tmp_path / "out", "shapes", other, tmp_path)
+        third_party.train_and_score(out, "shapes", other, shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_resamples")
+def test_a_model_with_subwords_is_trained_by_lora(shapes, monkeypatch):
+    pytest.importorskip("trl")
+    from research.miniature import third_party
+    from sdllava import mini_path
+
+    assert third_party.knows_only_words(mini_path())
+    monkeypatch.setattr(third_party, "knows_only_words", lambda checkpoint: False)
+    monkeypatch.setitem(third_party.TASKS, "shapes", third_party.Task(1, 8))
+    monkeypatch.setattr(third_party, "LORA_LIMIT", 1)
+    found = third_party.train_and_score(shapes / "out", "shapes", mini_path(), shapes)
+    assert found["scores"]["accuracy"] in (0, 100)
+    run = shapes / "out" / "shapes" / "sdllava-mini"
+    assert not (run / "base").exists()
+    before, after = load_file(mini_path() / "model.safetensors"), load_file(run / "trained" / "model.safetensors")
+    changed = {name for name, value in after.items() if not torch.equal(value.half(), before[name].half())}
+    assert any(name.startswith("model.language_model.layers.0") for name in changed)
+    assert any(name.startswith("model.multi_modal_projector") for name in changed)
+    assert not any(name.startswith(("lm_head", "model.diffusion_tower", "model.vision_tower")) for name in changed)

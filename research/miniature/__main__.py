@@ -81,11 +81,15 @@ def smol(
     out: Annotated[Path, typer.Option(help="Folder of the base, the data and the run. Resumes an earlier run.")],
     max_steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2, of three conversations.")] = 1900,
     ship: Annotated[Path | None, typer.Option(help="Also write the adapter in half precision to this folder.")] = None,
+    only_clip: Annotated[bool, typer.Option(help="Instead write smol with only CLIP to OUT/smol.")] = False,
 ) -> None:
     """Compose, initialise and fine-tune sdllava-smol, the miniature's encoders with SmolLM2."""
     with _without_traceback():
-        from .smol import train_smol, write_adapter
+        from .smol import train_smol, write_adapter, write_only_clip
 
+        if only_clip:
+            typer.echo(f"Wrote the baseline to {write_only_clip(out / 'smol')}")
+            return
         adapter = train_smol(out, max_steps=max_steps)
         if ship is not None:
             write_adapter(adapter, out / "base", ship)
@@ -120,19 +124,19 @@ def asking(
 def third_party(
     out: Annotated[Path, typer.Option(help="Folder of data and runs. Resumes an earlier call.")],
     benchmark: Annotated[str, typer.Option(help="easy_vqa, shapes or nlvr.")],
-    base: Annotated[list[str], typer.Option(help="Checkpoint to fine-tune: mini or a folder. Repeatable.")],
+    base: Annotated[list[str], typer.Option(help="Checkpoint to fine-tune: mini, smol or a folder. Repeatable.")],
     data: Annotated[Path | None, typer.Option(help="Folder of SHAPES or NLVR.")] = None,
 ) -> None:
     """Fine-tune checkpoints on the training set of a benchmark that others wrote, and score them on it."""
     with _without_traceback():
-        from sdllava.miniature import mini_path
+        from sdllava.miniature.shipped import shipped_model
 
         from .third_party import TASKS, train_and_score
 
         if benchmark not in TASKS:
             raise ValueError(f"Unknown benchmark {benchmark!r}. Use one of {', '.join(map(repr, TASKS))}.")
         for name in base:
-            found = train_and_score(out, benchmark, mini_path() if name == "mini" else name, data)
+            found = train_and_score(out, benchmark, shipped_model(name) or name, data)
             typer.echo(f"{name}: {found['scores']}, blind {found['blind']['scores']}")
 
 

@@ -1,4 +1,6 @@
-"""Training images for SHAPES where its own are missing: cells of another split, arranged so that given answers hold.
+"""Training data for SHAPES: images where its own are missing, and further questions about each image.
+
+Images are made of cells of another split, arranged so that given answers hold.
 
 SHAPES (arXiv 1511.02799) asks about images of three by three cells. A relation is between neighbouring cells: "is a
 circle above left of a square" asks for a circle above the cell left of a square. [`read_cells`] and [`answer`] give the
@@ -6,7 +8,7 @@ published answer for 99.5% of the images of `train.small` and 99.9% of those of 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,33 @@ def answer(cells: list[Cell], question: str) -> bool:
     for step in reversed([_STEPS[word] for word in words if word in _STEPS]):
         found = _moved(found, *step)
     return bool((first & found).any())
+
+
+def describe(cells: list[Cell]) -> str:
+    """The cells' contents in words, row by row: "red circle, nothing, blue square ..."."""
+    return ", ".join("nothing" if cell is None else " ".join(cell) for cell in cells)
+
+
+def further_turns(
+    image: Image.Image, questions: Sequence[str], seed: int, count: int = 5
+) -> list[tuple[str, str]]:
+    """Questions of a training set about another image than their own, with computed answers, and a description.
+
+    One yes or no per image says little about its nine cells.
+
+    Args:
+        image: Of SHAPES, 30x30.
+        questions: Those of the training set.
+        seed: Selects the questions.
+        count: The number of questions.
+
+    Returns:
+        `list`: Questions without a question mark, and "yes", "no" or the description.
+    """
+    cells = [name_cell(cell) for cell in read_cells(np.asarray(image)[..., ::-1])[0]]
+    chosen = random.Random(f"shapes turns {seed}").sample(questions, min(count, len(questions)))
+    answered = [(text, "yes" if answer(cells, text) else "no") for text in chosen]
+    return [*answered, ("what are the nine cells", describe(cells))]
 
 
 def _moved(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:

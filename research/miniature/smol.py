@@ -8,6 +8,7 @@ run. LoRA on the language model is then an ordinary recipe (`recipes/smol-finetu
 import itertools
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import datasets
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
-from sdllava import SDLlavaForConditionalGeneration, mini_path
+from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor, mini_path
 from sdllava.atomic_files import atomic_path, write_json
-from sdllava.miniature.smol import compose_smol
+from sdllava.miniature.smol import COMPOSITION, compose_smol, smol_path, write_parts
+from sdllava.parts import read_parts
 from sdllava.scenes.dataset import scene_dataset
 from sdllava.scenes.render import render
 from sdllava.scenes.world import (
@@ -90,17 +93,20 @@ def initialise_projector(
     """Train fusion and projector to write the words of each quadrant, in place. The fusion starts as the miniature's.
 
     Args:
-        model: From [`~sdllava.miniature.smol.compose_smol`].
+        model: From [`~sdllava.miniature.smol.compose_smol`] or [`compose_only_clip`].
         processor: Its processor.
         scenes: The number of training scenes whose features are computed.
         steps: Optimizer steps.
         batch_size: Scenes per step.
     """
     body: Any = model.model
-    prefix = "model.fusion."
-    saved = load_file(mini_path() / "model.safetensors")
-    fusion = {name.removeprefix(prefix): value.float() for name, value in saved.items() if name.startswith(prefix)}
-    body.fusion.load_state_dict(fusion)
+    groups = [{"params": body.multi_modal_projector.parameters(), "lr": 1.5e-3}]
+    if body.fusion is not None:
+        prefix = "model.fusion."
+        saved = load_file(mini_path() / "model.safetensors")
+        fusion = {name.removeprefix(prefix): value.float() for name, value in saved.items() if name.startswith(prefix)}
+        body.fusion.load_state_dict(fusion)
+        groups.append({"params": body.fusion.parameters(), "lr": 5e-4})
     with torch.no_grad():
         body.multi_modal_projector.linear_2.weight.mul_(0.1)
         body.multi_modal_projector.linear_2.bias.zero_()
@@ -110,17 +116,16 @@ def initialise_projector(
     drawn = [sample_scene(SPLITS[number % len(SPLITS)], 700_000_000 + number) for number in range(scenes)]
     vision, diffusion = _features(model, processor, drawn)
     weights = torch.stack([quadrant_words(scene) for scene in drawn])
-    groups = [
-        {"params": body.fusion.parameters(), "lr": 5e-4},
-        {"params": body.multi_modal_projector.parameters(), "lr": 1.5e-3},
-    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * (1 - 0.97 * step / steps)
     )
     for _ in range(steps):
         rows = torch.randint(scenes, (batch_size,))
-        tokens = body.multi_modal_projector(body.fusion(vision[rows].float(), diffusion[rows].float()))
+        features = vision[rows].float()
+        if diffusion is not None:
+            features = body.fusion(features, diffusion[rows].float())
+        tokens = body.multi_modal_projector(features)
         wanted = weights[rows]
         error = ((tokens @ to_weights - wanted) ** 2).sum(-1).mean()
         loss = error + 0.05 * ((tokens - wanted @ words) / per_value).pow(2).mean()
@@ -137,15 +142,18 @@ def _embedding(model: Any, processor: Any, word: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _features(model: Any, processor: Any, scenes: list[Scene], batch_size: int = 32) -> tuple[torch.Tensor, ...]:
+def _features(
+    model: Any, processor: Any, scenes: list[Scene], batch_size: int = 32
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The vision encoder's and the unconditional features of scenes, in half precision."""
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    vision, diffusion = [], []
     for start in range(0, len(scenes), batch_size):
         images = [render(scene) for scene in scenes[start : start + batch_size]]
-        pixels = processor(images=images, return_tensors="pt")
-        found = model.encode_images(pixels["pixel_values"], pixels["diffusion_pixel_values"])
-        parts.append((found.vision_features.half(), found.unconditional_features.half()))
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        found = model.encode_images(**processor(images=images, return_tensors="pt"))
+        vision.append(found.vision_features.half())
+        if found.unconditional_features is not None:
+            diffusion.append(found.unconditional_features.half())
+    return torch.cat(vision), torch.cat(diffusion) if diffusion else None
 
 
 def write_data(folder: Path, scenes: int) -> None:
@@ -218,6 +226,46 @@ def train_smol(folder: str | os.PathLike, scenes: int = 24_000, steps: int = 700
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         train(["--config", str(RECIPES / "smol-finetune.yaml"), *words, "--max_steps", str(max_steps)])
     return output
+
+
+def compose_only_clip() -> tuple[SDLlavaForConditionalGeneration, SDLlavaProcessor]:
+    """sdllava-smol without its diffusion model, with a new projector: the baseline.
+
+    The language model keeps the LoRA that was trained with the diffusion model's features.
+    """
+    smol = SDLlavaForConditionalGeneration.from_pretrained(smol_path(), dtype=torch.float32)
+    llama = LlamaForCausalLM(smol.config.text_config)
+    llama.model.load_state_dict(smol.model.language_model.state_dict())
+    llama.tie_weights()
+    with tempfile.TemporaryDirectory() as folder:
+        write_parts(folder)
+        for part in (llama, SDLlavaProcessor.from_pretrained(smol_path()).tokenizer):
+            part.save_pretrained(Path(folder) / "llm")
+        sources = {"vision": f"{folder}/clip", "language_model": f"{folder}/llm"}
+        parts = read_parts(**sources, fusion="none", spatial_merge_size=COMPOSITION["spatial_merge_size"])
+        return SDLlavaForConditionalGeneration.from_parts(parts, "float32"), SDLlavaProcessor.from_parts(parts)
+
+
+def write_only_clip(folder: str | os.PathLike, scenes: int = 24_000, steps: int = 7000) -> Path:
+    """Train the projector of the baseline as smol's, and write the checkpoint.
+
+    Args:
+        folder: The folder of the checkpoint. A finished one is kept.
+        scenes, steps: As of [`train_smol`].
+
+    Returns:
+        `Path`: The folder.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        torch.manual_seed(0)
+        model, processor = compose_only_clip()
+        initialise_projector(model, processor, scenes, steps)
+        model.config.is_trained = True
+        with atomic_path(folder) as written:
+            model.save_pretrained(written)
+            processor.save_pretrained(written)
+    return folder
 
 
 def write_adapter(source: str | os.PathLike, base: str | os.PathLike, target: str | os.PathLike) -> None:

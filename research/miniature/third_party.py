@@ -1,4 +1,4 @@
-"""The miniature, and a model with only CLIP, fine-tuned on the training sets of benchmarks that others wrote."""
+"""The shipped models, and models with only CLIP, fine-tuned on the training sets of benchmarks that others wrote."""
 
 import io
 import json
@@ -20,10 +20,10 @@ from sdllava.evaluation.benchmarks.base import open_image
 from sdllava.evaluation.benchmarks.statements import read_nlvr, read_shapes
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate_samples, load_samples
 from sdllava.run_records import begin_run
-from sdllava.train.machine import computes_in_bfloat16
+from sdllava.train.adapters import merge
 from sdllava.train.run import cache, train
 
-from .shapes_scenes import compose_images
+from .shapes_scenes import compose_images, further_turns
 from .stages import RECIPES
 
 Turns = list[tuple[str, str]]
@@ -31,13 +31,16 @@ Turns = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: its protocol, and the epochs of training on its training set."""
+    """A benchmark: the epochs of training on its training set, of a whole model and of LoRA, and its protocol."""
 
-    epochs: int
+    epochs: float
+    lora_epochs: float
     protocol: str = "default"
 
 
-TASKS = {"easy_vqa": Task(10), "shapes": Task(10), "nlvr": Task(20, "even")}
+TASKS = {"easy_vqa": Task(10, 0.25), "shapes": Task(6, 0.25), "nlvr": Task(20, 1, "even")}
+LORA_LIMIT = 1000
+"""Test questions of a model trained by LoRA. Its replies take a hundred times longer than the miniature's."""
 
 
 def training_rows(name: str, data: Path | None) -> Iterator[tuple[Any, Turns]]:
@@ -56,8 +59,12 @@ def training_rows(name: str, data: Path | None) -> Iterator[tuple[Any, Turns]]:
     else:
         folder = _folder(name, data)
         published = (folder / "train.large.input.npy").is_file()
-        rows = read_shapes(folder, "train.large") if published else compose_images(folder)
-        yield from ((image, [(f"{question}?", "yes" if answer else "no")]) for image, question, answer in rows)
+        rows: list[Any] = list(read_shapes(folder, "train.large") if published else compose_images(folder))
+        questions = sorted({question for _, question, _ in rows})
+        for seed, (source, question, answer) in enumerate(rows):
+            image = open_image(source)
+            turns = [*further_turns(image, questions, seed), (question, "yes" if answer else "no")]
+            yield image, [(f"{text}?", reply) for text, reply in turns]
 
 
 def _folder(name: str, data: Path | None) -> Path:
@@ -126,6 +133,9 @@ def train_and_score(
 ) -> dict[str, Any]:
     """Fine-tune a checkpoint on the training set of a benchmark, and score it on the benchmark, also with grey images.
 
+    A model with a word-level tokenizer learns the words that it lacks, and is trained as a whole. Others are trained by
+    LoRA, with projector and fusion.
+
     Args:
         out: The folder of the data and the runs. What is finished in it is kept.
         name: A key of `TASKS`.
@@ -144,36 +154,52 @@ def train_and_score(
     run, file, texts = folder / Path(base).name, folder / "train.parquet", folder / "texts.json"
     if not (Path(base) / "config.json").is_file():
         raise FileNotFoundError(f"{os.fspath(base)!r} is not the folder of a checkpoint. Correct --base.")
-    begin_run(run / "settings.json", {"base": str(Path(base).resolve()), "epochs": task.epochs, "seed": seed})
+    whole = knows_only_words(base)
+    epochs = task.epochs if whole else task.lora_epochs
+    begin_run(run / "settings.json", {"base": str(Path(base).resolve()), "epochs": epochs, "seed": seed})
     if not texts.exists():
         write_json(texts, write_training_data(file, name, Path(data) if data else None))
-    if not (run / "base").exists():
+    if whole and not (run / "base").exists():
         add_words(base, json.loads(texts.read_text(encoding="utf-8")), run / "base")
     if not (run / "trained" / "config.json").exists():
-        _train(run, file, task.epochs, seed)
+        start, recipe = (run / "base", "third-party.yaml") if whole else (Path(base), "third-party-lora.yaml")
+        _train(run, file, start, recipe, epochs, seed)
     options = EvaluationOptions(
-        batch_size=32, protocol=task.protocol, data=os.fspath(data) if data else None, blind=True
+        batch_size=32,
+        protocol=task.protocol,
+        data=os.fspath(data) if data else None,
+        limit=None if whole else LORA_LIMIT,
+        blind=True,
     )
     benchmark, samples, source = load_samples(name, options)
     model = LoadedModel.load(os.fspath(run / "trained"))
     return evaluate_samples(model, benchmark, samples, source, run / "answers", options)
 
 
-def _train(run: Path, file: Path, epochs: int, seed: int) -> None:
+def knows_only_words(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint has a word-level tokenizer, as the miniature's. Only then are all weights trained."""
+    tokenizer = json.loads((Path(checkpoint) / "tokenizer.json").read_text(encoding="utf-8"))
+    return tokenizer["model"]["type"] == "WordLevel"
+
+
+def _train(run: Path, file: Path, start: Path, recipe: str, epochs: float, seed: int) -> None:
+    adapts = recipe == "third-party-lora.yaml"
+    trained = run / ("adapter" if adapts else "trained")
     options: dict[str, Any] = {
-        "config": RECIPES / "third-party.yaml",
-        "init_from": run / "base",
+        "config": RECIPES / recipe,
+        "init_from": start,
         "train_data": file,
-        "output_dir": run / "trained",
+        "output_dir": trained,
         "num_train_epochs": epochs,
-        "bf16": computes_in_bfloat16(),
         "seed": seed,
     }
-    diffuses = json.loads((run / "base" / "config.json").read_text(encoding="utf-8"))["diffusion_config"]
+    diffuses = json.loads((start / "config.json").read_text(encoding="utf-8"))["diffusion_config"]
     options |= {} if diffuses else {"diffusion_prompt": "none"}
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     if diffuses:
-        features = file.parent / "features"
-        cache(arguments, str(features), kind="conditional", dtype="bfloat16", batch_size=64)
-        arguments += ["--feature_cache", str(features)]
+        kind = "vision" if adapts else "conditional"
+        cache(arguments, str(run / "features"), kind=kind, dtype="bfloat16", batch_size=64)
+        arguments += ["--feature_cache", str(run / "features")]
     train(arguments)
+    if adapts:
+        merge(str(trained), str(run / "trained"))
