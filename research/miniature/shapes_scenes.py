@@ -76,9 +76,7 @@ def describe(cells: list[Cell]) -> str:
     return ", ".join("nothing" if cell is None else " ".join(cell) for cell in cells)
 
 
-def further_turns(
-    image: Image.Image, questions: Sequence[str], seed: int, count: int = 5
-) -> list[tuple[str, str]]:
+def further_turns(image: Image.Image, questions: Sequence[str], seed: int, count: int = 5) -> list[tuple[str, str]]:
     """Questions of a training set about another image than their own, with computed answers, and a description.
 
     One yes or no per image says little about its nine cells.
