@@ -123,6 +123,15 @@ def test_require_supervision_names_the_sample(processor):
         require_supervision(rows[1:], SDLlavaCollator(processor, max_length=60, skip_bad_samples=True))
 
 
+def test_require_supervision_tokenizes_only_what_may_be_too_long(processor, monkeypatch):
+    collator, tokenized = SDLlavaCollator(processor, max_length=1024), []
+    tokens = collator.tokens
+    monkeypatch.setattr(collator, "tokens", lambda record: tokenized.append(record) or tokens(record))
+    rows = [conversation(text, "red") for text in ("what", "what ?", "what " * 300, "what is it ?")]
+    require_supervision(rows, collator)
+    assert [record["messages"][0]["content"].count("what") for record in tokenized] == [1, 300]
+
+
 def test_a_template_that_never_stops_raises(processor):
     template = "{% for m in messages %}{% generation %}{{ m['content'] | string }}{% endgeneration %}{% endfor %}"
     with pytest.raises(ValueError, match="would not learn to stop"):

@@ -19,6 +19,8 @@ from sdllava.evaluation.benchmarks.base import inside
 SIZE, CELL = 3, 10
 COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+DESCRIBED, QUESTIONED, FURTHER = 3, 4, 7
 _STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 Cell = tuple[str, str] | None
@@ -72,28 +74,35 @@ def answer(cells: list[Cell], question: str) -> bool:
 
 
 def describe(cells: list[Cell]) -> str:
-    """The cells' contents in words, row by row: "red circle, nothing, blue square ..."."""
-    return ", ".join("nothing" if cell is None else " ".join(cell) for cell in cells)
+    """The cells' contents in words, row by row: "top left red circle top nothing ..."."""
+    names = ["nothing" if cell is None else " ".join(cell) for cell in cells]
+    return " ".join(f"{place} {name}" for place, name in zip(PLACES, names, strict=True))
 
 
-def further_turns(image: Image.Image, questions: Sequence[str], seed: int, count: int = 5) -> list[tuple[str, str]]:
-    """Questions of a training set about another image than their own, with computed answers, and a description.
+def training_turns(
+    rows: Sequence[tuple[Image.Image, str, bool]],
+) -> Iterator[tuple[Image.Image, list[tuple[str, str]]]]:
+    """All that is to be learned from a training set, in order: descriptions of its images, then questions about them.
 
-    One yes or no per image says little about its nine cells.
+    One yes or no per image says little about its nine cells. In `DESCRIBED` passes over the images each is described,
+    in `QUESTIONED` passes it comes with `FURTHER` questions of other images, whose answers are computed. The last turn
+    is always the image's own question and answer.
 
     Args:
-        image: Of SHAPES, 30x30.
-        questions: Those of the training set.
-        seed: Selects the questions.
-        count: The number of questions.
-
-    Returns:
-        `list`: Questions without a question mark, and "yes", "no" or the description.
+        rows: Images of 30x30 pixels, questions and answers.
     """
-    cells = [name_cell(cell) for cell in read_cells(np.asarray(image)[..., ::-1])[0]]
-    chosen = random.Random(f"shapes turns {seed}").sample(questions, min(count, len(questions)))
-    answered = [(text, "yes" if answer(cells, text) else "no") for text in chosen]
-    return [*answered, ("what are the nine cells", describe(cells))]
+    cells = [[name_cell(cell) for cell in read_cells(np.asarray(image)[..., ::-1])[0]] for image, *_ in rows]
+    questions = sorted({question for _, question, _ in rows})
+    rng = random.Random("shapes turns")
+    for number in range(DESCRIBED + QUESTIONED):
+        for row in rng.sample(range(len(rows)), len(rows)):
+            image, question, truth = rows[row]
+            if number < DESCRIBED:
+                turns = [("what are the nine cells?", describe(cells[row]))]
+            else:
+                further = rng.sample(questions, min(FURTHER, len(questions)))
+                turns = [(f"{text}?", "yes" if answer(cells[row], text) else "no") for text in further]
+            yield image, [*turns, (f"{question}?", "yes" if truth else "no")]
 
 
 def _moved(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:

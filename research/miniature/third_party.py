@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sdllava.run_records import begin_run
 from sdllava.train.adapters import merge
 from sdllava.train.run import cache, train
 
-from .shapes_scenes import compose_images, further_turns
+from .shapes_scenes import compose_images, training_turns
 from .stages import RECIPES
 
 Turns = list[tuple[str, str]]
@@ -31,14 +32,26 @@ Turns = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: the epochs of training on its training set, of a whole model and of LoRA, and its protocol."""
+    """A benchmark, and how much is trained on its training set.
 
-    epochs: float
-    lora_epochs: float
+    Attributes:
+        epochs: Passes over the rows, where the whole model is trained.
+        every: LoRA is trained on every so manieth row, once.
+        ordered: Whether the order of the rows matters.
+        protocol: The benchmark's.
+    """
+
+    epochs: int
+    every: int
+    ordered: bool = False
     protocol: str = "default"
 
 
-TASKS = {"easy_vqa": Task(10, 0.25), "shapes": Task(6, 0.25), "nlvr": Task(20, 1, "even")}
+TASKS = {
+    "easy_vqa": Task(10, every=4),
+    "shapes": Task(1, every=28, ordered=True),
+    "nlvr": Task(20, every=1, protocol="even"),
+}
 LORA_LIMIT = 1000
 """Test questions of a model trained by LoRA. Its replies take a hundred times longer than the miniature's."""
 
@@ -59,12 +72,8 @@ def training_rows(name: str, data: Path | None) -> Iterator[tuple[Any, Turns]]:
     else:
         folder = _folder(name, data)
         published = (folder / "train.large.input.npy").is_file()
-        rows: list[Any] = list(read_shapes(folder, "train.large") if published else compose_images(folder))
-        questions = sorted({question for _, question, _ in rows})
-        for seed, (source, question, answer) in enumerate(rows):
-            image = open_image(source)
-            turns = [*further_turns(image, questions, seed), (question, "yes" if answer else "no")]
-            yield image, [(f"{text}?", reply) for text, reply in turns]
+        rows = read_shapes(folder, "train.large") if published else compose_images(folder)
+        yield from training_turns([(open_image(source), *rest) for source, *rest in rows])
 
 
 def _folder(name: str, data: Path | None) -> Path:
@@ -83,12 +92,12 @@ def _easy_vqa() -> Iterator[tuple[Path, Turns]]:
     return ((folder / f"{image}.png", questions) for image, questions in turns.items())
 
 
-def write_training_data(file: Path, name: str, data: Path | None) -> list[str]:
-    """Write the training set of a benchmark in TRL's format, one conversation per image, and return its texts."""
+def write_training_data(file: Path, name: str, data: Path | None, every: int = 1) -> list[str]:
+    """Write every so manieth row of a training set in TRL's format, one conversation each, and return their texts."""
     import datasets
 
     rows, texts = [], []
-    for source, turns in training_rows(name, data):
+    for source, turns in islice(training_rows(name, data), 0, None, every):
         buffer = io.BytesIO()
         open_image(source).convert("RGB").save(buffer, format="PNG")
         messages = []
@@ -151,19 +160,19 @@ def train_and_score(
         ValueError: The folder has a run of another checkpoint with this name, or with another seed.
     """
     folder, task = Path(out) / name, TASKS[name]
-    run, file, texts = folder / Path(base).name, folder / "train.parquet", folder / "texts.json"
+    run = folder / Path(base).name
     if not (Path(base) / "config.json").is_file():
         raise FileNotFoundError(f"{os.fspath(base)!r} is not the folder of a checkpoint. Correct --base.")
     whole = knows_only_words(base)
-    epochs = task.epochs if whole else task.lora_epochs
-    begin_run(run / "settings.json", {"base": str(Path(base).resolve()), "epochs": epochs, "seed": seed})
+    begin_run(run / "settings.json", {"base": str(Path(base).resolve()), "epochs": task.epochs, "seed": seed})
+    file = folder / ("train.parquet" if whole else "train-lora.parquet")
+    texts = file.with_suffix(".json")
     if not texts.exists():
-        write_json(texts, write_training_data(file, name, Path(data) if data else None))
+        write_json(texts, write_training_data(file, name, Path(data) if data else None, 1 if whole else task.every))
     if whole and not (run / "base").exists():
         add_words(base, json.loads(texts.read_text(encoding="utf-8")), run / "base")
     if not (run / "trained" / "config.json").exists():
-        start, recipe = (run / "base", "third-party.yaml") if whole else (Path(base), "third-party-lora.yaml")
-        _train(run, file, start, recipe, epochs, seed)
+        _train(run, file, task, seed, run / "base" if whole else Path(base), whole)
     options = EvaluationOptions(
         batch_size=32,
         protocol=task.protocol,
@@ -182,24 +191,24 @@ def knows_only_words(checkpoint: str | os.PathLike) -> bool:
     return tokenizer["model"]["type"] == "WordLevel"
 
 
-def _train(run: Path, file: Path, start: Path, recipe: str, epochs: float, seed: int) -> None:
-    adapts = recipe == "third-party-lora.yaml"
-    trained = run / ("adapter" if adapts else "trained")
+def _train(run: Path, file: Path, task: Task, seed: int, start: Path, whole: bool) -> None:
+    trained = run / ("trained" if whole else "adapter")
     options: dict[str, Any] = {
-        "config": RECIPES / recipe,
+        "config": RECIPES / ("third-party.yaml" if whole else "third-party-lora.yaml"),
         "init_from": start,
         "train_data": file,
         "output_dir": trained,
-        "num_train_epochs": epochs,
+        "num_train_epochs": task.epochs if whole else 1,
+        "train_sampling_strategy": "sequential" if task.ordered else "random",
         "seed": seed,
     }
     diffuses = json.loads((start / "config.json").read_text(encoding="utf-8"))["diffusion_config"]
     options |= {} if diffuses else {"diffusion_prompt": "none"}
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     if diffuses:
-        kind = "vision" if adapts else "conditional"
+        kind = "conditional" if whole else "vision"
         cache(arguments, str(run / "features"), kind=kind, dtype="bfloat16", batch_size=64)
         arguments += ["--feature_cache", str(run / "features")]
     train(arguments)
-    if adapts:
+    if not whole:
         merge(str(trained), str(run / "trained"))

@@ -122,15 +122,16 @@ def require_supervision(rows: Iterable[Mapping[str, Any]], collator: SDLlavaColl
         ValueError: A sample is not valid; the message names the first one. With `skip_bad_samples`, only where no
             sample is valid, or too many are not. Also where the chat template leaves the end token out of the answers.
     """
-    usable = number = 0
+    usable = number = fixed = 0
+    limit = collator.max_length or float("inf")
     for number, row in enumerate(rows):
         try:
             record = collator.record(row, number)
-            limit = collator.max_length or float("inf")
-            if usable == 0 or max_tokens_before_supervision(collator.processor, record) > limit:
+            if usable == 0 or max_tokens_before_supervision(collator.processor, record, fixed) > limit:
                 tokens = collator.tokens(record)
                 if usable == 0:
                     _require_end_token(collator, tokens)
+                    fixed = len(tokens.input_ids)
             usable += 1
         except RecordError as error:
             if not collator.skip_bad_samples:

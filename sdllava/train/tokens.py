@@ -88,11 +88,17 @@ def tokenize_record(
     return Tokens(ids, labels)
 
 
-def max_tokens_before_supervision(processor: "SDLlavaProcessor", record: Record) -> int:
-    """An upper bound of the tokens before a record's first supervised token, without running the tokenizer."""
+def max_tokens_before_supervision(processor: "SDLlavaProcessor", record: Record, fixed: int) -> int:
+    """An upper bound of the tokens before a record's first supervised token, without running the tokenizer.
+
+    Args:
+        processor: Of the run.
+        record: The record.
+        fixed: An upper bound of the chat template's own tokens before the messages.
+    """
     before = record["messages"][: max(record["supervised_from"], 2) + 1]
     text = sum(len(message["content"].encode()) + 64 for message in before)
-    return 1024 + text + len(record["images"]) * processor.num_image_tokens
+    return fixed + text + len(record["images"]) * processor.num_image_tokens
 
 
 def approximate_length(processor: "SDLlavaProcessor", row: Mapping[str, Any]) -> int:
