@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from research.miniature.shapes_scenes import answer, compose_images, further_turns, name_cell, read_cells
+from research.miniature.shapes_scenes import (
+    DESCRIBED,
+    QUESTIONED,
+    answer,
+    compose_images,
+    name_cell,
+    read_cells,
+    training_turns,
+)
 
 RED_SQUARE, BLUE_CIRCLE = ("red", "square"), ("blue", "circle")
 
@@ -75,13 +83,21 @@ def test_composed_images_have_the_published_answers(tmp_path):
     assert len({picture.tobytes() for picture, *_ in composed}) > 15
 
 
-def test_further_questions_are_answered_and_the_cells_described():
+def test_images_are_described_then_questioned():
     cells = [paint("circle", 2), np.zeros((10, 10, 3), np.uint8), *(paint("square", 0) for _ in range(7))]
     pixels = np.stack(cells).reshape(3, 3, 10, 10, 3).transpose(0, 2, 1, 3, 4).reshape(30, 30, 3)
-    questions = ["is a circle above a blue shape", "is a circle left of a square"]
-    turns = dict(further_turns(Image.fromarray(pixels[..., ::-1]), questions, seed=0))
-    assert turns.pop("what are the nine cells") == "red circle, nothing" + 7 * ", blue square"
-    assert turns == {questions[0]: "yes", questions[1]: "no"}
+    image = Image.fromarray(pixels[..., ::-1])
+    above, left = "is a circle above a blue shape", "is a circle left of a square"
+    rows = list(training_turns([(image, above, True), (image, left, False)]))
+    described, questioned = rows[: 2 * DESCRIBED], rows[2 * DESCRIBED :]
+    assert len(questioned) == 2 * QUESTIONED
+    own = {(f"{above}?", "yes"), (f"{left}?", "no")}
+    for _, turns in described:
+        assert turns[0][1].startswith("top left red circle top nothing top right blue square left blue square")
+        assert turns[1] in own
+    for _, turns in questioned:
+        assert set(turns[:-1]) == own
+        assert turns[-1] in own
 
 
 @pytest.fixture
@@ -102,7 +118,7 @@ def test_a_model_learns_new_words_and_is_scored(shapes, monkeypatch):
     from research.miniature import third_party
     from sdllava import SDLlavaProcessor, mini_path
 
-    monkeypatch.setitem(third_party.TASKS, "shapes", third_party.Task(1, 1))
+    monkeypatch.setitem(third_party.TASKS, "shapes", third_party.Task(1, every=1, ordered=True))
     out = shapes / "out"
     found = third_party.train_and_score(out, "shapes", mini_path(), shapes)
     assert found["scores"]["accuracy"] in (0, 50, 100)
@@ -134,7 +150,7 @@ def test_a_model_with_subwords_is_trained_by_lora(shapes, monkeypatch):
 
     assert third_party.knows_only_words(mini_path())
     monkeypatch.setattr(third_party, "knows_only_words", lambda checkpoint: False)
-    monkeypatch.setitem(third_party.TASKS, "shapes", third_party.Task(1, 8))
+    monkeypatch.setitem(third_party.TASKS, "shapes", third_party.Task(1, every=1, ordered=True))
     monkeypatch.setattr(third_party, "LORA_LIMIT", 1)
     found = third_party.train_and_score(shapes / "out", "shapes", mini_path(), shapes)
     assert found["scores"]["accuracy"] in (0, 100)

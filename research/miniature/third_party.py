@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -72,7 +72,7 @@ def training_rows(name: str, data: Path | None) -> Iterator[tuple[Any, Turns]]:
     else:
         folder = _folder(name, data)
         published = (folder / "train.large.input.npy").is_file()
-        rows = read_shapes(folder, "train.large") if published else compose_images(folder)
+        rows: Iterable[Any] = read_shapes(folder, "train.large") if published else compose_images(folder)
         yield from training_turns([(open_image(source), *rest) for source, *rest in rows])
 
 
