@@ -76,6 +76,9 @@ def test_shapes(tmp_path):
     ]
     assert open_image(samples[0].images[0]).getpixel((2, 2)) == (255, 0, 0)
     assert [s.id for s in get_benchmark("shapes", "val").read(tmp_path)] == ["val-0"]
+    describe = get_benchmark("shapes", "describe")
+    assert [s.id for s in describe.read(tmp_path)] == [s.id for s in samples]
+    assert (benchmark.generation["max_new_tokens"], describe.generation["max_new_tokens"]) == (8, 64)
     (tmp_path / "test.output").write_text("true\nmaybe\n")
     with pytest.raises(ValueError, match=r"'maybe' is neither 'true' nor 'false'"):
         benchmark.read(tmp_path)

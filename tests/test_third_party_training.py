@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from research.miniature.shapes_scenes import (
+    ANSWERED,
     DESCRIBED,
-    QUESTIONED,
     answer,
     compose_images,
     name_cell,
@@ -83,21 +83,23 @@ def test_composed_images_have_the_published_answers(tmp_path):
     assert len({picture.tobytes() for picture, *_ in composed}) > 15
 
 
-def test_images_are_described_then_questioned():
+def test_images_are_described_before_answers():
     cells = [paint("circle", 2), np.zeros((10, 10, 3), np.uint8), *(paint("square", 0) for _ in range(7))]
     pixels = np.stack(cells).reshape(3, 3, 10, 10, 3).transpose(0, 2, 1, 3, 4).reshape(30, 30, 3)
     image = Image.fromarray(pixels[..., ::-1])
     above, left = "is a circle above a blue shape", "is a circle left of a square"
     rows = list(training_turns([(image, above, True), (image, left, False)]))
-    described, questioned = rows[: 2 * DESCRIBED], rows[2 * DESCRIBED :]
-    assert len(questioned) == 2 * QUESTIONED
+    described, answered = rows[: 2 * DESCRIBED], rows[2 * DESCRIBED :]
+    assert len(answered) == 2 * ANSWERED
+    places = ("top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+    seen = " ".join(["top left red circle top nothing", *(f"{place} blue square" for place in places)])
     own = {(f"{above}?", "yes"), (f"{left}?", "no")}
     for _, turns in described:
-        assert turns[0][1].startswith("top left red circle top nothing top right blue square left blue square")
+        assert turns[0] == ("what are the nine cells?", seen)
         assert turns[1] in own
-    for _, turns in questioned:
-        assert set(turns[:-1]) == own
-        assert turns[-1] in own
+    long = {(question, f"{seen} {truth}") for question, truth in own}
+    assert {len(turns) for _, turns in answered} == {1, 2}
+    assert all(set(turns) <= long for _, turns in answered)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ SIZE, CELL = 3, 10
 COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-DESCRIBED, QUESTIONED, FURTHER = 3, 4, 7
+DESCRIBED, ANSWERED = 3, 4
 _STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 Cell = tuple[str, str] | None
@@ -82,11 +82,11 @@ def describe(cells: list[Cell]) -> str:
 def training_turns(
     rows: Sequence[tuple[Image.Image, str, bool]],
 ) -> Iterator[tuple[Image.Image, list[tuple[str, str]]]]:
-    """All that is to be learned from a training set, in order: descriptions of its images, then questions about them.
+    """All that is to be learned from a training set, in order: to describe its images, then to answer after that.
 
-    One yes or no per image says little about its nine cells. In `DESCRIBED` passes over the images each is described,
-    in `QUESTIONED` passes it comes with `FURTHER` questions of other images, whose answers are computed. The last turn
-    is always the image's own question and answer.
+    One yes or no per image says little about its nine cells. In `DESCRIBED` passes over the images each is described;
+    in `ANSWERED` passes the description comes before the answer, and every second row starts with a question of
+    another image, whose answer is computed. The last turn is about the image's own question, which is its prompt.
 
     Args:
         rows: Images of 30x30 pixels, questions and answers.
@@ -94,15 +94,18 @@ def training_turns(
     cells = [[name_cell(cell) for cell in read_cells(np.asarray(image)[..., ::-1])[0]] for image, *_ in rows]
     questions = sorted({question for _, question, _ in rows})
     rng = random.Random("shapes turns")
-    for number in range(DESCRIBED + QUESTIONED):
-        for row in rng.sample(range(len(rows)), len(rows)):
+    for number in range(DESCRIBED + ANSWERED):
+        for place, row in enumerate(rng.sample(range(len(rows)), len(rows))):
             image, question, truth = rows[row]
+            seen = describe(cells[row])
             if number < DESCRIBED:
-                turns = [("what are the nine cells?", describe(cells[row]))]
-            else:
-                further = rng.sample(questions, min(FURTHER, len(questions)))
-                turns = [(f"{text}?", "yes" if answer(cells[row], text) else "no") for text in further]
-            yield image, [*turns, (f"{question}?", "yes" if truth else "no")]
+                yield image, [("what are the nine cells?", seen), (f"{question}?", "yes" if truth else "no")]
+                continue
+            turns = [(question, truth)]
+            if place % 2:
+                further = rng.choice(questions)
+                turns.insert(0, (further, answer(cells[row], further)))
+            yield image, [(f"{text}?", f"{seen} {'yes' if right else 'no'}") for text, right in turns]
 
 
 def _moved(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:

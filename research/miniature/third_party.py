@@ -49,7 +49,7 @@ class Task:
 
 TASKS = {
     "easy_vqa": Task(10, every=4),
-    "shapes": Task(1, every=28, ordered=True),
+    "shapes": Task(1, every=28, ordered=True, protocol="describe"),
     "nlvr": Task(20, every=1, protocol="even"),
 }
 LORA_LIMIT = 1000
