@@ -130,6 +130,19 @@ def test_the_training_data_mixes_descriptions_questions_and_chat(tmp_path):
     assert [Scene.from_record(scene).split for scene in scenes] == ["varied", "varied", "train"] * 2
 
 
+def test_the_baseline_has_only_clip_and_the_same_language_model(tmp_path, monkeypatch):
+    research = pytest.importorskip("research.miniature.smol")
+    monkeypatch.setattr(research, "smol_path", mini_path)  # small, and always there
+    folder = research.write_only_clip(tmp_path / "smol", scenes=4, steps=1)
+    tensors, mini = (load_file(path / "model.safetensors") for path in (folder, mini_path()))
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.multi_modal_projector.")}
+    assert all(torch.equal(tensor, mini[name].float()) for name, tensor in kept.items())
+    assert {name.split(".")[1] for name in kept} == {"vision_tower", "language_model", "weight"}
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["fusion"], config["diffusion_config"], config["is_trained"]) == ("none", None, True)
+    assert research.write_only_clip(folder, scenes=-1) == folder  # finished, so nothing is computed
+
+
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     from transformers import pipeline
