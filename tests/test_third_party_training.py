@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import pipeline
 
+from research.miniature import shapes_scenes
 from research.miniature.shapes_scenes import (
     ANSWERED,
     DESCRIBED,
@@ -18,6 +21,9 @@ from research.miniature.shapes_scenes import (
     read_cells,
     training_turns,
 )
+from sdllava import register
+from sdllava.scenes.language import sample_question
+from sdllava.scenes.render import render
 
 RED_SQUARE, BLUE_CIRCLE = ("red", "square"), ("blue", "circle")
 
@@ -100,6 +106,16 @@ def test_images_are_described_before_answers():
     long = {(question, f"{seen} {truth}") for question, truth in own}
     assert {len(turns) for _, turns in answered} == {1, 2}
     assert all(set(turns) <= long for _, turns in answered)
+
+
+def test_the_baseline_of_the_repository_answers_with_only_clip():
+    register()
+    pipe = pipeline("visual-question-answering", model=str(Path(shapes_scenes.__file__).parent / "only-clip"))
+    assert (pipe.model.config.diffusion_config, pipe.model.config.fusion) == (None, "none")
+    for seed in range(4):
+        scene, question = sample_question("test", seed, ["viewpoint"])
+        (found,) = pipe(image=render(scene), question=question.text)
+        assert found["answer"] == question.answer
 
 
 @pytest.fixture

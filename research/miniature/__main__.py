@@ -81,19 +81,26 @@ def smol(
     out: Annotated[Path, typer.Option(help="Folder of the base, the data and the run. Resumes an earlier run.")],
     max_steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2, of three conversations.")] = 1900,
     ship: Annotated[Path | None, typer.Option(help="Also write the adapter in half precision to this folder.")] = None,
-    only_clip: Annotated[bool, typer.Option(help="Instead write smol with only CLIP to OUT/smol.")] = False,
 ) -> None:
     """Compose, initialise and fine-tune sdllava-smol, the miniature's encoders with SmolLM2."""
     with _without_traceback():
-        from .smol import train_smol, write_adapter, write_only_clip
+        from .smol import train_smol, write_adapter
 
-        if only_clip:
-            typer.echo(f"Wrote the baseline to {write_only_clip(out / 'smol')}")
-            return
         adapter = train_smol(out, max_steps=max_steps)
         if ship is not None:
             write_adapter(adapter, out / "base", ship)
         typer.echo(f"Wrote the adapter to {ship or adapter}")
+
+
+@app.command()
+def smol_only_clip(
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint. A finished one is kept.")],
+) -> None:
+    """Write sdllava-smol with only CLIP: the baseline, whose projector is trained as smol's."""
+    with _without_traceback():
+        from .smol import write_only_clip
+
+        typer.echo(f"Wrote the baseline to {write_only_clip(out)}")
 
 
 @app.command()

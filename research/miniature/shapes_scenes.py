@@ -1,4 +1,4 @@
-"""Training data for SHAPES: images where its own are missing, and further questions about each image.
+"""Training data for SHAPES: images where its own are missing, and conversations about each image.
 
 Images are made of cells of another split, arranged so that given answers hold.
 
@@ -21,6 +21,7 @@ COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 DESCRIBED, ANSWERED = 3, 4
+"""Passes over the training images, see [`training_turns`]."""
 _STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 Cell = tuple[str, str] | None

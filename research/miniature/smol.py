@@ -16,6 +16,7 @@ import datasets
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import trange
 from transformers import LlamaForCausalLM
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor, mini_path
@@ -120,7 +121,7 @@ def initialise_projector(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * (1 - 0.97 * step / steps)
     )
-    for _ in range(steps):
+    for _ in trange(steps, desc="projector", mininterval=10):
         rows = torch.randint(scenes, (batch_size,))
         features = vision[rows].float()
         if diffusion is not None:
@@ -147,7 +148,7 @@ def _features(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The vision encoder's and the unconditional features of scenes, in half precision."""
     vision, diffusion = [], []
-    for start in range(0, len(scenes), batch_size):
+    for start in trange(0, len(scenes), batch_size, desc="features", mininterval=10):
         images = [render(scene) for scene in scenes[start : start + batch_size]]
         found = model.encode_images(**processor(images=images, return_tensors="pt"))
         vision.append(found.vision_features.half())

@@ -6,7 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Task:
 
     Attributes:
         epochs: Passes over the rows, where the whole model is trained.
-        every: LoRA is trained on every so manieth row, once.
+        every: LoRA is trained once, on one of this many rows.
         ordered: Whether the order of the rows matters.
         protocol: The benchmark's.
     """
@@ -53,7 +53,7 @@ TASKS = {
     "nlvr": Task(20, every=1, protocol="even"),
 }
 LORA_LIMIT = 1000
-"""Test questions of a model trained by LoRA. Its replies take a hundred times longer than the miniature's."""
+"""Test questions of a model trained by LoRA. All of easy-VQA's would take longer than its training."""
 
 
 def training_rows(name: str, data: Path | None) -> Iterator[tuple[Any, Turns]]:
@@ -93,7 +93,7 @@ def _easy_vqa() -> Iterator[tuple[Path, Turns]]:
 
 
 def write_training_data(file: Path, name: str, data: Path | None, every: int = 1) -> list[str]:
-    """Write every so manieth row of a training set in TRL's format, one conversation each, and return their texts."""
+    """Write one of `every` rows of a training set in TRL's format, a conversation each, and return their texts."""
     import datasets
 
     rows, texts = [], []
@@ -164,7 +164,7 @@ def train_and_score(
     if not (Path(base) / "config.json").is_file():
         raise FileNotFoundError(f"{os.fspath(base)!r} is not the folder of a checkpoint. Correct --base.")
     whole = knows_only_words(base)
-    begin_run(run / "settings.json", {"base": str(Path(base).resolve()), "epochs": task.epochs, "seed": seed})
+    begin_run(run / "settings.json", {"base": str(Path(base).resolve()), "seed": seed} | asdict(task))
     file = folder / ("train.parquet" if whole else "train-lora.parquet")
     texts = file.with_suffix(".json")
     if not texts.exists():
