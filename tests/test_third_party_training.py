@@ -13,10 +13,10 @@ from transformers import pipeline
 
 from research.miniature import shapes_scenes
 from research.miniature.shapes_scenes import (
-    ANSWERED,
-    DESCRIBED,
+    PASSES,
     answer,
     compose_images,
+    explain,
     name_cell,
     read_cells,
     training_turns,
@@ -46,6 +46,20 @@ RED_SQUARE, BLUE_CIRCLE = ("red", "square"), ("blue", "circle")
 def test_relations_are_between_neighbouring_cells(question, expected):
     cells = [RED_SQUARE, BLUE_CIRCLE, None, None, None, None, ("green", "triangle"), None, None]
     assert answer(cells, question) is expected
+
+
+@pytest.mark.parametrize(
+    ("question", "steps"),
+    [
+        ("is a red shape left of a circle", "circle a2 left a1 red a1 red square yes"),
+        ("is a green shape above below a red shape", "red a1 below b1 above a1 green a1 red square no"),
+        ("is a circle below right of a green shape", "green c1 right c2 below nothing circle no"),
+        ("is a red shape a square", "square a1 red a1 red square yes"),
+    ],
+)
+def test_the_steps_to_an_answer(question, steps):
+    cells = [RED_SQUARE, BLUE_CIRCLE, None, None, None, None, ("green", "triangle"), None, None]
+    assert explain(cells, question) == steps
 
 
 def test_another_question_of_shapes():
@@ -89,23 +103,22 @@ def test_composed_images_have_the_published_answers(tmp_path):
     assert len({picture.tobytes() for picture, *_ in composed}) > 15
 
 
-def test_images_are_described_before_answers():
+def test_conversations_describe_an_image_and_then_answer_in_steps():
     cells = [paint("circle", 2), np.zeros((10, 10, 3), np.uint8), *(paint("square", 0) for _ in range(7))]
     pixels = np.stack(cells).reshape(3, 3, 10, 10, 3).transpose(0, 2, 1, 3, 4).reshape(30, 30, 3)
     image = Image.fromarray(pixels[..., ::-1])
     above, left = "is a circle above a blue shape", "is a circle left of a square"
     rows = list(training_turns([(image, above, True), (image, left, False)]))
-    described, answered = rows[: 2 * DESCRIBED], rows[2 * DESCRIBED :]
-    assert len(answered) == 2 * ANSWERED
-    places = ("top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-    seen = " ".join(["top left red circle top nothing", *(f"{place} blue square" for place in places)])
-    own = {(f"{above}?", "yes"), (f"{left}?", "no")}
-    for _, turns in described:
-        assert turns[0] == ("what are the nine cells?", seen)
-        assert turns[1] in own
-    long = {(question, f"{seen} {truth}") for question, truth in own}
-    assert {len(turns) for _, turns in answered} == {1, 2}
-    assert all(set(turns) <= long for _, turns in answered)
+    assert len(rows) == 2 * PASSES
+    places = ("a3", "b1", "b2", "b3", "c1", "c2", "c3")
+    seen = " ".join(["a1 red circle a2 nothing", *(f"{place} blue square" for place in places)])
+    steps = {f"{question}?": explain([name_cell(cell) for cell in cells], question) for question in (above, left)}
+    assert steps[f"{left}?"].startswith("square a3 b1 b2 b3 c1 c2 c3 left a2 nothing b1 b2 nothing c1 c2 circle a2 nothing")
+    assert {turns[-1][0] for _, turns in rows} == steps.keys()
+    for _, turns in rows:
+        (first, described), *others = turns
+        assert described == f"{seen} {steps[first]}"
+        assert all(steps[question] == reply for question, reply in others)
 
 
 def test_the_baseline_of_the_repository_answers_with_only_clip():

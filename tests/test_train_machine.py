@@ -71,10 +71,13 @@ def test_a_small_model_on_a_laptop_trains_without_what_slows_it_down(has_units, 
     config = ["--config", recipe] if recipe else []
     run = parse_run([*config, "--init_from", str(work / "trained"), *data])
     source = read_source(run.model)
-    build_trainer(run, source, build_collator(run, build_processor(source)), load_sources(run, run.data.datasets))
-    assert run.model.dtype == "float32"
+    collator = build_collator(run, build_processor(source))
+    trainer = build_trainer(run, source, collator, load_sources(run, run.data.datasets))
     training = run.training
-    assert (training.bf16, training.gradient_checkpointing, training.dataloader_num_workers) == (has_units, False, 0)
+    training.max_steps = 1
+    trainer.train()
+    assert (run.model.dtype, training.bf16, training.dataloader_num_workers) == ("float32", has_units, 0)
+    assert not trainer.model.is_gradient_checkpointing
 
 
 def test_words_that_the_tokenizer_does_not_know_are_reported(work, tmp_path):

@@ -19,9 +19,10 @@ from sdllava.evaluation.benchmarks.base import inside
 SIZE, CELL = 3, 10
 COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
-PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-DESCRIBED, ANSWERED = 3, 4
-"""Passes over the training images, see [`training_turns`]."""
+PLACES = ("a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3")
+"""The cells, row by row."""
+PASSES, QUESTIONS = 7, 6
+"""Passes over the training images, and questions about an image in each pass, see [`training_turns`]."""
 _STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 Cell = tuple[str, str] | None
@@ -64,30 +65,53 @@ def answer(cells: list[Cell], question: str) -> bool:
     Raises:
         ValueError: The question has another form.
     """
+    return explain(cells, question).endswith("yes")
+
+
+def explain(cells: list[Cell], question: str) -> str:
+    """The answer to a question as [`answer`] takes, after the steps to it.
+
+    For "is a red shape left of a circle" it names the cells with circles, the cells left of these, or nothing where
+    there is none, and the contents of those cells: "circle a1 b3 left nothing b2 red b2 red square yes".
+    """
     words = question.replace("left of", "left").replace("right of", "right").split()
     wanted = [word for word in words if word not in ("is", "a", "shape", *_STEPS)]
     if words[:1] != ["is"] or len(wanted) != 2:
         raise ValueError(f"{question!r} is not a question of SHAPES about two things.")
-    first, found = (np.array([c is not None and word in c for c in cells]).reshape(SIZE, SIZE) for word in wanted)
-    for step in reversed([_STEPS[word] for word in words if word in _STEPS]):
-        found = _moved(found, *step)
-    return bool((first & found).any())
+    first, second = wanted
+    found = [place for place, cell in enumerate(cells) if cell is not None and second in cell]
+    parts = [second, *(PLACES[place] for place in found)]
+    for step in reversed([word for word in words if word in _STEPS]):
+        moved = [_moved(place, *_STEPS[step]) for place in found]
+        parts += [step, *("nothing" if place is None else PLACES[place] for place in moved)]
+        found = [place for place in moved if place is not None]
+    parts += [first, *(_content(cells, place) for place in found)]
+    return " ".join([*parts, "yes" if any(first in (cells[place] or ()) for place in found) else "no"])
 
 
 def describe(cells: list[Cell]) -> str:
-    """The cells' contents in words, row by row: "top left red circle top nothing ..."."""
-    names = ["nothing" if cell is None else " ".join(cell) for cell in cells]
-    return " ".join(f"{place} {name}" for place, name in zip(PLACES, names, strict=True))
+    """The cells' contents in words, row by row: "a1 red circle a2 nothing ..."."""
+    return " ".join(_content(cells, place) for place in range(len(cells)))
+
+
+def _content(cells: list[Cell], place: int) -> str:
+    return f"{PLACES[place]} {' '.join(cells[place] or ['nothing'])}"
+
+
+def _moved(place: int, rows: int, columns: int) -> int | None:
+    """The neighbour of a cell, or None outside the image."""
+    row, column = place // SIZE + rows, place % SIZE + columns
+    return row * SIZE + column if 0 <= row < SIZE and 0 <= column < SIZE else None
 
 
 def training_turns(
     rows: Sequence[tuple[Image.Image, str, bool]],
 ) -> Iterator[tuple[Image.Image, list[tuple[str, str]]]]:
-    """All that is to be learned from a training set, in order: to describe its images, then to answer after that.
+    """Conversations that teach to describe an image, and to answer in steps ([`explain`]) after that.
 
-    One yes or no per image says little about its nine cells. In `DESCRIBED` passes over the images each is described;
-    in `ANSWERED` passes the description comes before the answer, and every second row starts with a question of
-    another image, whose answer is computed. The last turn is about the image's own question, which is its prompt.
+    One yes or no per image says too little about its nine cells and about the steps to the answer. In each of `PASSES`
+    passes over the images, `QUESTIONS - 1` other questions of the training set come before an image's own, which is the
+    diffusion model's prompt. Their answers are computed. The first reply also describes the image.
 
     Args:
         rows: Images of 30x30 pixels, questions and answers.
@@ -95,24 +119,12 @@ def training_turns(
     cells = [[name_cell(cell) for cell in read_cells(np.asarray(image)[..., ::-1])[0]] for image, *_ in rows]
     questions = sorted({question for _, question, _ in rows})
     rng = random.Random("shapes turns")
-    for number in range(DESCRIBED + ANSWERED):
-        for place, row in enumerate(rng.sample(range(len(rows)), len(rows))):
-            image, question, truth = rows[row]
-            seen = describe(cells[row])
-            if number < DESCRIBED:
-                yield image, [("what are the nine cells?", seen), (f"{question}?", "yes" if truth else "no")]
-                continue
-            turns = [(question, truth)]
-            if place % 2:
-                further = rng.choice(questions)
-                turns.insert(0, (further, answer(cells[row], further)))
-            yield image, [(f"{text}?", f"{seen} {'yes' if right else 'no'}") for text, right in turns]
-
-
-def _moved(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """A grid shifted by one cell. What leaves the image is lost."""
-    padded = np.pad(cells, 1)
-    return np.roll(padded, (rows, columns), (0, 1))[1:-1, 1:-1]
+    for _ in range(PASSES):
+        for row in rng.sample(range(len(rows)), len(rows)):
+            image, own, _ = rows[row]
+            further = rng.sample(questions, min(len(questions), QUESTIONS - 1))
+            turns = [(f"{question}?", explain(cells[row], question)) for question in (*further, own)]
+            yield image, [(turns[0][0], f"{describe(cells[row])} {turns[0][1]}"), *turns[1:]]
 
 
 def compose_images(

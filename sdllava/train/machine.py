@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 FREE_CORES = 2
 """Cores per process that data loader workers leave to the training itself."""
 
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""Both names of the setting. TRL reads the first one, and recent versions of the Trainer only the second one."""
+
 LARGE = 1_000_000_000
 """Parameters of a language model from which recomputing activations is worth its time."""
 

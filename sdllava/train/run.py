@@ -32,7 +32,7 @@ from .cache_writer import cache_record, write_cache
 from .callbacks import TrainingRecordCallback
 from .check import check_data, require_supervision
 from .collator import SDLlavaCollator
-from .machine import recomputes_activations
+from .machine import CHECKPOINTING, recomputes_activations
 from .memory import print_memory
 from .recipe_loading import chosen_arguments, parse_arguments
 from .tokens import LLAVA_PLAIN
@@ -198,8 +198,9 @@ def build_trainer(
     set_seed(run.training.seed)
     with outside_zero_init(run.training):
         model = build_model(source)
-    if "gradient_checkpointing" not in run.chosen:
-        run.training.gradient_checkpointing = recomputes_activations(model)
+    if run.chosen.isdisjoint(CHECKPOINTING):
+        for name in CHECKPOINTING:
+            setattr(run.training, name, recomputes_activations(model))
     adapter = language_lora(model, run.adapter)
     keeps_own_copy = run.training.deepspeed_plugin is not None or run.adapter.load_in_4bit
     if (run.training.bf16 or run.training.fp16) and not keeps_own_copy:
