@@ -113,7 +113,9 @@ def test_conversations_describe_an_image_and_then_answer_in_steps():
     places = ("a3", "b1", "b2", "b3", "c1", "c2", "c3")
     seen = " ".join(["a1 red circle a2 nothing", *(f"{place} blue square" for place in places)])
     steps = {f"{question}?": explain([name_cell(cell) for cell in cells], question) for question in (above, left)}
-    assert steps[f"{left}?"].startswith("square a3 b1 b2 b3 c1 c2 c3 left a2 nothing b1 b2 nothing c1 c2 circle a2 nothing")
+    assert steps[f"{left}?"].startswith(
+        "square a3 b1 b2 b3 c1 c2 c3 left a2 nothing b1 b2 nothing c1 c2 circle a2 nothing"
+    )
     assert {turns[-1][0] for _, turns in rows} == steps.keys()
     for _, turns in rows:
         (first, described), *others = turns
