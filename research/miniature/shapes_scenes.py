@@ -21,7 +21,7 @@ COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
 PLACES = ("a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3")
 """The cells, row by row."""
-PASSES, QUESTIONS = 7, 6
+PASSES, QUESTIONS = 6, 5
 """Passes over the training images, and questions about an image in each pass, see [`training_turns`]."""
 _STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
@@ -71,47 +71,42 @@ def answer(cells: list[Cell], question: str) -> bool:
 def explain(cells: list[Cell], question: str) -> str:
     """The answer to a question as [`answer`] takes, after the steps to it.
 
-    For "is a red shape left of a circle" it names the cells with circles, the cells left of these, or nothing where
-    there is none, and the contents of those cells: "circle a1 b3 left nothing b2 red b2 red square yes".
+    Every step names the nine cells, with an underscore before those that it does not mark. For "is a red shape left of
+    a circle" it marks the cells with circles, then those left of them, then those of these that are red:
+    "circle a1 _a2 ... left _a1 ... red _a1 ... no".
     """
     words = question.replace("left of", "left").replace("right of", "right").split()
     wanted = [word for word in words if word not in ("is", "a", "shape", *_STEPS)]
     if words[:1] != ["is"] or len(wanted) != 2:
         raise ValueError(f"{question!r} is not a question of SHAPES about two things.")
-    first, second = wanted
-    found = [place for place, cell in enumerate(cells) if cell is not None and second in cell]
-    parts = [second, *(PLACES[place] for place in found)]
+    first, second = (np.array([cell is not None and word in cell for cell in cells]) for word in wanted)
+    marks, parts = second, [_step(wanted[1], second)]
     for step in reversed([word for word in words if word in _STEPS]):
-        moved = [_moved(place, *_STEPS[step]) for place in found]
-        parts += [step, *("nothing" if place is None else PLACES[place] for place in moved)]
-        found = [place for place in moved if place is not None]
-    parts += [first, *(_content(cells, place) for place in found)]
-    return " ".join([*parts, "yes" if any(first in (cells[place] or ()) for place in found) else "no"])
+        marks = _moved(marks.reshape(SIZE, SIZE), *_STEPS[step]).reshape(-1)
+        parts.append(_step(step, marks))
+    marks = marks & first
+    return " ".join([*parts, _step(wanted[0], marks), "yes" if marks.any() else "no"])
 
 
-def describe(cells: list[Cell]) -> str:
-    """The cells' contents in words, row by row: "a1 red circle a2 nothing ..."."""
-    return " ".join(_content(cells, place) for place in range(len(cells)))
+def _step(word: str, marks: np.ndarray) -> str:
+    names = [place if mark else f"_{place}" for place, mark in zip(PLACES, marks, strict=True)]
+    return " ".join([word, *names])
 
 
-def _content(cells: list[Cell], place: int) -> str:
-    return f"{PLACES[place]} {' '.join(cells[place] or ['nothing'])}"
-
-
-def _moved(place: int, rows: int, columns: int) -> int | None:
-    """The neighbour of a cell, or None outside the image."""
-    row, column = place // SIZE + rows, place % SIZE + columns
-    return row * SIZE + column if 0 <= row < SIZE and 0 <= column < SIZE else None
+def _moved(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """A grid shifted by one cell. What leaves the image is lost."""
+    padded = np.pad(cells, 1)
+    return np.roll(padded, (rows, columns), (0, 1))[1:-1, 1:-1]
 
 
 def training_turns(
     rows: Sequence[tuple[Image.Image, str, bool]],
 ) -> Iterator[tuple[Image.Image, list[tuple[str, str]]]]:
-    """Conversations that teach to describe an image, and to answer in steps ([`explain`]) after that.
+    """Conversations that teach to answer in steps ([`explain`]).
 
     One yes or no per image says too little about its nine cells and about the steps to the answer. In each of `PASSES`
     passes over the images, `QUESTIONS - 1` other questions of the training set come before an image's own, which is the
-    diffusion model's prompt. Their answers are computed. The first reply also describes the image.
+    diffusion model's prompt. All answers are computed.
 
     Args:
         rows: Images of 30x30 pixels, questions and answers.
@@ -123,8 +118,7 @@ def training_turns(
         for row in rng.sample(range(len(rows)), len(rows)):
             image, own, _ = rows[row]
             further = rng.sample(questions, min(len(questions), QUESTIONS - 1))
-            turns = [(f"{question}?", explain(cells[row], question)) for question in (*further, own)]
-            yield image, [(turns[0][0], f"{describe(cells[row])} {turns[0][1]}"), *turns[1:]]
+            yield image, [(f"{question}?", explain(cells[row], question)) for question in (*further, own)]
 
 
 def compose_images(

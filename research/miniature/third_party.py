@@ -161,8 +161,9 @@ def train_and_score(
     """
     folder, task = Path(out) / name, TASKS[name]
     run = folder / Path(base).name
-    if not (Path(base) / "config.json").is_file():
-        raise FileNotFoundError(f"{os.fspath(base)!r} is not the folder of a checkpoint. Correct --base.")
+    for needed in ("config.json", "tokenizer.json"):
+        if not (Path(base) / needed).is_file():
+            raise FileNotFoundError(f"{os.fspath(base)!r} has no {needed}. Give --base the folder of a checkpoint.")
     whole = knows_only_words(base)
     begin_run(run / "settings.json", {"base": str(Path(base).resolve()), "seed": seed} | asdict(task))
     file = folder / ("train.parquet" if whole else "train-lora.parquet")
