@@ -1,4 +1,4 @@
-"""Training data for SHAPES: images where its own are missing, and conversations about each image.
+"""Training data for SHAPES: images where its own are missing, and answers in steps.
 
 Images are made of cells of another split, arranged so that given answers hold.
 
@@ -8,7 +8,7 @@ published answer for 99.5% of the images of `train.small` and 99.9% of those of 
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,6 @@ COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
 PLACES = ("a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3")
 """The cells, row by row."""
-PASSES, QUESTIONS = 6, 5
-"""Passes over the training images, and questions about an image in each pass, see [`training_turns`]."""
 _STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 Cell = tuple[str, str] | None
@@ -71,54 +69,32 @@ def answer(cells: list[Cell], question: str) -> bool:
 def explain(cells: list[Cell], question: str) -> str:
     """The answer to a question as [`answer`] takes, after the steps to it.
 
-    Every step names the nine cells, with an underscore before those that it does not mark. For "is a red shape left of
-    a circle" it marks the cells with circles, then those left of them, then those of these that are red:
-    "circle a1 _a2 ... left _a1 ... red _a1 ... no".
+    Every step names the nine cells, with an underscore before those that it does not mark; the first one also describes
+    them. For "is a red shape left of a circle" it marks the cells with circles, then those left of them, then those of
+    these that are red: "circle green circle a1 nothing _a2 ... left _a1 ... red _a1 ... no".
     """
     words = question.replace("left of", "left").replace("right of", "right").split()
     wanted = [word for word in words if word not in ("is", "a", "shape", *_STEPS)]
     if words[:1] != ["is"] or len(wanted) != 2:
         raise ValueError(f"{question!r} is not a question of SHAPES about two things.")
-    first, second = (np.array([cell is not None and word in cell for cell in cells]) for word in wanted)
-    marks, parts = second, [_step(wanted[1], second)]
+    first, marks = (np.array([cell is not None and word in cell for cell in cells]) for word in wanted)
+    seen = [" ".join(cell or ["nothing"]) for cell in cells]
+    parts = [wanted[1], *(word for pair in zip(seen, _names(marks), strict=True) for word in pair)]
     for step in reversed([word for word in words if word in _STEPS]):
         marks = _moved(marks.reshape(SIZE, SIZE), *_STEPS[step]).reshape(-1)
-        parts.append(_step(step, marks))
+        parts += [step, *_names(marks)]
     marks = marks & first
-    return " ".join([*parts, _step(wanted[0], marks), "yes" if marks.any() else "no"])
+    return " ".join([*parts, wanted[0], *_names(marks), "yes" if marks.any() else "no"])
 
 
-def _step(word: str, marks: np.ndarray) -> str:
-    names = [place if mark else f"_{place}" for place, mark in zip(PLACES, marks, strict=True)]
-    return " ".join([word, *names])
+def _names(marks: np.ndarray) -> list[str]:
+    return [place if mark else f"_{place}" for place, mark in zip(PLACES, marks, strict=True)]
 
 
 def _moved(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """A grid shifted by one cell. What leaves the image is lost."""
     padded = np.pad(cells, 1)
     return np.roll(padded, (rows, columns), (0, 1))[1:-1, 1:-1]
-
-
-def training_turns(
-    rows: Sequence[tuple[Image.Image, str, bool]],
-) -> Iterator[tuple[Image.Image, list[tuple[str, str]]]]:
-    """Conversations that teach to answer in steps ([`explain`]).
-
-    One yes or no per image says too little about its nine cells and about the steps to the answer. In each of `PASSES`
-    passes over the images, `QUESTIONS - 1` other questions of the training set come before an image's own, which is the
-    diffusion model's prompt. All answers are computed.
-
-    Args:
-        rows: Images of 30x30 pixels, questions and answers.
-    """
-    cells = [[name_cell(cell) for cell in read_cells(np.asarray(image)[..., ::-1])[0]] for image, *_ in rows]
-    questions = sorted({question for _, question, _ in rows})
-    rng = random.Random("shapes turns")
-    for _ in range(PASSES):
-        for row in rng.sample(range(len(rows)), len(rows)):
-            image, own, _ = rows[row]
-            further = rng.sample(questions, min(len(questions), QUESTIONS - 1))
-            yield image, [(f"{question}?", explain(cells[row], question)) for question in (*further, own)]
 
 
 def compose_images(

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import AddedToken
 
@@ -24,7 +25,7 @@ from sdllava.run_records import begin_run
 from sdllava.train.adapters import merge
 from sdllava.train.run import cache, train
 
-from .shapes_scenes import compose_images, training_turns
+from .shapes_scenes import compose_images, explain, name_cell, read_cells
 from .stages import RECIPES
 
 Turns = list[tuple[str, str]]
@@ -37,19 +38,17 @@ class Task:
     Attributes:
         epochs: Passes over the rows, where the whole model is trained.
         every: LoRA is trained once, on one of this many rows.
-        ordered: Whether the order of the rows matters.
         protocol: The benchmark's.
     """
 
     epochs: int
     every: int
-    ordered: bool = False
     protocol: str = "default"
 
 
 TASKS = {
     "easy_vqa": Task(10, every=4),
-    "shapes": Task(1, every=28, ordered=True, protocol="describe"),
+    "shapes": Task(10, every=8, protocol="describe"),
     "nlvr": Task(20, every=1, protocol="even"),
 }
 LORA_LIMIT = 1000
@@ -73,7 +72,10 @@ def training_rows(name: str, data: Path | None) -> Iterator[tuple[Any, Turns]]:
         folder = _folder(name, data)
         published = (folder / "train.large.input.npy").is_file()
         rows: Iterable[Any] = read_shapes(folder, "train.large") if published else compose_images(folder)
-        yield from training_turns([(open_image(source), *rest) for source, *rest in rows])
+        for source, question, _ in rows:
+            image = open_image(source)
+            (cells,) = read_cells(np.asarray(image)[None, ..., ::-1])
+            yield image, [(f"{question}?", explain([name_cell(cell) for cell in cells], question))]
 
 
 def _folder(name: str, data: Path | None) -> Path:
@@ -200,7 +202,6 @@ def _train(run: Path, file: Path, task: Task, seed: int, start: Path, whole: boo
         "train_data": file,
         "output_dir": trained,
         "num_train_epochs": task.epochs if whole else 1,
-        "train_sampling_strategy": "sequential" if task.ordered else "random",
         "seed": seed,
     }
     diffuses = json.loads((start / "config.json").read_text(encoding="utf-8"))["diffusion_config"]
