@@ -78,7 +78,7 @@ def test_shapes(tmp_path):
     assert [s.id for s in get_benchmark("shapes", "val").read(tmp_path)] == ["val-0"]
     describe = get_benchmark("shapes", "describe")
     assert [s.id for s in describe.read(tmp_path)] == [s.id for s in samples]
-    assert (benchmark.generation["max_new_tokens"], describe.generation["max_new_tokens"]) == (8, 64)
+    assert (benchmark.generation["max_new_tokens"], describe.generation["max_new_tokens"]) == (8, 96)
     (tmp_path / "test.output").write_text("true\nmaybe\n")
     with pytest.raises(ValueError, match=r"'maybe' is neither 'true' nor 'false'"):
         benchmark.read(tmp_path)

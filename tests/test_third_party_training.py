@@ -47,23 +47,26 @@ def test_relations_are_between_neighbouring_cells(question, expected):
 
 
 @pytest.mark.parametrize(
-    ("question", "marked"),
+    ("question", "look", "steps"),
     [
-        ("is a red shape left of a circle", ["circle a2", "left a1", "red a1", "yes"]),
-        ("is a green shape above below a red shape", ["red a1", "below b1", "above a1", "green", "no"]),
-        ("is a circle below right of a green shape", ["green c1", "right c2", "below", "circle", "no"]),
-        ("is a red shape a square", ["square a1", "red a1", "yes"]),
+        ("is a red shape left of a circle", "circle a2", "left a1 red red square a1 yes"),
+        ("is a green shape above below a red shape", "red a1", "below b1 above a1 green red square no"),
+        ("is a circle below right of a green shape", "green c1", "right c2 below circle no"),
+        ("is a blue shape right of a square", "square a1", "right a2 blue blue circle a2 yes"),
     ],
 )
-def test_the_steps_to_an_answer(question, marked):
+def test_the_steps_to_an_answer(question, look, steps):
     cells = [RED_SQUARE, BLUE_CIRCLE, None, None, None, None, ("green", "triangle"), None, None]
-    reply = explain(cells, question)
-    words = reply.split()
-    assert [word.lstrip("_") for word in words if word.lstrip("_") in PLACES] == [*PLACES] * (len(marked) - 1)
-    for content in ("red square", "blue circle", *["nothing"] * 4, "green triangle", "nothing", "nothing"):
-        assert content in reply
-        reply = reply.replace(content, "", 1)
-    assert [word for word in reply.split() if not word.startswith("_")] == " ".join(marked).split()
+    described = "red square a1 blue circle a2 nothing a3 nothing b1 nothing b2 nothing b3 green triangle c1 nothing c2 "
+    word, marked = look.split()
+    names = [place if place == marked else f"_{place}" for place in PLACES]
+    seen = [part if part not in PLACES else names.pop(0) for part in f"{described}nothing c3".split()]
+    reply = explain(cells, question).split()
+    assert reply[: len(seen) + 1] == [word, *seen]
+    rest = reply[len(seen) + 1 :]
+    assert [part for part in rest if not part.startswith("_")] == steps.split()
+    named = [part.lstrip("_") for part in rest if part.lstrip("_") in PLACES]
+    assert named == [*PLACES] * (1 + sum(part in ("left", "right", "above", "below") for part in rest))
 
 
 def test_another_question_of_shapes():

@@ -69,22 +69,28 @@ def answer(cells: list[Cell], question: str) -> bool:
 def explain(cells: list[Cell], question: str) -> str:
     """The answer to a question as [`answer`] takes, after the steps to it.
 
-    Every step names the nine cells, with an underscore before those that it does not mark; the first one also describes
-    them. For "is a red shape left of a circle" it marks the cells with circles, then those left of them, then those of
-    these that are red: "circle green circle a1 nothing _a2 ... left _a1 ... red _a1 ... no".
+    Every step names the nine cells, with an underscore before those that it does not mark. For "is a red shape left of
+    a circle" it describes all cells and marks those with circles, then marks the cells left of them, then describes
+    these and marks the red ones: "circle green circle a1 nothing _a2 ... left _a1 ... red _a1 ... no".
     """
     words = question.replace("left of", "left").replace("right of", "right").split()
     wanted = [word for word in words if word not in ("is", "a", "shape", *_STEPS)]
     if words[:1] != ["is"] or len(wanted) != 2:
         raise ValueError(f"{question!r} is not a question of SHAPES about two things.")
-    first, marks = (np.array([cell is not None and word in cell for cell in cells]) for word in wanted)
-    seen = [" ".join(cell or ["nothing"]) for cell in cells]
-    parts = [wanted[1], *(word for pair in zip(seen, _names(marks), strict=True) for word in pair)]
+    marks, steps = _look(cells, wanted[1], np.ones(len(cells), bool))
     for step in reversed([word for word in words if word in _STEPS]):
         marks = _moved(marks.reshape(SIZE, SIZE), *_STEPS[step]).reshape(-1)
-        parts += [step, *_names(marks)]
-    marks = marks & first
-    return " ".join([*parts, wanted[0], *_names(marks), "yes" if marks.any() else "no"])
+        steps += [step, *_names(marks)]
+    marks, found = _look(cells, wanted[0], marks)
+    return " ".join([*steps, *found, "yes" if marks.any() else "no"])
+
+
+def _look(cells: list[Cell], word: str, looked_at: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Which of some cells have a colour or shape, and the step in words."""
+    marks = looked_at & np.array([cell is not None and word in cell for cell in cells])
+    contents = [[" ".join(cell or ["nothing"])] if look else [] for cell, look in zip(cells, looked_at, strict=True)]
+    named = [[*content, name] for content, name in zip(contents, _names(marks), strict=True)]
+    return marks, [word, *(part for parts in named for part in parts)]
 
 
 def _names(marks: np.ndarray) -> list[str]:

@@ -48,7 +48,7 @@ class Task:
 
 TASKS = {
     "easy_vqa": Task(10, every=4),
-    "shapes": Task(10, every=8, protocol="describe"),
+    "shapes": Task(12, every=8, protocol="describe"),
     "nlvr": Task(20, every=1, protocol="even"),
 }
 LORA_LIMIT = 1000

@@ -65,13 +65,13 @@ class Shapes(Statements):
     protocols = {
         "default": "greedy, the question with a question mark, test split",
         "val": "as default, validation split",
-        "describe": "as default, with replies of up to 64 tokens, for models that describe before they answer",
+        "describe": "as default, with replies of up to 96 tokens, for models that describe before they answer",
     }
 
     def __init__(self, protocol: str = "default"):
         super().__init__(protocol)
         if protocol == "describe":
-            self.max_new_tokens = 64
+            self.max_new_tokens = 96
 
     def read(self, folder: Path) -> list[Sample]:
         """The questions of a split.
