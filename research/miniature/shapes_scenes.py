@@ -85,10 +85,10 @@ def explain(cells: list[Cell], question: str) -> str:
     return " ".join([*steps, *found, "yes" if marks.any() else "no"])
 
 
-def _look(cells: list[Cell], word: str, looked_at: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _look(cells: list[Cell], word: str, searched: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Which of some cells have a colour or shape, and the step in words."""
-    marks = looked_at & np.array([cell is not None and word in cell for cell in cells])
-    contents = [[" ".join(cell or ["nothing"])] if look else [] for cell, look in zip(cells, looked_at, strict=True)]
+    marks = searched & np.array([cell is not None and word in cell for cell in cells])
+    contents = [[" ".join(cell or ["nothing"])] if look else [] for cell, look in zip(cells, searched, strict=True)]
     named = [[*content, name] for content, name in zip(contents, _names(marks), strict=True)]
     return marks, [word, *(part for parts in named for part in parts)]
 
