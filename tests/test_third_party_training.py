@@ -123,9 +123,9 @@ def test_the_baseline_of_the_repository_answers_with_only_clip():
 @pytest.fixture
 def shapes(tmp_path):
     """A folder of SHAPES with black images."""
-    np.save(tmp_path / "train.large.input.npy", np.zeros((4, 30, 30, 3), np.uint8))
+    np.save(tmp_path / "train.large.input.npy", np.zeros((12, 30, 30, 3), np.uint8))
     np.save(tmp_path / "test.input.npy", np.zeros((2, 30, 30, 3), np.uint8))
-    for split, count in (("train.large", 4), ("test", 2)):
+    for split, count in (("train.large", 12), ("test", 2)):
         (tmp_path / f"{split}.query_str.txt").write_text("is a thingummy left of a circle\n" * count)
         (tmp_path / f"{split}.output").write_text("false\n" * count)
     return tmp_path
