@@ -47,6 +47,22 @@ def test_relations_are_between_neighbouring_cells(question, expected):
 
 
 @pytest.mark.parametrize(
+    ("questions", "answers", "message"),
+    [
+        ("is a circle red\nis a square red\n", "true\n", "2 questions and 1 answers"),
+        ("is a purple shape red\n", "true\n", "'is a purple shape red' is never true of cells of train.small"),
+    ],
+)
+def test_images_cannot_be_composed(questions, answers, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes_scenes, "_TRIES", 20)
+    np.save(tmp_path / "train.small.input.npy", np.zeros((1, 30, 30, 3), np.uint8))
+    (tmp_path / "train.large.query_str.txt").write_text(questions)
+    (tmp_path / "train.large.output").write_text(answers)
+    with pytest.raises(ValueError, match=message):
+        list(compose_images(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("question", "look", "steps"),
     [
         ("is a red shape left of a circle", "circle a2", "left a1 red red square a1 yes"),

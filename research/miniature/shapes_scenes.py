@@ -21,6 +21,8 @@ COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
 PLACES = ("a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3")
 """The cells, row by row."""
+_TRIES = 10_000
+"""Drawn images per question. A published question and answer fit one in a few."""
 _STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 Cell = tuple[str, str] | None
@@ -72,6 +74,13 @@ def explain(cells: list[Cell], question: str) -> str:
     Every step names the nine cells, with an underscore before those that it does not mark. For "is a red shape left of
     a circle" it describes all cells and marks those with circles, then marks the cells left of them, then describes
     these and marks the red ones: "circle green circle a1 nothing _a2 ... left _a1 ... red _a1 ... no".
+
+    Args:
+        cells: The nine cells, row by row.
+        question: Without a question mark. A colour or shape that no cell has is marked nowhere.
+
+    Raises:
+        ValueError: The question has another form.
     """
     words = question.replace("left of", "left").replace("right of", "right").split()
     wanted = [word for word in words if word not in ("is", "a", "shape", *_STEPS)]
@@ -119,16 +128,19 @@ def compose_images(
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The files differ in length, or a question has another form.
+        ValueError: The files differ in length, a question has another form, or no cells have the given answer.
     """
     texts = inside(folder, f"{questions}.query_str.txt").read_text(encoding="utf-8").splitlines()
     answers = inside(folder, f"{questions}.output").read_text(encoding="utf-8").splitlines()
+    if len(texts) != len(answers):
+        raise ValueError(f"SHAPES {questions}: {len(texts)} questions and {len(answers)} answers. Complete the files.")
     pool = read_cells(np.load(inside(folder, f"{cells}.input.npy"), allow_pickle=False)).reshape(-1, CELL, CELL, 3)
     names = [name_cell(cell) for cell in pool]
     rng = random.Random(f"shapes {seed}")
     for text, wanted in zip(texts, answers, strict=True):
-        chosen = rng.choices(range(len(pool)), k=SIZE * SIZE)
-        while answer([names[k] for k in chosen], text) != (wanted == "true"):
-            chosen = rng.choices(range(len(pool)), k=SIZE * SIZE)
+        draws = (rng.choices(range(len(pool)), k=SIZE * SIZE) for _ in range(_TRIES))
+        chosen = next((draw for draw in draws if answer([names[k] for k in draw], text) == (wanted == "true")), None)
+        if chosen is None:
+            raise ValueError(f"SHAPES {questions}: {text!r} is never {wanted} of cells of {cells}. Correct the data.")
         grid = pool[chosen].reshape(SIZE, SIZE, CELL, CELL, 3).transpose(0, 2, 1, 3, 4)
         yield Image.fromarray(grid.reshape(SIZE * CELL, SIZE * CELL, 3)[..., ::-1]), text, wanted == "true"
