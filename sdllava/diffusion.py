@@ -125,13 +125,16 @@ class SDLlavaDiffusionModel(FrozenDiffusionModel):
     def null_prompt(self, device: torch.device | str | None = None) -> Prompts:
         """Conditioning of the empty prompt, first dimension 1; computed once for the weights as they are.
 
+        ZeRO-3 moves the weights at other times in each process, so there it is computed every time: a process that
+        finds it stored would leave the others waiting for its part of the text encoder.
+
         Args:
             device: Where its token ids lie. Default: the text encoder's device.
         """
         weight = self.backbone.prompt_weight
         version = None if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype, weight.device)
-        if self._null_prompt is None or self._null_prompt[0] != key:
+        if self._null_prompt is None or self._null_prompt[0] != key or hasattr(weight, "ds_id"):
             device = torch.device(device or weight.device)
             tensors = [torch.tensor([row], device=device) for row in self.config.null_prompt_ids]
             with torch.inference_mode(False), without_autocast(device):

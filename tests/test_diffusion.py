@@ -217,6 +217,16 @@ def test_the_empty_prompt_is_encoded_once_until_weights_change():
     assert torch.equal(model.null_prompt()["encoder_hidden_states"], other.null_prompt()["encoder_hidden_states"])
 
 
+def test_the_empty_prompt_is_encoded_every_time_under_zero_3():
+    model = tower()
+    model.backbone.prompt_weight.ds_id = 0
+    calls = []
+    model.text_encoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    for _ in range(2):
+        model.null_prompt()
+    assert calls == [1, 1]
+
+
 def test_a_tower_built_in_inference_mode_answers_as_any_other():
     torch.manual_seed(0)
     expected = ask(tower()).last_hidden_state

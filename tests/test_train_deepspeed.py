@@ -13,6 +13,7 @@ from train_and_die import train_and_die
 from train_fixtures import command, losses, weights, write_colours
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DEEPSPEED_TIMEOUT", "5")  # minutes
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 pytestmark = pytest.mark.slow
 
