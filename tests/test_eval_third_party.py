@@ -78,13 +78,31 @@ def test_shapes(tmp_path):
     assert [s.id for s in get_benchmark("shapes", "val").read(tmp_path)] == ["val-0"]
     describe = get_benchmark("shapes", "describe")
     assert [s.id for s in describe.read(tmp_path)] == [s.id for s in samples]
-    assert (benchmark.generation["max_new_tokens"], describe.generation["max_new_tokens"]) == (8, 96)
+    assert (benchmark.generation["max_new_tokens"], describe.generation["max_new_tokens"]) == (8, 192)
     (tmp_path / "test.output").write_text("true\nmaybe\n")
     with pytest.raises(ValueError, match=r"'maybe' is neither 'true' nor 'false'"):
         benchmark.read(tmp_path)
     (tmp_path / "test.output").write_text("true\n")
     with pytest.raises(ValueError, match=r"2 images, 2 questions and 1 answers"):
         benchmark.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "kept", "message"),
+    [
+        (np.zeros((2, 30, 30, 3), np.uint8), 200, r"test.input.npy' cannot be read \(.*\). Download it again"),
+        (np.zeros((2, 30, 30, 3), np.uint8), 0, r"test.input.npy' cannot be read \(.*\). Download it again"),
+        (np.zeros((2, 3, 30, 30), np.uint8), None, r"contains uint8 of shape \(2, 3, 30, 30\)"),
+        (np.zeros((2, 30, 30, 3)), None, r"contains float64 of shape \(2, 30, 30, 3\)"),
+    ],
+)
+def test_files_that_are_no_images_of_shapes(pixels, kept, message, tmp_path):
+    write_shapes(tmp_path, "test", [("is a square red", "true")] * 2)
+    np.save(tmp_path / "test.input.npy", pixels)
+    content = (tmp_path / "test.input.npy").read_bytes()
+    (tmp_path / "test.input.npy").write_bytes(content[:kept])
+    with pytest.raises(ValueError, match=message):
+        get_benchmark("shapes").read(tmp_path)
 
 
 def write_nlvr(folder, rows):

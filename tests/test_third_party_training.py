@@ -50,7 +50,7 @@ def test_relations_are_between_neighbouring_cells(question, expected):
     ("questions", "answers", "message"),
     [
         ("is a circle red\nis a square red\n", "true\n", "2 questions and 1 answers"),
-        ("is a purple shape red\n", "true\n", "'is a purple shape red' is never true of cells of train.small"),
+        ("is a blue shape red\n", "true\n", "'is a blue shape red' is never true of cells of train.small"),
     ],
 )
 def test_images_cannot_be_composed(questions, answers, message, tmp_path, monkeypatch):
@@ -62,32 +62,55 @@ def test_images_cannot_be_composed(questions, answers, message, tmp_path, monkey
         list(compose_images(tmp_path))
 
 
+def seen(marked: str) -> str:
+    """The description of the nine cells below, without the names of cells that are not marked."""
+    contents = ["red square", "blue circle", *["nothing"] * 4, "green triangle", *["nothing"] * 2]
+    pairs = zip(contents, PLACES, strict=True)
+    return " ".join(f"{content} {place}" if place == marked else content for content, place in pairs)
+
+
 @pytest.mark.parametrize(
-    ("question", "look", "steps"),
+    ("question", "steps"),
     [
-        ("is a red shape left of a circle", "circle a2", "left a1 red red square a1 yes"),
-        ("is a green shape above below a red shape", "red a1", "below b1 above a1 green red square no"),
-        ("is a circle below right of a green shape", "green c1", "right c2 below circle no"),
-        ("is a blue shape right of a square", "square a1", "right a2 blue blue circle a2 yes"),
+        (
+            "is a red shape left of a circle",
+            f"1 red 2 left 3 circle 3 circle {seen('a2')} 2 left a1 1 red red square a1 yes",
+        ),
+        (
+            "is a green shape above below a red shape",
+            f"1 green 2 above 3 below 4 red 4 red {seen('a1')} 3 below b1 2 above a1 1 green red square no",
+        ),
+        (
+            "is a circle below right of a green shape",
+            f"1 circle 2 below 3 right 4 green 4 green {seen('c1')} 3 right c2 2 below 1 circle no",
+        ),
+        ("is a circle blue", f"1 circle 2 blue 2 blue {seen('a2')} 1 circle blue circle a2 yes"),
     ],
 )
-def test_the_steps_to_an_answer(question, look, steps):
+def test_the_steps_to_an_answer(question, steps):
     cells = [RED_SQUARE, BLUE_CIRCLE, None, None, None, None, ("green", "triangle"), None, None]
-    described = "red square a1 blue circle a2 nothing a3 nothing b1 nothing b2 nothing b3 green triangle c1 nothing c2 "
-    word, marked = look.split()
-    names = [place if place == marked else f"_{place}" for place in PLACES]
-    seen = [part if part not in PLACES else names.pop(0) for part in f"{described}nothing c3".split()]
     reply = explain(cells, question).split()
-    assert reply[: len(seen) + 1] == [word, *seen]
-    rest = reply[len(seen) + 1 :]
-    assert [part for part in rest if not part.startswith("_")] == steps.split()
-    named = [part.lstrip("_") for part in rest if part.lstrip("_") in PLACES]
-    assert named == [*PLACES] * (1 + sum(part in ("left", "right", "above", "below") for part in rest))
+    assert " ".join(part for part in reply if not part.startswith("_")) == steps
+    named = [part.lstrip("_") for part in reply if part.lstrip("_") in PLACES]
+    last = reply.index("1", 1)
+    found = [part.lstrip("_") for part in reply[last:] if part.lstrip("_") in PLACES]
+    assert found == [*PLACES][: len(found)]
+    assert reply[-2:] == ([found[-1], "yes"] if answer(cells, question) else ["_c3", "no"])
+    assert named[: -len(found)] == [*PLACES] * (max(int(part) for part in reply if part.isdecimal()) - 1)
 
 
-def test_another_question_of_shapes():
-    with pytest.raises(ValueError, match="'how many circles' is not a question of SHAPES"):
-        answer([None] * 9, "how many circles")
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("how many circles", "'how many circles' is not a question of SHAPES"),
+        ("is a circle", "'is a circle' is not a question of SHAPES"),
+        ("is a circle left of", "'is a circle left of' is not a question of SHAPES"),
+        ("is a purple shape left of a circle", "has a word that SHAPES does not have: 'purple'"),
+    ],
+)
+def test_another_question_of_shapes(question, message):
+    with pytest.raises(ValueError, match=message):
+        answer([None] * 9, question)
 
 
 def paint(shape: str, channel: int) -> np.ndarray:

@@ -15,10 +15,12 @@ import numpy as np
 from PIL import Image
 
 from sdllava.evaluation.benchmarks.base import inside
+from sdllava.evaluation.benchmarks.statements import read_shapes_images
 
 SIZE, CELL = 3, 10
 COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
+FORMS = ("circle", "square", "triangle")
 PLACES = ("a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3")
 """The cells, row by row."""
 _TRIES = 10_000
@@ -71,35 +73,46 @@ def answer(cells: list[Cell], question: str) -> bool:
 def explain(cells: list[Cell], question: str) -> str:
     """The answer to a question as [`answer`] takes, after the steps to it.
 
-    Every step names the nine cells, with an underscore before those that it does not mark. For "is a red shape left of
-    a circle" it describes all cells and marks those with circles, then marks the cells left of them, then describes
-    these and marks the red ones: "circle green circle a1 nothing _a2 ... left _a1 ... red _a1 ... no".
+    First come the numbered words of the question. Then every step, from the last word to the first one, names the nine
+    cells, with an underscore before those that it does not mark. For "is a red shape left of a circle" it describes all
+    cells and marks those with circles, then marks the cells left of them, then describes these up to the first red one:
+    "1 red 2 left 3 circle 3 circle green square _a1 green circle a2 ... 2 left a1 _a2 ... 1 red green square _a1 _a2 ...
+    no". Where the last step marks a cell, "yes" follows it.
 
     Args:
         cells: The nine cells, row by row.
-        question: Without a question mark. A colour or shape that no cell has is marked nowhere.
+        question: Without a question mark.
 
     Raises:
-        ValueError: The question has another form.
+        ValueError: The question has another form, or another word.
     """
     words = question.replace("left of", "left").replace("right of", "right").split()
-    wanted = [word for word in words if word not in ("is", "a", "shape", *_STEPS)]
-    if words[:1] != ["is"] or len(wanted) != 2:
+    plan = [word for word in words if word not in ("is", "a", "shape")]
+    relations = [word in _STEPS for word in plan]
+    if words[:1] != ["is"] or len(plan) < 2 or relations != [0 < k < len(plan) - 1 for k in range(len(plan))]:
         raise ValueError(f"{question!r} is not a question of SHAPES about two things.")
-    marks, steps = _look(cells, wanted[1], np.ones(len(cells), bool))
-    for step in reversed([word for word in words if word in _STEPS]):
-        marks = _moved(marks.reshape(SIZE, SIZE), *_STEPS[step]).reshape(-1)
-        steps += [step, *_names(marks)]
-    marks, found = _look(cells, wanted[0], marks)
-    return " ".join([*steps, *found, "yes" if marks.any() else "no"])
+    if unknown := [word for word in plan if word not in (*COLOURS, *FORMS, *_STEPS)]:
+        raise ValueError(f"{question!r} has a word that SHAPES does not have: {unknown[0]!r}.")
+    text = [part for number, word in enumerate(plan, 1) for part in (str(number), word)]
+    marks = np.ones(len(cells), bool)
+    for number, word in reversed([*enumerate(plan, 1)]):
+        if word in _STEPS:
+            marks = _moved(marks.reshape(SIZE, SIZE), *_STEPS[word]).reshape(-1)
+            step = _names(marks)
+        else:
+            marks, step = _look(cells, word, marks)
+        if number == 1 and marks.any():
+            step = step[: step.index(PLACES[int(marks.argmax())]) + 1]
+        text += [str(number), word, *step]
+    return " ".join([*text, "yes" if marks.any() else "no"])
 
 
 def _look(cells: list[Cell], word: str, searched: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Which of some cells have a colour or shape, and the step in words."""
+    """Which of some cells have a colour or shape, and their description."""
     marks = searched & np.array([cell is not None and word in cell for cell in cells])
     contents = [[" ".join(cell or ["nothing"])] if look else [] for cell, look in zip(cells, searched, strict=True)]
     named = [[*content, name] for content, name in zip(contents, _names(marks), strict=True)]
-    return marks, [word, *(part for parts in named for part in parts)]
+    return marks, [part for parts in named for part in parts]
 
 
 def _names(marks: np.ndarray) -> list[str]:
@@ -128,13 +141,14 @@ def compose_images(
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The files differ in length, a question has another form, or no cells have the given answer.
+        ValueError: A file has no images, the files differ in length, a question has another form or word, or no cells
+            have the given answer.
     """
     texts = inside(folder, f"{questions}.query_str.txt").read_text(encoding="utf-8").splitlines()
     answers = inside(folder, f"{questions}.output").read_text(encoding="utf-8").splitlines()
     if len(texts) != len(answers):
         raise ValueError(f"SHAPES {questions}: {len(texts)} questions and {len(answers)} answers. Complete the files.")
-    pool = read_cells(np.load(inside(folder, f"{cells}.input.npy"), allow_pickle=False)).reshape(-1, CELL, CELL, 3)
+    pool = read_cells(read_shapes_images(folder, cells)).reshape(-1, CELL, CELL, 3)
     names = [name_cell(cell) for cell in pool]
     rng = random.Random(f"shapes {seed}")
     for text, wanted in zip(texts, answers, strict=True):

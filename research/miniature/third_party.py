@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ class Task:
 
 
 TASKS = {
-    "easy_vqa": Task(10, every=4),
-    "shapes": Task(12, every=8, protocol="describe"),
+    "easy_vqa": Task(24, every=4),
+    "shapes": Task(8, every=16, protocol="describe"),
     "nlvr": Task(20, every=1, protocol="even"),
 }
+_COMPOSED = 2
+"""Images per question of SHAPES, where they are composed."""
 LORA_LIMIT = 1000
 """Test questions of a model trained by LoRA. All of easy-VQA's would take longer than its training."""
 
@@ -71,7 +73,8 @@ def training_rows(name: str, data: Path | None) -> Iterator[tuple[Any, Turns]]:
     else:
         folder = _folder(name, data)
         published = (folder / "train.large.input.npy").is_file()
-        rows: Iterable[Any] = read_shapes(folder, "train.large") if published else compose_images(folder)
+        composed = chain.from_iterable(compose_images(folder, seed=seed) for seed in range(_COMPOSED))
+        rows: Iterable[Any] = read_shapes(folder, "train.large") if published else composed
         for source, question, _ in rows:
             image = open_image(source)
             (cells,) = read_cells(np.asarray(image)[None, ..., ::-1])

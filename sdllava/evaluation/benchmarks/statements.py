@@ -13,6 +13,7 @@ from ...image_loading import load_rgb
 from .base import Benchmark, ImageSource, Sample, dataset_image, inside, read_parquet, require_columns
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
 _TRUE_OR_FALSE = re.compile(r"\b(yes|true|no|false)\b", re.IGNORECASE)
@@ -65,13 +66,13 @@ class Shapes(Statements):
     protocols = {
         "default": "greedy, the question with a question mark, test split",
         "val": "as default, validation split",
-        "describe": "as default, with replies of up to 96 tokens, for models that describe before they answer",
+        "describe": "as default, with replies of up to 192 tokens, for models that describe before they answer",
     }
 
     def __init__(self, protocol: str = "default"):
         super().__init__(protocol)
         if protocol == "describe":
-            self.max_new_tokens = 96
+            self.max_new_tokens = 192
 
     def read(self, folder: Path) -> list[Sample]:
         """The questions of a split.
@@ -81,7 +82,7 @@ class Shapes(Statements):
 
         Raises:
             FileNotFoundError: A file is missing.
-            ValueError: The files differ in length, or an answer is neither true nor false.
+            ValueError: A file has no images, the files differ in length, or an answer is neither true nor false.
         """
         split = "val" if self.protocol == "val" else "test"
         samples = []
@@ -111,9 +112,7 @@ def read_shapes(folder: Path, split: str) -> list[tuple[Callable[[], Image.Image
     Raises:
         FileNotFoundError, ValueError: As `Shapes.read`.
     """
-    import numpy as np
-
-    pixels = np.load(inside(folder, f"{split}.input.npy"), allow_pickle=False)
+    pixels = read_shapes_images(folder, split)
     questions = inside(folder, f"{split}.query_str.txt").read_text(encoding="utf-8").splitlines()
     answers = inside(folder, f"{split}.output").read_text(encoding="utf-8").splitlines()
     if not len(pixels) == len(questions) == len(answers):
@@ -128,6 +127,31 @@ def read_shapes(folder: Path, split: str) -> list[tuple[Callable[[], Image.Image
         return lambda: Image.fromarray(pixels[row][..., ::-1])  # the authors wrote them with OpenCV
 
     return [(image(row), question, answers[row] == "true") for row, question in enumerate(questions)]
+
+
+def read_shapes_images(folder: Path, split: str) -> "np.ndarray":
+    """The images of a split of SHAPES, `(images, 30, 30, 3)`, BGR, uint8.
+
+    Args:
+        folder, split: As for `read_shapes`.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: It is no array of such images.
+    """
+    import numpy as np
+
+    file = inside(folder, f"{split}.input.npy")
+    try:
+        pixels = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read ({error}). Download it again.") from error
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (30, 30, 3):
+        raise ValueError(
+            f"{str(file)!r} contains {pixels.dtype} of shape {pixels.shape}, not images of uint8 and shape "
+            "(images, 30, 30, 3). Download it again."
+        )
+    return pixels
 
 
 class NLVR(Statements):
