@@ -75,9 +75,9 @@ def explain(cells: list[Cell], question: str) -> str:
 
     First come the numbered words of the question. Then every step, from the last word to the first one, names the nine
     cells, with an underscore before those that it does not mark. For "is a red shape left of a circle" it describes all
-    cells and marks those with circles, then marks the cells left of them, then describes these up to the first red one:
-    "1 red 2 left 3 circle 3 circle green square _a1 green circle a2 ... 2 left a1 _a2 ... 1 red green square _a1 _a2 ...
-    no". Where the last step marks a cell, "yes" follows it.
+    cells and marks those with circles, then marks the cells left of them, then describes these and looks for red ones:
+    "1 red 2 left 3 circle 3 circle green square _a1 red circle a2 ... 2 left a1 _a2 ... 1 red green square _a1 ... no".
+    Where the last step marks a cell, it ends, and "yes" follows.
 
     Args:
         cells: The nine cells, row by row.
