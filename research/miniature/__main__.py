@@ -148,6 +148,18 @@ def third_party(
 
 
 @app.command()
+def shapes_replies(
+    answers: Annotated[Path, typer.Option(help="Folder `answers` of a run of third-party on SHAPES.")],
+    data: Annotated[Path, typer.Option(help="Folder of SHAPES.")],
+) -> None:
+    """Where the replies of a model that was fine-tuned on SHAPES go wrong, by question of the test split."""
+    with _without_traceback():
+        from .shapes_replies import analyse, table
+
+        typer.echo(table(analyse(answers, data)))
+
+
+@app.command()
 def study(
     source: Annotated[
         Path, typer.Option("--from", help="Folder of a finished training. Results are saved in its study/.")
