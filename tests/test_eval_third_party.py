@@ -96,7 +96,7 @@ def test_shapes(tmp_path):
         (np.zeros((2, 30, 30, 3)), None, r"contains float64 of shape \(2, 30, 30, 3\)"),
     ],
 )
-def test_files_that_are_no_images_of_shapes(pixels, kept, message, tmp_path):
+def test_files_without_images_of_shapes(pixels, kept, message, tmp_path):
     write_shapes(tmp_path, "test", [("is a square red", "true")] * 2)
     np.save(tmp_path / "test.input.npy", pixels)
     content = (tmp_path / "test.input.npy").read_bytes()

@@ -137,7 +137,7 @@ def read_shapes_images(folder: Path, split: str) -> "np.ndarray":
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: It is no array of such images.
+        ValueError: It has no array, or an array of another type or shape.
     """
     import numpy as np
 
