@@ -165,7 +165,7 @@ def shapes(tmp_path):
     np.save(tmp_path / "train.large.input.npy", np.zeros((12, 30, 30, 3), np.uint8))
     np.save(tmp_path / "test.input.npy", np.zeros((2, 30, 30, 3), np.uint8))
     for split, count in (("train.large", 12), ("test", 2)):
-        (tmp_path / f"{split}.query_str.txt").write_text("is a thingummy left of a circle\n" * count)
+        (tmp_path / f"{split}.query_str.txt").write_text("is a triangle left of a circle\n" * count)
         (tmp_path / f"{split}.output").write_text("false\n" * count)
     return tmp_path
 
@@ -184,8 +184,8 @@ def test_a_model_learns_new_words_and_is_scored(shapes, monkeypatch):
     assert found["blind"]["scores"].keys() == found["scores"].keys()
     run = out / "shapes" / "sdllava-mini"
     tokenizer = SDLlavaProcessor.from_pretrained(run / "trained").tokenizer
-    assert tokenizer.convert_ids_to_tokens(tokenizer("thingummy star", add_special_tokens=False)["input_ids"]) == [
-        "thingummy",
+    assert tokenizer.convert_ids_to_tokens(tokenizer("_a1 star", add_special_tokens=False)["input_ids"]) == [
+        "_a1",
         "star",
     ]
     config = json.loads((run / "trained" / "config.json").read_text())
