@@ -62,3 +62,5 @@ def test_shares_by_question(tmp_path):
     (tmp_path / "samples.jsonl").write_text(json.dumps(lines[0] | {"id": "val-0"}) + "\n")
     with pytest.raises(ValueError, match="'val-0', which is none of SHAPES' test split"):
         analyse(tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no answers in samples"):
+        analyse(tmp_path / "other", tmp_path)

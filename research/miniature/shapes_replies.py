@@ -62,8 +62,11 @@ def analyse(answers: Path, data: Path) -> list[tuple[str, dict[str, float]]]:
         ValueError: The folder has answers to another benchmark or split.
     """
     rows = read_shapes(data, "test")
+    records = read_records(answers / "samples.jsonl")
+    if not records:
+        raise FileNotFoundError(f"{str(answers)!r} has no answers in samples.jsonl. Give the folder of a finished run.")
     by_question: dict[str, list[dict[str, float]]] = {}
-    for record in read_records(answers / "samples.jsonl"):
+    for record in records:
         split, _, number = record["id"].partition("-")
         if split != "test" or not number.isdecimal() or int(number) >= len(rows):
             raise ValueError(f"{str(answers)!r} has the answer {record['id']!r}, which is none of SHAPES' test split.")

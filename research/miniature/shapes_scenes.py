@@ -20,7 +20,7 @@ from sdllava.evaluation.benchmarks.statements import read_shapes_images
 SIZE, CELL = 3, 10
 COLOURS = ("blue", "green", "red")
 """In the order of the channels, as the authors wrote the images with OpenCV."""
-FORMS = ("circle", "square", "triangle")
+SHAPE_NAMES = ("circle", "square", "triangle")
 PLACES = ("a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3")
 """The cells, row by row."""
 _TRIES = 10_000
@@ -91,7 +91,7 @@ def explain(cells: list[Cell], question: str) -> str:
     relations = [word in _STEPS for word in plan]
     if words[:1] != ["is"] or len(plan) < 2 or relations != [0 < k < len(plan) - 1 for k in range(len(plan))]:
         raise ValueError(f"{question!r} is not a question of SHAPES about two things.")
-    if unknown := [word for word in plan if word not in (*COLOURS, *FORMS, *_STEPS)]:
+    if unknown := [word for word in plan if word not in (*COLOURS, *SHAPE_NAMES, *_STEPS)]:
         raise ValueError(f"{question!r} has a word that SHAPES does not have: {unknown[0]!r}.")
     text = [part for number, word in enumerate(plan, 1) for part in (str(number), word)]
     marks = np.ones(len(cells), bool)
