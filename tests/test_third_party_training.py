@@ -149,6 +149,22 @@ def test_composed_images_have_the_published_answers(tmp_path):
     assert len({picture.tobytes() for picture, *_ in composed}) > 15
 
 
+def test_composed_cells_are_mirrored_and_get_other_colours(tmp_path):
+    image = np.zeros((1, 3, 10, 3, 10, 3), np.uint8)
+    image[0, 1, :, 1] = np.roll(paint("circle", 0), 1, axis=1)
+    np.save(tmp_path / "train.small.input.npy", image.reshape(1, 30, 30, 3))
+    colours = ("blue", "green", "red")
+    (tmp_path / "train.large.query_str.txt").write_text(
+        "".join(f"is a {name} shape a circle\n" for name in colours * 4)
+    )
+    (tmp_path / "train.large.output").write_text("true\n" * 12)
+    pictures = [np.asarray(picture)[None, ..., ::-1] for picture, *_ in compose_images(tmp_path)]
+    cells = [cell for pixels in pictures for cell in read_cells(pixels)[0] if cell.any()]
+    assert {name_cell(cell) for cell in cells} == {(name, "circle") for name in colours}
+    drawn = image[0, 1, :, 1].max(-1)
+    assert {cell.max(-1).tobytes() for cell in cells} == {drawn.tobytes(), drawn[:, ::-1].tobytes()}
+
+
 def test_the_baseline_of_the_repository_answers_with_only_clip():
     register()
     pipe = pipeline("visual-question-answering", model=str(Path(shapes_scenes.__file__).parent / "only-clip"))

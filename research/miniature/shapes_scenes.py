@@ -125,10 +125,18 @@ def _moved(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return np.roll(padded, (rows, columns), (0, 1))[1:-1, 1:-1]
 
 
+def _vary(cells: np.ndarray) -> np.ndarray:
+    """Cells `(n, 10, 10, 3)` and their mirror images in all colours: `(6n, 10, 10, 3)`."""
+    both = np.concatenate([cells, cells[:, :, ::-1]])
+    return np.concatenate([np.roll(both, shift, -1) for shift in range(len(COLOURS))])
+
+
 def compose_images(
     folder: Path, questions: str = "train.large", cells: str = "train.small", seed: int = 0
 ) -> Iterator[tuple[Image.Image, str, bool]]:
     """An image for each question and answer of a split, of cells drawn from another split's images.
+
+    Cells are also mirrored, and get other colours.
 
     Args:
         folder: With `QUESTIONS.query_str.txt`, `QUESTIONS.output` and `CELLS.input.npy`.
@@ -148,7 +156,7 @@ def compose_images(
     answers = inside(folder, f"{questions}.output").read_text(encoding="utf-8").splitlines()
     if len(texts) != len(answers):
         raise ValueError(f"SHAPES {questions}: {len(texts)} questions and {len(answers)} answers. Complete the files.")
-    pool = read_cells(read_shapes_images(folder, cells)).reshape(-1, CELL, CELL, 3)
+    pool = _vary(read_cells(read_shapes_images(folder, cells)).reshape(-1, CELL, CELL, 3))
     names = [name_cell(cell) for cell in pool]
     rng = random.Random(f"shapes {seed}")
     for text, wanted in zip(texts, answers, strict=True):

@@ -47,11 +47,11 @@ class Task:
 
 
 TASKS = {
-    "easy_vqa": Task(10, every=4),
+    "easy_vqa": Task(24, every=4),
     "shapes": Task(8, every=16, protocol="describe"),
     "nlvr": Task(20, every=1, protocol="even"),
 }
-_COMPOSED = 2
+_COMPOSED = 3
 """Images per question of SHAPES, where they are composed."""
 LORA_LIMIT = 1000
 """Test questions of a model trained by LoRA. All of easy-VQA's would take longer than its training."""
