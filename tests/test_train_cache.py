@@ -223,18 +223,18 @@ def test_an_interrupted_cache_resumes(tmp_path):
         yield from ([item] for item in items[:4])
         raise KeyboardInterrupt
 
-    begun = begin_cache(tmp_path, record)
+    begun = begin_cache(tmp_path, record, "checkpoint")
     with pytest.raises(KeyboardInterrupt):
         write_shards(tmp_path, interrupted(), shard_bytes=48)
-    begun = begin_cache(tmp_path, record)
-    assert len(begun) == 3
+    begun = begin_cache(tmp_path, record, "a copy of the checkpoint")
+    assert (len(begun), begun.record["model"]) == (3, "checkpoint")
     write_shards(tmp_path, [[item] for item in items if item[0] not in begun], shard_bytes=48)
     whole = FeatureCache(tmp_path)
     assert len(whole) == 6
     for key, expected in items:
         assert torch.equal(whole.read(key)["latents"], expected["latents"])
     with pytest.raises(ValueError, match="kind is 'latents' there and 'vision' here"):
-        begin_cache(tmp_path, {**record, "kind": "vision"})
+        begin_cache(tmp_path, {**record, "kind": "vision"}, "checkpoint")
     with pytest.raises(ValueError, match="from the run's data"):
         whole.read(image_key("none"))
 

@@ -140,18 +140,19 @@ class FeatureCache:
         return {**self.__dict__, "_open": (0, {})}
 
 
-def begin_cache(folder: Path, record: dict[str, Any]) -> FeatureCache:
-    """Begin a cache, or resume one that was interrupted.
+def begin_cache(folder: Path, record: dict[str, Any], model: str) -> FeatureCache:
+    """Begin a cache, or resume one that was interrupted, also with a copy of its model at another place.
 
     Args:
         folder: The cache's folder, created where it is missing.
         record: What the tensors are computed from, as JSON values.
+        model: The name of the model for a new record. It is not compared; the fingerprints of its weights are.
 
     Raises:
         ValueError: The folder holds a cache with another record. The message names each difference.
     """
     if not (folder / RECORD).exists():
-        begin_run(folder / RECORD, record)
+        begin_run(folder / RECORD, record | {"model": model})
     cache = FeatureCache(folder)
     cache.check(record)
     return cache

@@ -164,7 +164,7 @@ def write_cache(
     names = cached_tensors(model, kind, collator.prompts.source)
     found = FeatureCache(folder).record if (folder / RECORD).exists() else None
     record = {**cache_record(model, collator.processor, kind, dtype, found), "tensors": names}
-    cache = begin_cache(folder, record | {"model": model.config._name_or_path or "assembled from parts"})
+    cache = begin_cache(folder, record, model.config._name_or_path or "assembled from parts")
     skipped = SkippedSamples(collator)
     items = {item.key: item for item in _items(rows, collator, kind, skipped)}
     own = sorted(items)[process::num_processes]  # independent of what other processes have written by now
