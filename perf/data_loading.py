@@ -121,7 +121,7 @@ def time_first_step(path: Path, results: Any) -> None:
     mark("arguments and processor")
     data = training.load_sources(run, run.data.datasets)
     mark("data")
-    training.require_image_files(run, collator, data)
+    training.require_image_files(run, collator, data, run.data.datasets)
     training.require_supervision(training.in_batches(data), collator)
     mark("checks of the data")
     trainer = training.build_trainer(run, source, collator, data)

@@ -130,6 +130,37 @@ def mark_answers(template: str, special_tokens: Mapping[str, Any]) -> str:
     return marked
 
 
+def training_template(template: str, image_token: str, special_tokens: Mapping[str, Any]) -> str:
+    """The template with which a LLaVA is trained: its own if its answers can be marked up to their end, else Vicuna's.
+
+    Args:
+        template: The LLaVA's. That of llava-hf's checkpoints writes no end token.
+        image_token: The placeholder, for example "<image>".
+        special_tokens: Of the tokenizer, such as `bos_token`.
+    """
+    try:
+        marked = mark_answers(template, special_tokens)
+        if _marks_the_end(marked, special_tokens):
+            return marked
+    except ValueError:
+        pass  # neither text nor parts of a message can be rendered
+    return VICUNA_V1_5.replace("<image>", image_token)
+
+
+def _marks_the_end(template: str, special_tokens: Mapping[str, Any]) -> bool:
+    """Whether the marked text of an answer goes on after the answer, as a template's end token does."""
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\x010\x01"}]}
+    messages = [question, {"role": "assistant", "content": "\x011\x01"}]
+    try:
+        rendered, spans = render_jinja_template(
+            [messages], chat_template=template, return_assistant_tokens_mask=True, **special_tokens
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"It cannot be rendered ({error}).") from error
+    answers = [rendered[0][start:end] for start, end in spans[0]]
+    return any("\x011\x01" in answer and answer.rpartition("\x01")[2].strip() for answer in answers)
+
+
 def _jinja_string(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{escaped}'"

@@ -5,12 +5,29 @@ from importlib.resources import files
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sdllava.chat_templates import FLATTEN_IMAGES, GENERATION, VICUNA_V1_5, chat_template_for, mark_answers
+from sdllava.chat_templates import (
+    FLATTEN_IMAGES,
+    GENERATION,
+    VICUNA_V1_5,
+    chat_template_for,
+    mark_answers,
+    training_template,
+)
 
 CHATML = (
     "{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAVA_HF = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -116,3 +133,16 @@ def test_a_template_without_visible_answers_raises_and_names_the_file(template, 
         chat_template_for(template, "<image>", SPECIAL, "my/model")
     assert "'my/model'" in str(error.value)
     assert "chat_template.jinja" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        pytest.param(LLAVA_HF, VICUNA_V1_5, id="answers as parts, without an end token"),
+        pytest.param(CHATML, VICUNA_V1_5, id="text only"),
+        pytest.param(FLATTEN_IMAGES + CHATML, mark_answers(FLATTEN_IMAGES + CHATML, SPECIAL), id="not marked"),
+        pytest.param(VICUNA_V1_5, VICUNA_V1_5, id="marked"),
+    ],
+)
+def test_a_llava_is_trained_with_a_template_that_marks_the_ends_of_answers(template, expected):
+    assert training_template(template, "<image>", SPECIAL) == expected

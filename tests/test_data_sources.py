@@ -63,6 +63,22 @@ def test_every_format_gives_the_same_record():
     assert len({sample_key(record) for record in found}) == 1
 
 
+def test_words_around_an_image_stay_apart():
+    """LLaVA's own preprocessing removes only the marker."""
+    text = "Which animal is this?\n<image>\nAnswer with one word."
+    parts = [{"type": "text", "text": "Look at this:"}, {"type": "image"}, {"type": "text", "text": "What is it?"}]
+    found = [
+        to_record({"image": "a.png", "messages": conversation(content, "Cat.")})["messages"][0]["content"]
+        for content in (text, parts)
+    ]
+    assert found == [
+        "<image>\nWhich animal is this?\n\nAnswer with one word.",
+        "<image>\nLook at this:\n\nWhat is it?",
+    ]
+    two = to_record({"images": ["a.png", "b.png"], "messages": conversation([parts[1], *parts], "Cats.")})
+    assert split_content(two["messages"][0]["content"]) == [parts[1], *parts]
+
+
 def test_of_prompt_and_completion_only_the_completion_is_supervised():
     row = {"prompt": conversation("one", "two", "three"), "completion": [{"role": "assistant", "content": "four"}]}
     record = to_record(row)
@@ -154,7 +170,7 @@ def test_sources_agree_streamed_or_not(tmp_path, images, path, streaming):
 def test_webdataset_shards_bring_their_images(tmp_path, images, streaming):
     with tarfile.open(tmp_path / "shard-0.tar", "w") as shard:
         for i in range(2):
-            annotation = json.dumps({"messages": conversation("What?", f"answer {i}")}).encode()
+            annotation = json.dumps({**llava(i, "coco/other.png"), "id": i}).encode()
             for suffix, content in (("png", (images / f"{i}.png").read_bytes()), ("json", annotation)):
                 info = tarfile.TarInfo(f"{i:04}.{suffix}")
                 info.size = len(content)
@@ -196,6 +212,7 @@ def test_bad_samples_carry_file_and_line(tmp_path, streaming):
         ('[{"a": 1},\n{"b"]', r"a\.json:2 is not JSON: "),
         ("", r"a\.json:1 is not a JSON array"),
         ("[]", r"a\.json' does not hold any samples\."),
+        ('[{"a": 1}]\n[{"b": 2}]', r"a\.json:2 continues after the array: '\[{\"b\": 2}\]'\. Write all samples in one"),
     ],
 )
 def test_a_broken_json_file_names_its_line(tmp_path, text, reason):

@@ -14,7 +14,7 @@ from train_fixtures import command, losses, model_arguments, weights
 from sdllava.data.sources import DataSource, load_data
 from sdllava.train.arguments import ModelArguments
 from sdllava.train.build import build_model, build_processor, read_source
-from sdllava.train.cache import RECORD, FeatureCache, begin_cache, cache_kind, image_key, write_shards
+from sdllava.train.cache import RECORD, CacheEntry, FeatureCache, begin_cache, cache_kind, image_key, write_shards
 from sdllava.train.cache_writer import _earlier_fingerprint, write_cache
 from sdllava.train.collator import SDLlavaCollator
 from sdllava.train.run import build_collator, cache, check_cache, parse_run, train
@@ -217,7 +217,7 @@ def test_a_cache_of_an_earlier_version_is_read_and_resumed(work, model, processo
 
 def test_an_interrupted_cache_resumes(tmp_path):
     record = {"kind": "latents", "tensors": ["latents"]}
-    items = [(image_key(str(i)), {"latents": torch.full((4,), float(i))}) for i in range(6)]
+    items = [CacheEntry(image_key(str(i)), {"latents": torch.full((4,), float(i))}) for i in range(6)]
 
     def interrupted():
         yield from ([item] for item in items[:4])
@@ -231,12 +231,33 @@ def test_an_interrupted_cache_resumes(tmp_path):
     write_shards(tmp_path, [[item] for item in items if item[0] not in begun], shard_bytes=48)
     whole = FeatureCache(tmp_path)
     assert len(whole) == 6
-    for key, expected in items:
+    for key, expected, _ in items:
         assert torch.equal(whole.read(key)["latents"], expected["latents"])
     with pytest.raises(ValueError, match="kind is 'latents' there and 'vision' here"):
         begin_cache(tmp_path, {**record, "kind": "vision"}, "checkpoint")
     with pytest.raises(ValueError, match="from the run's data"):
         whole.read(image_key("none"))
+
+
+def test_what_a_killed_write_left_is_no_shard(tmp_path):
+    begin_cache(tmp_path, {"kind": "latents", "tensors": ["latents"]}, "checkpoint")
+    (tmp_path / ".host-1-0000-a.safetensors").write_bytes(b"half")
+    assert len(FeatureCache(tmp_path)) == 0
+
+
+def test_another_image_with_the_same_name_raises(work, model, processor, rows, tmp_path):
+    """Both where a cache is extended and where it is used."""
+    write_cache(model, collators(work, processor, None), rows, tmp_path / "cache", "latents", "float32", 8)
+    shutil.copytree(work / "data", tmp_path / "data")
+    (tmp_path / "data" / "images" / "1.png").write_bytes((work / "data" / "images" / "0.png").read_bytes())
+    others = load_data([DataSource(str(tmp_path / "data" / "colours.json"))])
+    reason = r"'images/1\.png' of \d+ bytes in .*, but the features in .* are of a file of \d+ bytes"
+    with pytest.raises(ValueError, match=reason):
+        write_cache(model, collators(work, processor, None), others, tmp_path / "cache", "latents", "float32", 8)
+    collator = collators(work, processor, tmp_path / "cache")
+    assert "image_encodings" in collator([others[0]])
+    with pytest.raises(ValueError, match=reason):
+        collator([others[1]])
 
 
 def test_only_missing_keys_are_computed(model, processor, rows, tmp_path):

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
-from train_fixtures import COLOURS, command, model_arguments
+from train_fixtures import COLOURS, PART_SIZES, command, model_arguments
 from transformers import Trainer, TrainingArguments
 from typer import Typer
 from typer.testing import CliRunner
 
+from sdllava.chat_templates import VICUNA_V1_5
 from sdllava.commands import train as cli
 from sdllava.data.sources import DataSource, load_data
 from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
@@ -18,8 +19,9 @@ from sdllava.processors import SDLlavaProcessor
 from sdllava.train.__main__ import main
 from sdllava.train.arguments import ModelArguments
 from sdllava.train.build import build_model, build_processor, read_source
+from sdllava.train.check import require_supervision
 from sdllava.train.collator import SDLlavaCollator
-from sdllava.train.run import cache, train
+from sdllava.train.run import cache, parse_run, train
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,29 @@ def test_check_data_through_the_command(work, app):
         train(command(work, "bad", train_data=work / "data" / "bad.json"))
 
 
+def test_evaluation_data_is_checked_before_training(work, capsys):
+    rows = json.loads((work / "data" / "colours.json").read_text())
+    (work / "data" / "unseen.json").write_text(json.dumps([*rows, {**rows[0], "image": "images/none.png"}]))
+    flags = {"eval_datasets": f"[{{path: {work / 'data' / 'unseen.json'}}}]", "eval_strategy": "steps"}
+    recipe = work / "evaluated.yaml"
+    recipe.write_text("".join(f"{name}: {value}\n" for name, value in flags.items()))
+    with pytest.raises(FileNotFoundError, match=r"1 of 11 sampled images of .*unseen\.json"):
+        train(command(work, "evaluated", config=recipe))
+    assert not (work / "evaluated").exists()
+    with pytest.raises(ValueError, match="1 of 11 samples cannot be used"):
+        train(command(work, "evaluated", config=recipe, check_data="true"))
+    assert "10 samples, 10 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [({}, 4), ({"gradient_accumulation_steps": 3}, 3), ({"global_batch_size": 8}, 2)],
+)
+def test_flags_win_over_the_batch_size_of_a_packaged_recipe(work, flags, steps):
+    run = parse_run(command(work, "batches", config="own-data/lora", init_from=work / "trained", **flags))
+    assert run.training.gradient_accumulation_steps == steps
+
+
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_prints_its_parts_and_sample_answers(work, capsys, lora):
     """And it skips an unreadable sample."""
@@ -112,8 +137,20 @@ def test_a_llava_is_a_starting_point(published, work):
     model, processor = build_model(source), build_processor(source)
     assert model.config.fusion == "cross_attention"
     assert processor.num_image_tokens == model.config.num_image_tokens
-    assert "generation" in processor.chat_template
+    assert processor.chat_template == VICUNA_V1_5
     assert all(p.requires_grad for p in model.model.language_model.parameters())
+
+
+def test_a_composed_llava_can_be_trained(published, work):
+    """Its own template has no end token."""
+    parts = {"llava": str(published["llava"]), "diffusion": str(work / "sd2")}
+    fields = {**PART_SIZES, "taps": ["U-L1-R1-B0-Cross-Q"]}
+    composed = work / "composed"
+    SDLlavaForConditionalGeneration.from_llava_pretrained(**parts, **fields).save_pretrained(composed)
+    SDLlavaProcessor.from_llava_pretrained(**parts, **fields).save_pretrained(composed)
+    assert "ASSISTANT" in SDLlavaProcessor.from_pretrained(composed).chat_template
+    processor = build_processor(read_source(ModelArguments(init_from=str(composed))))
+    require_supervision(load_data([DataSource(str(work / "data" / "colours.json"))]), SDLlavaCollator(processor))
 
 
 @pytest.mark.slow
@@ -148,6 +185,7 @@ def test_merge_and_cache_through_the_command(work, app):
         ({"language_model": None}, "No model to train"),
         ({"train_data": None}, "There is no training data"),
         ({"stage": "fine"}, "stage"),
+        ({"gradient_accumulation_steps": 2, "global_batch_size": 8}, "both set the samples of a step"),
         ({"pseudo_captions": "none.json"}, "none.json"),
         ({"config": "clap/align"}, "Recipe 'clap/align' does not exist"),
     ],

@@ -12,10 +12,10 @@ from sdllava.modeling_sdllava import SDLlavaForConditionalGeneration
 from sdllava.processors import SDLlavaProcessor
 from sdllava.train.adapters import language_lora, load_merged, merge
 from sdllava.train.arguments import AdapterArguments, ModelArguments
-from sdllava.train.build import build_model, read_source
+from sdllava.train.build import build_model, build_processor, read_source
 from sdllava.train.collator import SDLlavaCollator
 from sdllava.train.memory import count_parameters
-from sdllava.train.run import train
+from sdllava.train.run import build_collator, build_trainer, load_sources, parse_run, train
 
 SHORT = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-2}
 
@@ -64,6 +64,16 @@ def test_an_adapter_holds_projector_and_fusion(work, lora, unmerged):
     assert {rank for name, rank in ranks.items() if ".unet." in name} == {2}
     assert {rank for name, rank in ranks.items() if ".unet." not in name} == {4}
     assert not (work / "lora" / "model.safetensors").exists()
+
+
+def test_the_frozen_base_keeps_its_dtype(work):
+    flags = {"init_from": work / "trained", "lora_r": 2, "dtype": "bfloat16", "bf16": "true"}
+    run = parse_run(command(work, "dtypes", **flags))
+    source = read_source(run.model, run.adapter)
+    data = load_sources(run, run.data.datasets)
+    trainer = build_trainer(run, source, build_collator(run, build_processor(source)), data)
+    found = {(p.requires_grad, p.dtype) for name, p in trainer.model.named_parameters() if ".vae." not in name}
+    assert found == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_merged_equals_unmerged(work, lora, base, unmerged, batch):

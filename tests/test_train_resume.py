@@ -18,8 +18,8 @@ from transformers import Trainer
 
 from sdllava.atomic_files import move_into_place
 from sdllava.train import trainer
-from sdllava.train.run import train
-from sdllava.train.trainer import UNFINISHED, SDLlavaTrainer
+from sdllava.train.run import checkpoint_to_resume, parse_run, run_settings, train
+from sdllava.train.trainer import UNFINISHED, EpochSampler, SDLlavaTrainer
 
 RANDOM = {"prompt_dropout": 0.5, "max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 3}
 LORA = {"lora_r": 4, "unet_lora_r": 2, "lora_dropout": 0.3}
@@ -150,6 +150,31 @@ def test_other_settings_raise(work):
     shutil.copy(work / "trained" / "run.json", folder)
     with pytest.raises(ValueError, match=r"learning_rate is 0\.01 there and 0\.1 here"):
         train(command(work, "settings", learning_rate=0.1))
+
+
+def test_the_limit_of_bad_samples_may_change_and_earlier_records_may_lack_a_setting(work):
+    folder = work / "limit"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    record = run_settings(parse_run(command(work, "limit")))
+    del record["weight_decay"]
+    (folder / "run.json").write_text(json.dumps(record | {"max_bad_samples": 0.5}))
+    flags = {"max_bad_samples": 0.1, "bad_samples": "skip"}
+    assert checkpoint_to_resume(parse_run(command(work, "limit", **flags))) == str(folder / "checkpoint-1")
+    with pytest.raises(ValueError, match="lr_scheduler_type is 'linear' there and 'cosine' here"):
+        checkpoint_to_resume(parse_run(command(work, "limit", **flags, lr_scheduler_type="cosine")))
+
+
+def test_batches_grouped_by_length_depend_on_seed_and_epoch():
+    lengths = [i % 7 for i in range(32)]
+    orders = {}
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        sampler = EpochSampler(8, lengths, seed)
+        sampler.set_epoch(epoch)
+        orders[seed, epoch] = list(sampler)
+        torch.rand(3)
+        assert list(sampler) == orders[seed, epoch]
+        assert sorted(orders[seed, epoch]) == list(range(32))
+    assert len({tuple(order) for order in orders.values()}) == 3
 
 
 def test_a_replaced_checkpoint_is_never_there_in_part(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Opening the images of a record. Paths never leave the image folder."""
 
+import os
 import posixpath
 from pathlib import Path
 from typing import IO, Any
@@ -83,3 +84,19 @@ def _open_file(name: str, folder: str | None) -> IO[bytes]:
         raise
     except (OSError, ValueError) as error:
         raise RecordError(f"names the image {name!r}, which cannot be opened: {error}") from error
+
+
+def local_size(image: Any, folder: str | None) -> int | None:
+    """The number of bytes of an image file on this machine. None for other images, and where there is no such file.
+
+    Args:
+        image: The image of a record.
+        folder: The record's folder of images.
+    """
+    path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
+    if not isinstance(path, str) or folder is None:
+        return None
+    try:
+        return os.path.getsize(resolve_image(path, folder))
+    except (OSError, RecordError):
+        return None

@@ -50,7 +50,7 @@ def json_array(data: bytes, path: str) -> Iterator[tuple[str, Any]]:
         The line on which each value begins with its number, and the value.
 
     Raises:
-        ValueError: The file is not a JSON array. The message names the line.
+        ValueError: The file is not one JSON array. The message names the line.
     """
     text = _text(data, path)
     decode = json.JSONDecoder().raw_decode
@@ -58,7 +58,8 @@ def json_array(data: bytes, path: str) -> Iterator[tuple[str, Any]]:
     position = _skip(text, 0, "[", path)
     for number in itertools.count():
         if text[position : position + 1] == "]":
-            return
+            position += 1
+            break
         try:
             line, counted = line + text.count("\n", counted, position), position
             sample, position = decode(text, position)
@@ -71,7 +72,10 @@ def json_array(data: bytes, path: str) -> Iterator[tuple[str, Any]]:
         yield f"{line} sample {number}", sample
         position = _skip(text, position, ",]", path)
         if text[position - 1] == "]":
-            return
+            break
+    if rest := text[position:].strip():
+        line = text.count("\n", 0, len(text.rstrip()) - len(rest)) + 1
+        raise ValueError(f"{path}:{line} continues after the array: {rest[:20]!r}. Write all samples in one array.")
 
 
 def _skip(text: str, position: int, expected: str, path: str) -> int:

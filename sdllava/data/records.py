@@ -58,7 +58,9 @@ def to_record(row: dict[str, Any], name: str = "sample", folder: str | None = No
     if row.get("supervised_from") is not None:
         return _checked_record(row)
     if isinstance(row.get("json"), dict):  # a webdataset row: an image and its annotation
-        row = {**row, **row["json"]}
+        archived = {name: row[name] for name in WEBDATASET_IMAGES if row.get(name) is not None}
+        without = ("image", "images") if archived else ()  # the annotation names the archive's image by another path
+        row = {**row, **{name: value for name, value in row["json"].items() if name not in without}}
     images = _images(row)
     supervised_from = 0
     if row.get("conversations"):
@@ -181,7 +183,7 @@ def _message(message: Any) -> Message:
         raise RecordError(f"has the message {message!r}; its role should be system, user or assistant")
     content = message.get("content")
     if isinstance(content, list):
-        content = "".join(_part(part) for part in content)
+        content = "".join(_part(part) for part in content).removeprefix("\n")
     if not isinstance(content, str):
         raise RecordError(f"has a message whose content is {content!r}; it should be text or a list of parts")
     return Message(role=message["role"], content=content)
@@ -189,7 +191,7 @@ def _message(message: Any) -> Message:
 
 def _part(part: Any) -> str:
     if isinstance(part, dict) and part.get("type") == "image":
-        return IMAGE_MARKER
+        return f"\n{IMAGE_MARKER}\n"  # `split_content` removes both line breaks
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return part["text"]
     raise RecordError(f"has the part {part!r}; a part is {{'type': 'image'}} or {{'type': 'text', 'text': text}}")
@@ -229,4 +231,4 @@ def _place_markers(messages: list[Message], n_images: int) -> None:
         raise RecordError(f"has {n_markers} {IMAGE_MARKER} markers in its turns and {n_images} images")
     for message in users:
         if message["content"].count(IMAGE_MARKER) == 1:
-            message["content"] = f"{IMAGE_MARKER}\n" + MARKER_PATTERN.sub("", message["content"]).strip()
+            message["content"] = f"{IMAGE_MARKER}\n" + message["content"].replace(IMAGE_MARKER, "").strip()

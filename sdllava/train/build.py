@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import logging
 
-from ..chat_templates import VICUNA_V1_5
+from ..chat_templates import training_template
 from ..configuration import SDLlavaConfig, SDLlavaDiffusionConfig
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
 from ..parts import Parts, diffusion_image_processor, read_llava_parts, read_parts
@@ -89,13 +89,15 @@ def _kind_and_config(arguments: ModelArguments) -> tuple[str, SDLlavaConfig | No
 
 
 def build_processor(source: ModelSource) -> SDLlavaProcessor:
-    """The processor of a run."""
+    """The processor of a run, for a LLaVA with a chat template that marks the ends of answers."""
+    config = source.config if source.parts is None else source.parts.config
     if source.parts is not None:
         processor = SDLlavaProcessor.from_parts(source.parts)
-        if source.kind == "llava":  # LLaVA's own template marks no end token
-            processor.chat_template = VICUNA_V1_5.replace("<image>", processor.image_token)
-        return processor
-    processor = SDLlavaProcessor.from_pretrained(**split_revision(str(source.arguments.init_from)))
+    else:
+        processor = SDLlavaProcessor.from_pretrained(**split_revision(str(source.arguments.init_from)))
+    if config is not None and "llava" in (config.components or {}):
+        tokens: Any = processor.tokenizer.special_tokens_map
+        processor.chat_template = training_template(processor.chat_template, processor.image_token, tokens)
     if source.config is not None:
         processor.num_image_tokens = source.config.num_image_tokens
         if isinstance(source.config.diffusion_config, SDLlavaDiffusionConfig):

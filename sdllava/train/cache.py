@@ -9,16 +9,19 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from ..atomic_files import write_tensors
-from ..data.records import image_identity
+from ..atomic_files import is_unfinished, write_tensors
+from ..data.images import local_size
+from ..data.records import RecordError, image_identity
 from ..run_records import begin_run, check_settings
 
 RECORD = "record.json"
+FILE_BYTES = "file_bytes"
+"""The name of a shard's metadata with the size of each image file. Shards of earlier versions have none."""
 SHARD_BYTES = 1 << 30
 KINDS = ("latents", "vision", "conditional")
 """What a cache can hold: the VAE's latents; the features of the vision encoder and the unconditional features; both of
@@ -54,6 +57,14 @@ def image_key(image: Any, question: str | None = None) -> str:
     return digest.hexdigest()
 
 
+class CacheEntry(NamedTuple):
+    """The tensors of one key, and the size of its image file where there is one on this machine."""
+
+    key: str
+    tensors: dict[str, torch.Tensor]
+    file_bytes: int | None = None
+
+
 class FeatureCache:
     """A cache to read. Every process maps the tensors from disk by itself.
 
@@ -78,9 +89,11 @@ class FeatureCache:
             raise ValueError(f"{str(record)!r} is damaged ({error}). Write the cache to a new folder.") from error
         self.record["kind"] = cache_kind(self.record["kind"])
         self.shards: dict[str, str] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        self.file_bytes: dict[str, int] = {}
+        for path in sorted(path for path in self.folder.glob("*.safetensors") if not is_unfinished(path)):
             with safe_open(path, "pt") as shard:
                 names = shard.keys()  # a `safe_open` is not iterable
+                self.file_bytes.update(json.loads((shard.metadata() or {}).get(FILE_BYTES, "{}")))
             self.shards.update((name.partition(".")[0], path.name) for name in names)
         self.read_as: torch.dtype | None = None  # dtype of features; None keeps the saved dtype
         self._open: tuple[int, dict[str, Any]] = (0, {})
@@ -106,6 +119,23 @@ class FeatureCache:
             ValueError: A field differs. The message names each difference.
         """
         check_settings({name: value for name, value in self.record.items() if name in wanted}, wanted, self.folder)
+
+    def require_same_file(self, key: str, image: Any, folder: str | None) -> None:
+        """Check that an image file has the size of the file that a key was computed from, as far as both are known.
+
+        Keys have the path of a file within its folder, which another data set may have, too.
+
+        Raises:
+            RecordError: The sizes differ.
+        """
+        cached = self.file_bytes.get(key)
+        found = None if cached is None else local_size(image, folder)
+        if found is not None and found != cached:
+            name = image["path"] if isinstance(image, dict) else image
+            raise RecordError(
+                f"has the image {name!r} of {found} bytes in {folder!r}, but the features in {str(self.folder)!r} are "
+                f"of a file of {cached} bytes. Write a cache of its own for this data"
+            )
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
         """The tensors of one key, by name. Latents are float32, features of dtype `read_as`.
@@ -160,11 +190,11 @@ def begin_cache(folder: Path, record: dict[str, Any], model: str) -> FeatureCach
 
 def write_shards(
     folder: Path,
-    batches: Iterable[Sequence[tuple[str, dict[str, torch.Tensor]]]],
+    batches: Iterable[Sequence[CacheEntry]],
     process: int = 0,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write batches of (key, tensors) pairs as shards. Each shard appears whole or not at all.
+    """Write batches of entries as shards. Each shard appears whole or not at all.
 
     Args:
         folder: The cache's folder.
@@ -175,22 +205,22 @@ def write_shards(
     Returns:
         `int`: The number of keys written.
     """
-    held: dict[str, torch.Tensor] = {}
+    held: list[CacheEntry] = []
     size = count = 0
     for batch in batches:
-        for key, tensors in batch:
-            for name, tensor in tensors.items():
-                held[f"{key}.{name}"] = tensor.contiguous()
-                size += tensor.numel() * tensor.element_size()
-            count += 1
+        held += batch
+        count += len(batch)
+        size += sum(tensor.numel() * tensor.element_size() for entry in batch for tensor in entry.tensors.values())
         if size >= shard_bytes:
             _write_shard(folder, held, process)
-            held, size = {}, 0
+            held, size = [], 0
     if held:
         _write_shard(folder, held, process)
     return count
 
 
-def _write_shard(folder: Path, tensors: dict[str, torch.Tensor], process: int) -> None:
+def _write_shard(folder: Path, entries: list[CacheEntry], process: int) -> None:
+    tensors = {f"{key}.{name}": tensor.contiguous() for key, found, _ in entries for name, tensor in found.items()}
+    sizes = {entry.key: entry.file_bytes for entry in entries if entry.file_bytes is not None}
     name = f"{process:04}-{hashlib.blake2b(min(tensors).encode(), digest_size=6).hexdigest()}.safetensors"
-    write_tensors(folder / name, tensors)
+    write_tensors(folder / name, tensors, {FILE_BYTES: json.dumps(sizes)})

@@ -12,11 +12,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..data.images import open_image
+from ..data.images import local_size, open_image
 from ..data.prompts import possible_prompts
 from ..data.records import Record, RecordError
 from ..fingerprints import weights_hash
-from .cache import RECORD, SHARD_BYTES, FeatureCache, begin_cache, cache_kind, image_key, write_shards
+from .cache import RECORD, SHARD_BYTES, CacheEntry, FeatureCache, begin_cache, cache_kind, image_key, write_shards
 from .collator import SDLlavaCollator
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def write_cache(
     record = {**cache_record(model, collator.processor, kind, dtype, found), "tensors": names}
     cache = begin_cache(folder, record, model.config._name_or_path or "assembled from parts")
     skipped = SkippedSamples(collator)
-    items = {item.key: item for item in _items(rows, collator, kind, skipped)}
+    items = {item.key: item for item in _items(rows, collator, cache, skipped)}
     own = sorted(items)[process::num_processes]  # independent of what other processes have written by now
     missing = {key for key in own if key not in cache}
     if not missing:
@@ -175,14 +175,14 @@ def write_cache(
     batches = [batch for batch in batches if any(item.key in missing for item in batch)]
     first = next(_compute(model, collator, [batches[0][:1]], names, dtype, SkippedSamples(collator)), [])
     if first:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in first[0][1].values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in first[0].tensors.values())
         print(
             f"{len(items)} keys of {size / 1024:.1f} KiB, {len(items) * size / 1024**3:.3f} GiB in total; "
             f"{len(missing)} left for process {process} of {num_processes}"
         )
     computed = _compute(model, collator, batches, names, dtype, skipped)
     progress = tqdm(computed, desc="cache", total=len(batches), unit="batch", disable=process > 0)
-    wanted = ([entry for entry in batch if entry[0] in missing] for batch in progress)
+    wanted = ([entry for entry in batch if entry.key in missing] for batch in progress)
     written = write_shards(folder, wanted, process, shard_bytes)
     if skipped.names:
         print(f"{len(skipped.names)} of {skipped.seen} samples were skipped, because they cannot be used")
@@ -217,7 +217,7 @@ def _scales(model: Any) -> list[float]:
 
 
 def _items(
-    rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, kind: str, skipped: SkippedSamples
+    rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator, cache: FeatureCache, skipped: SkippedSamples
 ) -> Iterator[CacheItem]:
     folders: dict[str, str | None] = {}
     for number, row in enumerate(rows):
@@ -228,7 +228,7 @@ def _items(
             skipped.add(row.get("name") or f"sample {number}", error)
             continue
         prompts: list[Any] = [[None]] * len(record["images"])
-        if kind == "conditional":
+        if cache.kind == "conditional":
             prompts = possible_prompts(record, collator.prompts)
         for image, possible in zip(record["images"], prompts, strict=True):
             for prompt in possible:
@@ -238,6 +238,10 @@ def _items(
                         f"{record['name']}: image {image!r} exists in two image folders, {folders[key]!r} and "
                         f"{record['folder']!r}, which one cache cannot tell apart. Write one cache per folder."
                     )
+                try:
+                    cache.require_same_file(key, image, record["folder"])
+                except RecordError as error:
+                    raise ValueError(f"{record['name']} {error}.") from error
                 yield CacheItem(key, image, record["folder"], prompt or "", record["name"])
 
 
@@ -249,7 +253,7 @@ def _compute(
     names: list[str],
     dtype: str,
     skipped: SkippedSamples,
-) -> Iterator[list[tuple[str, dict[str, torch.Tensor]]]]:
+) -> Iterator[list[CacheEntry]]:
     for batch in batches:
         opened = [(item, _open(item, skipped)) for item in batch]
         kept = [(item, image) for item, image in opened if image is not None]
@@ -262,7 +266,12 @@ def _compute(
         tensors = _encode(model, inputs, names)
         held = {name: tensor.to("cpu", getattr(torch, dtype)) for name, tensor in tensors.items()}
         yield [
-            (item.key, {name: tensor[i].clone() for name, tensor in held.items()}) for i, (item, _) in enumerate(kept)
+            CacheEntry(
+                item.key,
+                {name: tensor[i].clone() for name, tensor in held.items()},
+                local_size(item.image, item.folder),
+            )
+            for i, (item, _) in enumerate(kept)
         ]
 
 

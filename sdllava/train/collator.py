@@ -152,8 +152,11 @@ class SDLlavaCollator:
             key = sample_key(record)
             prompts = training_prompts(record, self.prompts, seed, epoch, key)
             noise = noise_seeds(seed, epoch, key, len(record["images"]))
-            keys = [self._cache_key(image, prompt) for image, prompt in zip(record["images"], prompts, strict=True)]
-            images = [open_image(image, record["folder"]) for image in record["images"]] if self.needs_images() else []
+            folder = record["folder"]
+            keys = [
+                self._cache_key(image, prompt, folder) for image, prompt in zip(record["images"], prompts, strict=True)
+            ]
+            images = [open_image(image, folder) for image in record["images"]] if self.needs_images() else []
         except RecordError as error:
             name = row.get("name") or f"sample {number} of a batch"
             if not self.skip_bad_samples:
@@ -224,7 +227,7 @@ class SDLlavaCollator:
             tensors["conditional_features"] = tensors["unconditional_features"]  # the prompt is empty: X_c is X_u
         return tensors
 
-    def _cache_key(self, image: Any, prompt: str) -> str | None:
+    def _cache_key(self, image: Any, prompt: str, folder: str | None) -> str | None:
         if self.cache is None:
             return None
         key = image_key(image, prompt if self.cache.kind == "conditional" else None)
@@ -233,6 +236,7 @@ class SDLlavaCollator:
             raise RecordError(
                 f"has the image {name!r}, which the feature cache {str(self.cache.folder)!r} does not hold"
             )
+        self.cache.require_same_file(key, image, folder)
         return key
 
     def needs_images(self) -> bool:

@@ -1,7 +1,7 @@
 """The commands `sdllava train` and `sdllava cache`: parse, build, check, train, save."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..data.sources import DataSource, endless, in_batches, load_data
 from ..modeling_sdllava import SDLlavaForConditionalGeneration
 from ..processors import SDLlavaProcessor
 from ..registration import register
-from ..run_records import begin_run, locked
+from ..run_records import begin_run, check_settings, locked, read_run
 from .adapters import language_lora
 from .arguments import AdapterArguments, DataArguments, ModelArguments
 from .build import (
@@ -72,18 +72,18 @@ def train(arguments: Sequence[str]) -> None:
     source = read_source(run.model, run.adapter)
     collator = build_collator(run, build_processor(source))
     train_data = load_sources(run, run.data.datasets)
+    checked = [(train_data, run.data.datasets, collator)]
+    if run.data.eval_datasets:
+        sources = run.data.eval_datasets
+        checked.append((load_sources(run, sources), sources, collator.for_evaluation()))
     if run.data.check_data:
-        report = check_data(train_data if run.data.streaming else in_batches(train_data), collator)
-        print(report.summary())
-        if report.bad and not collator.skip_bad_samples:
-            raise ValueError(
-                f"{len(report.bad)} of {report.samples} samples cannot be used. Correct those named above, or set "
-                "bad_samples: skip."
-            )
+        for data, _, used in checked:
+            print_check(data if run.data.streaming else in_batches(data), used)
         return
     if run.training.process_index == 0:
-        require_image_files(run, collator, train_data)
-        require_supervision(train_data.take(100) if run.data.streaming else in_batches(train_data), collator)
+        for data, sources, used in checked:
+            require_image_files(run, used, data, sources)
+            require_supervision(data.take(100) if run.data.streaming else in_batches(data), used)
     with locked(run.training.output_dir, run.training.process_index):
         checkpoint = checkpoint_to_resume(run)
         trainer = build_trainer(run, source, collator, train_data)
@@ -113,7 +113,7 @@ def cache(arguments: Sequence[str], folder: str, kind: str, dtype: str, batch_si
     source = read_source(run.model, run.adapter)
     collator = build_collator(run, build_processor(source))
     rows = load_sources(run, run.data.datasets)
-    require_image_files(run, collator, rows)
+    require_image_files(run, collator, rows, run.data.datasets)
     process, num_processes = run.training.process_index, run.training.world_size
     with locked(folder, process):
         model = build_model(source).to(run.training.device).eval()
@@ -124,7 +124,7 @@ def parse_run(arguments: Sequence[str]) -> RunArguments:
     """Parse the command line of a run, and set the training arguments that this package's data needs.
 
     Raises:
-        ValueError: The global batch size is not divisible, or streaming data has no max_steps.
+        ValueError: The global batch size is not divisible or given twice, or streaming data has no max_steps.
         FileNotFoundError: The recipe does not exist.
     """
     kinds = (ModelArguments, AdapterArguments, DataArguments, SFTConfig)
@@ -133,6 +133,13 @@ def parse_run(arguments: Sequence[str]) -> RunArguments:
     training.remove_unused_columns = False
     if run.data.streaming and training.max_steps <= 0:
         raise ValueError("Streaming data has no known length. Set max_steps.")
+    if "gradient_accumulation_steps" in run.chosen:
+        if "global_batch_size" in run.chosen:
+            raise ValueError(
+                f"gradient_accumulation_steps={training.gradient_accumulation_steps} and "
+                f"global_batch_size={model.global_batch_size} both set the samples of a step. Leave one out."
+            )
+        model.global_batch_size = None  # of the recipe
     if run.model.global_batch_size is not None:
         per_pass = training.per_device_train_batch_size * training.world_size
         if run.model.global_batch_size % per_pass:
@@ -175,7 +182,24 @@ def load_sources(run: RunArguments, sources: list[DataSource]) -> "Dataset | Ite
     )
 
 
-def require_image_files(run: RunArguments, collator: SDLlavaCollator, data: "Dataset | IterableDataset") -> None:
+def print_check(rows: Iterable[Mapping[str, Any]], collator: SDLlavaCollator) -> None:
+    """Read all rows as training would, and print the report.
+
+    Raises:
+        ValueError: A sample cannot be used, and the run does not skip such samples.
+    """
+    report = check_data(rows, collator)
+    print(report.summary())
+    if report.bad and not collator.skip_bad_samples:
+        raise ValueError(
+            f"{len(report.bad)} of {report.samples} samples cannot be used. Correct those named above, or set "
+            "bad_samples: skip."
+        )
+
+
+def require_image_files(
+    run: RunArguments, collator: SDLlavaCollator, data: "Dataset | IterableDataset", sources: list[DataSource]
+) -> None:
     """Check that the data's image files exist, where the run reads them.
 
     Raises:
@@ -183,7 +207,7 @@ def require_image_files(run: RunArguments, collator: SDLlavaCollator, data: "Dat
     """
     if collator.needs_images():
         allowed = run.data.max_bad_samples if collator.skip_bad_samples else 0.0
-        check_image_files(data, run.data.datasets, allowed, run.training.seed)
+        check_image_files(data, sources, allowed, run.training.seed)
 
 
 def build_trainer(
@@ -202,9 +226,6 @@ def build_trainer(
         for name in CHECKPOINTING:
             setattr(run.training, name, recomputes_activations(model))
     adapter = language_lora(model, run.adapter)
-    keeps_own_copy = run.training.deepspeed_plugin is not None or run.adapter.load_in_4bit
-    if (run.training.bf16 or run.training.fp16) and not keeps_own_copy:
-        hold_trained_in_float32(model)
     if collator.cache is not None:
         trains_diffusion = bool(run.adapter.unet_lora_r or model.config.implicit_caption_tokens)
         check_cache(collator.cache, collator, model, trains_diffusion)
@@ -219,6 +240,9 @@ def build_trainer(
         callbacks=[TrainingRecordCallback(run_settings(run))],
         n_sample_answers=run.data.n_sample_answers,
     )
+    keeps_own_copy = run.training.deepspeed_plugin is not None or run.adapter.load_in_4bit
+    if (run.training.bf16 or run.training.fp16) and not keeps_own_copy:
+        hold_trained_in_float32(trainer.model)  # with LoRA only SFTTrainer knows what is trained
     if run.training.deepspeed_plugin is not None and not trainer.is_deepspeed_enabled:
         raise ValueError(
             "A DeepSpeed configuration is given, but accelerate does not use it, because ACCELERATE_USE_CPU is set. "
@@ -287,15 +311,27 @@ def check_cache(
         )
 
 
+_TRAINING_SETTINGS = (
+    "seed",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_length",
+    "train_sampling_strategy",
+    "chat_template_path",
+)
+
+
 def run_settings(run: RunArguments) -> dict[str, Any]:
     """The settings that determine a run's results, as JSON values."""
     settings = {
         **asdict(run.model),
         **asdict(run.adapter),
         **asdict(run.data),
-        **{name: getattr(run.training, name) for name in ("seed", "learning_rate", "max_length")},
+        **{name: getattr(run.training, name) for name in _TRAINING_SETTINGS},
     }
-    for without_effect in ("check_data", "n_sample_answers"):
+    for without_effect in ("check_data", "n_sample_answers", "bad_samples", "max_bad_samples"):
         del settings[without_effect]
     return json.loads(json.dumps(settings))
 
@@ -314,6 +350,10 @@ def checkpoint_to_resume(run: RunArguments) -> str | None:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last is None and run.training.should_save:
         record.unlink(missing_ok=True)  # of a run without a checkpoint
-    if run.training.should_save or (last is not None and record.is_file()):
-        begin_run(record, run_settings(run))
+    wanted = run_settings(run)
+    if found := read_run(record):
+        names = found.keys() & wanted.keys()  # an earlier version recorded other settings
+        check_settings({name: found[name] for name in names}, {name: wanted[name] for name in names}, folder)
+    elif run.training.should_save:
+        begin_run(record, wanted)
     return last

@@ -78,13 +78,18 @@ def tokenize_record(
     )
     ids = encoding["input_ids"]
     labels = _labels(ids, encoding["offset_mapping"], answers)
+    if all(label == IGNORED for label in labels):
+        raise RecordError(
+            f"has no supervised token among its {len(ids)}: its chat template writes no answer between its generation "
+            "markers. It gets answers as text, not as lists of parts; give another one (chat_template_path)"
+        )
     if max_length is not None and len(ids) > max_length:
         end = len(ids) - ids[::-1].index(processor.image_token_id) if processor.image_token_id in ids else 0
         if end > max_length:
             raise RecordError(f"has image placeholders up to token {end}, beyond max_length={max_length}")
         ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORED for label in labels):
-        raise RecordError(f"has no supervised token among its {len(ids)}: is max_length={max_length} too short?")
+        raise RecordError(f"has no supervised token among its first {len(ids)}: max_length={max_length} is too short")
     return Tokens(ids, labels)
 
 

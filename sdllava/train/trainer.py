@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,28 @@ def removed_on_failure(unfinished: Path) -> Iterator[None]:
         raise
 
 
+class EpochSampler(LengthGroupedSampler):
+    """LengthGroupedSampler whose order depends on seed and epoch alone, so that a resumed epoch has the same order.
+
+    Args:
+        batch_size: Samples that are grouped by length.
+        lengths: The length of each sample.
+        seed: Of the run.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the pass over the data, from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch}").getrandbits(63))
+        return super().__iter__()
+
+
 class SDLlavaTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints appear whole or not at all, and which evaluates with the evaluation's noise.
 
@@ -81,7 +104,8 @@ class SDLlavaTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         lengths = [approximate_length(self.data_collator.processor, row) for row in dataset]
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch_size, lengths=lengths)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(batch_size, lengths, seed)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """The dataloader for evaluation, with fixed noise and without dropout."""
