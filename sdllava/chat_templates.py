@@ -198,29 +198,52 @@ def user_turn_markers(processor: Any) -> UserTurnMarkers | None:
 
 @lru_cache(maxsize=16)
 def _markers(template: str, special_tokens: tuple[tuple[str, Any], ...]) -> UserTurnMarkers | None:
-    roles = ["user", "assistant", "user"]
-    probes = ["\x01first\x01", "\x01answer\x01", "\x01second\x01"]
-    messages = [{"role": role, "content": probe} for role, probe in zip(roles, probes, strict=True)]
-    rests = []
-    for add_generation_prompt in (False, True):
+    tokens = dict(special_tokens)
+    probed = next((found for as_blocks in (False, True) if (found := _probe(template, tokens, as_blocks))), None)
+    if probed is None:
+        return None
+    before, after, last, last_with_prompt = probed
+    start = before[0]
+    for text in before[1:]:
+        common = _common_prefix(start[::-1], text[::-1])[::-1]
+        start = common if common.strip() else start  # Gemma 3 writes the system message into the turn
+    end = _common_prefix(after, last_with_prompt)
+    without_prompt = _common_prefix(end, last)  # also ends a last turn that no answer follows
+    end = (without_prompt if without_prompt.strip() else end).lstrip()  # an image may precede it without a space
+    return UserTurnMarkers(start, end) if start.strip() and end else None
+
+
+def _probe(template: str, special_tokens: Mapping[str, Any], as_blocks: bool) -> tuple[list[str], str, str, str] | None:
+    """What a template writes before user turns, after one, and after the last one without and with an answer's prompt.
+
+    None where it does not write the messages.
+
+    Args:
+        template: The template.
+        special_tokens: Of the tokenizer.
+        as_blocks: Whether contents are lists of blocks. llava-hf's templates write nothing for a text.
+    """
+    probes = {"user": "\x01first\x01", "assistant": "\x01answer\x01", "last": "\x01second\x01"}
+
+    def message(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}] if as_blocks else text}
+
+    turns = [message("last" if name == "last" else name, text) for name, text in probes.items()]
+    turns[-1]["role"] = "user"
+    found = []
+    for messages, add_prompt in ((turns, False), (turns, True), ([message("system", "\x01s\x01"), *turns], False)):
         try:
-            rendered, _ = render_jinja_template(
-                [messages], chat_template=template, add_generation_prompt=add_generation_prompt, **dict(special_tokens)
-            )
-        except (TemplateError, TypeError):
-            return None
-        pieces, rest = [], rendered[0]
-        for probe in probes:
-            before, found, rest = rest.partition(probe)
-            if not found:
+            rest = _render(template, messages, special_tokens, add_prompt)
+        except ValueError:
+            if messages is turns:
                 return None
-            pieces.append(before)
-        rests.append(rest)
-    start = _common_prefix(pieces[0][::-1], pieces[2][::-1])[::-1]
-    end = _common_prefix(pieces[1], rests[1])
-    without_prompt = _common_prefix(end, rests[0])  # also ends a last turn that no answer follows
-    end = without_prompt if without_prompt.strip() else end
-    return UserTurnMarkers(start, end) if start.strip() and end.strip() else None
+            continue  # the template has no system messages
+        pieces = re.split("|".join(probes.values()), rest)
+        if len(pieces) != len(probes) + 1:
+            return None
+        found.append(pieces)
+    before = [pieces[position] for pieces in found for position in (0, 2)]
+    return before, found[0][1], found[0][3], found[1][3]
 
 
 def _common_prefix(first: str, second: str) -> str:

@@ -135,6 +135,8 @@ class SDLlavaConfig(VersionedConfig):
             names = "'cross_attention', 'concat', 'concat_tokens', 'gated', 'attention_over_maps' or 'multi_level'"
             right = names if two_towers else "'none'"
             raise ValueError(f"fusion={self.fusion!r} does not fit {towers}. Use {right}.")
+        if self.vision_config is not None:
+            self._check_vision_layers()
         drops_cls = self.vision_config is not None and self.vision_feature_select_strategy == "default"
         if drops_cls and not self.vision_has_cls:
             raise ValueError(
@@ -162,6 +164,16 @@ class SDLlavaConfig(VersionedConfig):
                 f"spatial_merge_size={self.spatial_merge_size} does not divide the {self.token_grid_size} x "
                 f"{self.token_grid_size} grid of image tokens. Choose a divisor."
             )
+
+    def _check_vision_layers(self) -> None:
+        count = self.vision_config.num_hidden_layers + 1  # with the embeddings
+        layers = self.vision_feature_layer
+        for layer in layers if isinstance(layers, list) else [layers]:
+            if not -count <= layer < count:
+                raise ValueError(
+                    f"vision_feature_layer={layer} does not exist: the vision encoder has {count - 1} layers. Use a "
+                    f"number in {-count}..{count - 1}."
+                )
 
     def _check_maps(self) -> None:
         """Check that the tower returns the maps that the fusion reads, one after the other on channels."""

@@ -249,6 +249,11 @@ class SDLlavaDiffusionConfig(VersionedConfig):
         return sum(tap.channels for tap in self.resolved_taps()) * len(self.timesteps)
 
     @property
+    def needs_unconditional(self) -> bool:
+        """Whether the features of the empty prompt are read: a guidance scale is not 1, or there is no question."""
+        return any(scale != 1 for scale in self.guidance_scales) or self.conditioning == "none"
+
+    @property
     def num_maps(self) -> int:
         """Maps that the ensemble combines: taps times timesteps times guidance scales."""
         return len(self.taps or []) * len(self.timesteps) * len(self.guidance_scales)

@@ -1,6 +1,7 @@
 """Any image a user gives, as upright RGB: paths, URLs, base64, arrays; EXIF, alpha, palettes, 16 bit, CMYK."""
 
 import base64
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -65,10 +66,13 @@ def load_rgb(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     _check_size(name, opened.width, opened.height, max_pixels)
     with _errors_of_pillow(name):
         opened.load()
+        is_file = opened.format is not None
         if opened is image:
             opened = ImageOps.exif_transpose(opened)
         else:
             ImageOps.exif_transpose(opened, in_place=True)
+        if opened.mode == "I":
+            opened = _grey(opened, is_file)
         rgb = Image.new("RGB", opened.size)
         for top in range(0, opened.height, _STRIP):
             strip = opened.crop((0, top, opened.width, min(top + _STRIP, opened.height)))
@@ -198,8 +202,17 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array.astype(np.uint8))
 
 
+def _grey(image: Image.Image, is_file: bool) -> Image.Image:
+    """An image of mode "I" in 8 bits. Values up to 255 are taken as they are, unless a file has 16 bits for them."""
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise _RangeError(f"An image of mode 'I' has values in [{low}, {high}]. Scale it to [0, 255].")
+    return Image.fromarray((values // 257 if is_file or high > 255 else values).astype(np.uint8))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         return _from_array(np.asarray(image)).convert("RGB")
@@ -207,6 +220,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def file_fingerprint(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's size and first 64 KiB: enough to notice an exchanged image."""
+    with open(path, "rb") as file:
+        head = file.read(64 << 10)
+        return hashlib.sha256(b"%d " % os.fstat(file.fileno()).st_size + head).hexdigest()
 
 
 def pad_to_square(image: Image.Image, colour: Sequence[int]) -> Image.Image:

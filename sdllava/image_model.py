@@ -136,7 +136,7 @@ class SDLlavaImageModel(SDLlavaPreTrainedModel):
             if diffusion_pixel_values is None:
                 raise ValueError("This model has a diffusion tower. Give diffusion_pixel_values.")
             encodings["latents"] = tower.encode_latents(diffusion_pixel_values)
-            if any(s != 1 for s in tower.config.guidance_scales) or tower.config.conditioning == "none":
+            if tower.config.needs_unconditional:
                 encodings["unconditional_features"] = tower(latents=encodings["latents"]).unconditional_features
         return SDLlavaImageEncodings(**encodings)
 
@@ -217,6 +217,12 @@ class SDLlavaImageModel(SDLlavaPreTrainedModel):
         """The tower's features `(n, grid_size ** 2, channels)`, where and in which precision the fusion reads them."""
         if pixel_values is None and known.latents is None and known.conditional_features is None:
             raise ValueError("This model has a diffusion tower. Give diffusion_pixel_values, or image_encodings.")
+        images = next(x for x in (pixel_values, known.latents, known.conditional_features) if x is not None)
+        if known.vision_features is not None and len(images) != len(known.vision_features):
+            raise ValueError(
+                f"There are {len(known.vision_features)} image(s) for the vision encoder and {len(images)} for the "
+                "diffusion model. Give the same images to both."
+            )
         tower: Any = self.diffusion_tower
         captioner = self.implicit_captioner
         features = tower(
@@ -233,7 +239,8 @@ class SDLlavaImageModel(SDLlavaPreTrainedModel):
         ).last_hidden_state
         vision = known.vision_features
         like = self.multi_modal_projector.linear_1.weight if vision is None else vision
-        return features.to(like.device, like.dtype)
+        device = features.device if like.device.type == "meta" else like.device  # accelerate moves offloaded weights
+        return features.to(device, like.dtype)
 
     def get_vision_tokens(self, image_encodings: SDLlavaImageEncodings) -> torch.Tensor:
         """The image features that do not depend on the question, with `fusion="concat_tokens"`.

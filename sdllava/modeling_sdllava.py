@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin
+from transformers import AutoModel, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import torch_compilable_check
@@ -32,6 +32,18 @@ IMAGE_INPUTS = (
 )
 """The inputs of `get_image_features`: what `generate` turns into image features once, before the first token."""
 _IMAGES_TWICE = "Both images and mm_encoder_outputs were given. Give one of them."
+
+
+class NoImageToken(LogitsProcessor):
+    """Keeps the image token out of answers, and out of what a prompt lookup proposes."""
+
+    def __init__(self, image_token_id: int):
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        """The scores `(batch, vocab_size)` with minus infinity for the image token."""
+        token = torch.tensor([self.image_token_id], device=scores.device)
+        return scores.index_fill(-1, token, float("-inf"))
 
 
 class SDLlavaModel(SDLlavaImageModel):
@@ -342,6 +354,8 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
             ValueError: As `get_image_features`, or both images and `mm_encoder_outputs` are given.
         """
         image_inputs = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+        processors = [*(kwargs.get("logits_processor") or []), NoImageToken(self.config.image_token_id)]
+        kwargs["logits_processor"] = LogitsProcessorList(processors)
         given = [image_inputs.get(name) for name in ("pixel_values", "diffusion_pixel_values", "image_encodings")]
         if any(x is not None for x in given):
             if kwargs.get("mm_encoder_outputs") is not None:
@@ -360,6 +374,8 @@ class SDLlavaForConditionalGeneration(SDLlavaPreTrainedModel, GenerationMixin):
         if kwargs.get("past_key_values") is not None or not (mask is None or bool(mask.all())):
             return False
         settings = {**vars(generation_config or self.generation_config), **kwargs}
+        if settings.get("prompt_lookup_num_tokens") or settings.get("assistant_model") is not None:
+            return False
         sequences = max(settings.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
         return sequences == 1 and not settings.get("cache_implementation") and settings.get("use_cache") is not False
 

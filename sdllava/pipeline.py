@@ -1,6 +1,7 @@
 """`pipeline("visual-question-answering")`, as transformers 4 had it, for vision-language models."""
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class CachedEncodings:
         """
         pixels = {name: inputs.pop(name) for name in ("pixel_values", "diffusion_pixel_values") if name in inputs}
         device = self.model.device
-        keys = [f"{self.model.dtype} {device} {key}" for key in keys]
+        keys = [f"{self.model.dtype} {device} {self._settings()} {key}" for key in keys]
         new = {key: row for row, key in enumerate(keys) if key not in self._kept}
         rows = list(new.values())
         if rows:
@@ -64,6 +65,13 @@ class CachedEncodings:
             self._kept.move_to_end(key)
         while len(self._kept) > self.size:
             self._kept.popitem(last=False)
+
+    def _settings(self) -> tuple:
+        """The fields of the configuration on which encodings depend, which the user may change between calls."""
+        config = self.model.config.diffusion_config
+        if config is None:
+            return ()
+        return config.noise_seed, config.timesteps, config.taps, config.needs_unconditional
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):
@@ -86,6 +94,11 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         self._kept = CachedEncodings(self.model)
         self._lock = threading.Lock()
         self._prefixes = PrefixCache()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As `Pipeline.save_pretrained`, with the processor of all encoders."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
 
     def _sanitize_parameters(
         self, top_k: int | None = None, guidance_scales: Sequence[float] | float | None = None, **generate_kwargs: Any
@@ -150,7 +163,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
             images, questions = [images], [questions]
         inputs = self._model_inputs(images, questions).to(self.device)
         prompt_length = inputs["input_ids"].shape[1]
-        options = {"max_new_tokens": 128, "do_sample": False, **generate_kwargs}
+        options = {**_defaults(generate_kwargs), **generate_kwargs}
         if hasattr(self.model, "encode_images"):
             options["prefix_cache"] = self._prefixes
         output = self.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
@@ -192,3 +205,10 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         if hasattr(self.model, "encode_images"):
             self._kept.replace_pixels(images, inputs)
         return inputs
+
+
+def _defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The pipeline's arguments of `generate` next to those that are given: greedy, at most 128 new tokens."""
+    if given.get("generation_config") is not None:
+        return {}
+    return {"do_sample": False} | ({} if "max_length" in given else {"max_new_tokens": 128})

@@ -30,8 +30,9 @@ def turns_about_images(image_counts: Sequence[int]) -> list[list[int]]:
 
 def clean_question(question: str, image_token: str = "<image>") -> str:
     """A user turn as the diffusion model's prompt: without image tokens and LLaVA's format instructions."""
-    for removed in (image_token, *FORMAT_SUFFIXES):
-        question = question.replace(removed, "")
+    question = question.replace(image_token, " ")
+    for suffix in FORMAT_SUFFIXES:
+        question = question.replace(suffix, "")
     return question.strip()
 
 

@@ -1,6 +1,8 @@
 """Generation markers in the chat templates of language models, found by rendering the published templates."""
 
+import random
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -12,7 +14,9 @@ from sdllava.chat_templates import (
     chat_template_for,
     mark_answers,
     training_template,
+    user_turn_markers,
 )
+from sdllava.questions import questions_in_messages, questions_in_text
 
 CHATML = (
     "{% for message in messages %}"
@@ -146,3 +150,39 @@ def test_a_template_without_visible_answers_raises_and_names_the_file(template, 
 )
 def test_a_llava_is_trained_with_a_template_that_marks_the_ends_of_answers(template, expected):
     assert training_template(template, "<image>", SPECIAL) == expected
+
+
+def random_conversation(rng: random.Random, with_system: bool) -> list[dict]:
+    """One to three turns of the user, with a text, images, and another text, in blocks."""
+
+    def block(text):
+        return {"type": "text", "text": text}
+
+    messages = [{"role": "system", "content": [block("be brief")]}] if with_system else []
+    for turn in range(rng.randint(1, 3)):
+        before, after = (rng.choices([[], [block(f"{name} {turn}")]], [1, 2])[0] for name in ("what", "which"))
+        images = [{"type": "image"}] * rng.randint(0, 2)
+        content = [*before, *images, *after] if images else before or [block("so")]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [block("green")]})
+    return messages if rng.random() < 0.5 else messages[:-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "takes_system"),
+    [
+        ("vicuna", True), ("llava-hf", True), ("llama3", True), ("llama3_2", True), ("qwen2_5", True),
+        ("qwen3_instruct_2507", True), ("phi3", True), ("lfm2", True), ("gemma", False), ("gemma3", False),
+    ],
+)  # fmt: skip
+def test_a_rendered_prompt_has_the_questions_of_its_conversation(name, takes_system):
+    own = {"vicuna": VICUNA_V1_5, "llava-hf": LLAVA_HF}
+    template = own.get(name) or chat_template_for(published(name), "<image>", SPECIAL, name)
+    tokenizer = SimpleNamespace(special_tokens_map=SPECIAL)
+    markers = user_turn_markers(SimpleNamespace(chat_template=template, tokenizer=tokenizer))
+    rng = random.Random(0)
+    for number in range(60):
+        messages = random_conversation(rng, takes_system and number % 3 == 0)
+        text = render(template, messages, add_generation_prompt=messages[-1]["role"] == "user")[0]
+        found = [" ".join(question.split()) for question in questions_in_text(text, "<image>", markers)]
+        assert found == questions_in_messages(messages), text

@@ -317,6 +317,24 @@ def test_device_map_on_the_cpu(fused, tmp_path):
     assert torch.equal(answer(model, inputs), answer(fused, inputs))
 
 
+def test_offloaded_weights_give_the_same_answer(tmp_path):
+    """Also those of the projector, whose device the features of a model with only a diffusion tower follow."""
+    model = build(vision=None, fusion="none")
+    model.save_pretrained(tmp_path / "model")
+    offloaded = SDLlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": 1000}, offload_folder=str(tmp_path / "offload")
+    ).eval()
+    assert offloaded.model.multi_modal_projector.linear_1.weight.device.type == "meta"
+    inputs = batch(model, [1])
+    assert torch.equal(answer(offloaded, inputs), answer(model, inputs))
+
+
+def test_prompt_lookup_never_proposes_an_image(fused):
+    inputs = batch(fused, [2])
+    expected = answer(fused, inputs, max_new_tokens=8)
+    assert torch.equal(answer(fused, inputs, max_new_tokens=8, prompt_lookup_num_tokens=2), expected)
+
+
 @pytest.mark.slow
 def test_compiled_language_model_gives_the_same_tokens(fused):
     compiled = torch.compile(fused.model.language_model, backend="eager", fullgraph=True)
@@ -349,6 +367,16 @@ def test_full_size_parts_have_the_published_numbers_of_parameters():
     assert config.num_image_tokens == 576
 
 
+def test_images_of_one_encoder_only_raise(fused):
+    inputs = batch(fused, [2])
+    inputs["diffusion_pixel_values"] = inputs["diffusion_pixel_values"][:1]
+    inputs["diffusion_input_ids"] = inputs["diffusion_input_ids"][:1]
+    with pytest.raises(
+        ValueError, match=r"There are 2 image\(s\) for the vision encoder and 1 for the diffusion model"
+    ):
+        logits(fused, inputs)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -379,6 +407,7 @@ def test_bad_inputs_raise(fused, change, error, message):
         ({"vision": "siglip", "vision_feature_select_strategy": "default"}, "drops the CLS token"),
         ({"fusion_num_attention_heads": 5}, "fusion_num_attention_heads=5 does not divide"),
         ({"spatial_merge_size": 3}, "spatial_merge_size=3 does not divide the 4 x 4 grid"),
+        ({"vision_feature_layer": [-2, -9]}, r"vision_feature_layer=-9 does not exist: .* Use a number in -"),
     ],
 )
 def test_parts_that_do_not_fit_raise(fields, message):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 import sdllava
@@ -111,6 +111,35 @@ def test_one_pipeline_in_8_threads_gives_what_it_gives_alone(vqa):
     for found, number in zip(together, order, strict=True):
         assert all(same(a, b) for a, b in zip(found, alone[number], strict=True))
     assert len(vqa._kept) <= NUM_KEPT_IMAGES
+
+
+def test_a_saved_pipeline_answers_as_before(vqa, tmp_path):
+    vqa.save_pretrained(tmp_path)
+    loaded = pipeline("visual-question-answering", model=str(tmp_path), max_new_tokens=4)
+    assert same(loaded(image=picture(), question="What?"), vqa(image=picture(), question="What?"))
+
+
+@pytest.mark.parametrize("options", [{"generation_config": GenerationConfig(max_new_tokens=1)}, {"max_length": 200}])
+def test_arguments_of_generate_replace_the_defaults(composed, options):
+    vqa = pipeline("visual-question-answering", model=str(composed))
+    given = []
+    generate = vqa.model.generate
+    vqa.model.generate = lambda **kwargs: given.append(kwargs) or generate(**kwargs)
+    vqa(image=picture(), question="What?", **options)
+    assert "max_new_tokens" not in given[0]
+
+
+def test_encodings_follow_the_configuration(vqa):
+    config = vqa.model.config.diffusion_config
+    before = config.noise_seed, config.guidance_scales
+    vqa(image=picture(), question="What?")
+    try:
+        config.noise_seed, config.guidance_scales = 7, [0.5]
+        found = vqa([{"image": picture(seed), "question": "What?"} for seed in (0, 200)], batch_size=2)
+        fresh = pipeline("visual-question-answering", model=vqa.model, processor=vqa.processor, max_new_tokens=4)
+        assert same(found[0], fresh(image=picture(), question="What?"))
+    finally:
+        config.noise_seed, config.guidance_scales = before
 
 
 def test_guidance_can_be_chosen(vqa):
