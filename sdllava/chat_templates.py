@@ -148,7 +148,7 @@ def training_template(template: str, image_token: str, special_tokens: Mapping[s
 
 
 def _marks_the_end(template: str, special_tokens: Mapping[str, Any]) -> bool:
-    """Whether the marked text of an answer goes on after the answer, as a template's end token does."""
+    """Whether the marked text of an answer has more after the answer, such as an end token."""
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\x010\x01"}]}
     messages = [question, {"role": "assistant", "content": "\x011\x01"}]
     try:

@@ -16,7 +16,7 @@ from .chat_templates import user_turn_markers
 from .checkpoint_files import damage_reported
 from .configuration import AUTO_MAP
 from .image_loading import ImageLike, load_rgb, pad_to_square
-from .names import check_encodable
+from .names import check_conversation, check_encodable
 from .parts import Parts, diffusion_image_processor, read_llava_parts, read_parts
 from .prompts import clean_prompts, prompt_length
 from .questions import clean_question, questions_in_messages, questions_in_text
@@ -170,14 +170,31 @@ class SDLlavaProcessor(ProcessorMixin):
         save_code(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """As `ProcessorMixin.push_to_hub`, in one commit with the code where `sdllava` is installed."""
+    def push_to_hub(self, repo_id: str, *, tags: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Push the processor. Where `sdllava` is installed, it is one commit, with the code and without a model card.
+
+        Args:
+            repo_id: The repository, `owner/name`.
+            tags: Raises where `sdllava` is installed: tags are part of the card, which the model's `push_to_hub` makes.
+            kwargs: As for `ProcessorMixin.push_to_hub`; `max_shard_size` has no effect.
+
+        Raises:
+            ValueError: `tags` are given.
+            PermissionError: The Hub does not accept the token.
+        """
         push = type(self).push_files
         if push is None:
-            return super().push_to_hub(repo_id, **kwargs)
+            return super().push_to_hub(repo_id, tags=tags, **kwargs)
+        if tags:
+            raise ValueError(
+                f"The push of a processor makes no model card for the tags {tags!r}. Give them to the model's "
+                "`push_to_hub`."
+            )
+        kwargs.pop("max_shard_size", None)
+        kwargs["commit_message"] = kwargs.get("commit_message") or "Upload processor"
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return push(folder, repo_id, **{"commit_message": "Upload processor", **kwargs})
+            return push(folder, repo_id, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -366,10 +383,10 @@ class SDLlavaProcessor(ProcessorMixin):
             kwargs: As for `ProcessorMixin.apply_chat_template`.
 
         Raises:
-            ValueError: The conversation is not a list of messages with roles, or the template is not valid, does what
-                the sandbox forbids, or rejects the conversation.
+            ValueError: The conversation is not a list of messages with roles, a content block lacks its type or its
+                text, or the template is not valid, does what the sandbox forbids, or rejects the conversation.
         """
-        _check_conversation(conversation)
+        check_conversation(conversation)
         if question is not None:
             processor_kwargs = {**(processor_kwargs or {}), "question": question}
         try:
@@ -395,24 +412,6 @@ class SDLlavaProcessor(ProcessorMixin):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
-
-
-def _check_conversation(conversation: Any) -> None:
-    entries = conversation if isinstance(conversation, list | tuple) else []
-    is_batch = bool(entries) and all(isinstance(entry, list | tuple) for entry in entries)
-    for messages in entries if is_batch else [conversation]:
-        if not isinstance(messages, list | tuple) or not messages:
-            raise ValueError(f"{messages!r:.80} is not a conversation. Give a list of messages.")
-        for message in messages:
-            content = message.get("content") if isinstance(message, dict) else None
-            parts = content if isinstance(content, list | tuple) else []
-            has_role = isinstance(message, dict) and isinstance(message.get("role"), str)
-            is_content = content is None or isinstance(content, str | list | tuple)
-            if not has_role or not is_content or not all(isinstance(part, dict) for part in parts):
-                raise ValueError(
-                    f"{message!r:.80} is not a message. Give a dictionary with a role, and content: a text, or a list "
-                    'such as [{"type": "image"}, {"type": "text", "text": "What is it?"}].'
-                )
 
 
 def _flat(images: Any) -> list:

@@ -162,6 +162,7 @@ def test_a_drawn_map_is_bright_where_its_numbers_are(tmp_path):
             "There is no tap 'U-L9-R0-B0-Out' in this denoiser",
         ),
         (["features", "0.png", "-o", "x.png", "--timesteps", "5o"], "numbers separated by commas"),
+        (["similarity", "0.png", "1.png", "-o", "x.png", "--timesteps", "50,50"], "--timesteps has 50 more than once"),
         (["features", "0.png", "-o", "x.png", "--fit-per", "head"], "takes tap, timestep and guidance_scale"),
         (["similarity", "-o", "x.png"], "Give images, or --sweep"),
         (["similarity", "0.png", "-o", "x.png"], "Give an even number of images"),
@@ -175,6 +176,26 @@ def test_bad_input_raises_an_error_with_a_message(published, images, arguments, 
     assert isinstance(result.exception, ValueError | OSError)
     assert message in str(result.exception)
     assert not (images / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--model", "mini"),
+        ("--question", "red"),
+        ("--taps", "all"),
+        ("--timesteps", "50"),
+        ("--guidance-scales", "0"),
+        ("--prompt", "none"),
+        ("--image-folder", "images"),
+        ("--device", "cpu"),
+    ],
+)
+@pytest.mark.parametrize("command", ["similarity", "cka"])
+def test_options_without_effect_on_a_sweep_raise(command, option, value, tmp_path):
+    result = run(command, "--sweep", tmp_path, option, value, "-o", tmp_path / "x.json", fails=True)
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception).startswith(f"{option} {value!r} does not change the features of --sweep. Remove it")
 
 
 def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):

@@ -1,5 +1,6 @@
 """Sweeps equal single readings, resume byte by byte, and are shared by processes; similarity and CKA over them."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -48,6 +49,21 @@ def model(published) -> AnalysisModel:
 @pytest.fixture(scope="module")
 def selection(model) -> FeatureSelection:
     return select_features(model, True, TAPS, [10, 500], [0, 4])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"taps": [TAPS[1], TAPS[0], TAPS[1]]}, f"--taps has '{TAPS[1]}' more than once"),
+        ({"taps": ["U-L1-R1-B0-Out", "up-level1-repeat1-vit-block0-out"]}, "--taps has 'U-L1-R1-B0-Out' more than"),
+        ({"timesteps": [50, 50]}, "--timesteps has 50 more than once"),
+        ({"guidance_scales": [4, 0, 4.0]}, r"--guidance-scales has 4\.0 more than once"),
+    ],
+)
+def test_a_repeated_value_raises(model, chosen, message):
+    """Both would be added into one cell of a grid of similarities."""
+    with pytest.raises(ValueError, match=message):
+        select_features(model, True, **chosen)
 
 
 def sweep_files(folder: Path) -> dict[str, bytes]:
@@ -124,6 +140,15 @@ def test_a_folder_with_another_sweep_raises_an_error(model, folder, selection, w
     finally:
         weight.data.copy_(before)
     assert sweep_files(written) == files
+
+
+def test_a_sweep_over_exchanged_images_of_equal_size_raises_an_error(model, folder, selection, written, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    image = bytearray((other / "3.png").read_bytes())
+    image[-20] ^= 1
+    (other / "3.png").write_bytes(image)
+    with pytest.raises(ValueError, match="was written with other settings: source is '"):
+        write_sweep(model, open_images([str(other)], question="a dog"), selection, written, 4)
 
 
 def test_processes_share_a_sweep(model, folder, selection, written, tmp_path):
@@ -236,6 +261,18 @@ def test_a_sweep_over_a_dataset_with_another_prompt_raises_an_error(model, folde
     assert write_sweep(model, opened("question"), selection, tmp_path / "sweep") == 0
     with pytest.raises(ValueError, match="other settings: source is"):
         write_sweep(model, opened("caption"), selection, tmp_path / "sweep")
+
+
+@pytest.mark.parametrize("prompt", ["question", "caption", "none"])
+def test_a_question_replaces_those_of_a_dataset(folder, data, prompt):
+    own, given, other = (
+        open_images([str(data)], question, prompt, image_folder=str(folder)) for question in (None, "red?", "blue?")
+    )
+    assert given[0].question == "red?"
+    assert given.has_questions
+    assert len({images.fingerprint() for images in (own, given, other)}) == 3
+    recorded = repr((own.rows._fingerprint, prompt))  # by sweeps of earlier versions
+    assert own.fingerprint() == hashlib.sha256(recorded.encode()).hexdigest()
 
 
 def test_images_of_a_dataset_have_their_own_question(folder, data, tmp_path):

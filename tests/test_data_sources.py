@@ -66,14 +66,14 @@ def test_every_format_gives_the_same_record():
 def test_words_around_an_image_stay_apart():
     """LLaVA's own preprocessing removes only the marker."""
     text = "Which animal is this?\n<image>\nAnswer with one word."
-    parts = [{"type": "text", "text": "Look at this:"}, {"type": "image"}, {"type": "text", "text": "What is it?"}]
+    parts = [{"type": "text", "text": "Here it is:"}, {"type": "image"}, {"type": "text", "text": "What is it?"}]
     found = [
         to_record({"image": "a.png", "messages": conversation(content, "Cat.")})["messages"][0]["content"]
         for content in (text, parts)
     ]
     assert found == [
         "<image>\nWhich animal is this?\n\nAnswer with one word.",
-        "<image>\nLook at this:\n\nWhat is it?",
+        "<image>\nHere it is:\n\nWhat is it?",
     ]
     two = to_record({"images": ["a.png", "b.png"], "messages": conversation([parts[1], *parts], "Cats.")})
     assert split_content(two["messages"][0]["content"]) == [parts[1], *parts]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sdllava.evaluation.benchmarks import get_matching_benchmark
 from sdllava.evaluation.benchmarks.blink import BLINK, TASKS
 from sdllava.evaluation.bootstrap import difference, intervals
 from sdllava.evaluation.compare import compare, markdown
@@ -109,6 +110,77 @@ def test_results_of_an_earlier_version_are_read(tmp_path):
     scorer = run.scorer()
     assert scorer.score(run.records) == pytest.approx(run.results["scores"], rel=1e-12)
     assert scorer.chance(run.records) == pytest.approx(run.results["chance"], rel=1e-12)
+
+
+def own_run(folder, protocol="default", **changed):
+    folder.mkdir()
+    records = [
+        {
+            "id": str(k),
+            "prompt": f"Is {k} red?",
+            "target": ["yes"],
+            "reply": "yes",
+            "correct": k < 2,
+            "answers": ["yes"],
+        }
+        | {"options": [], "category": ""}
+        for k in range(4)
+    ]
+    records[3] |= changed
+    results = {"benchmark": "own", "protocol": {"name": protocol, "description": ""}, "model": {"id": folder.name}}
+    results |= {"metric": "exact", "scores": {"exact": 50.0}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.usefixtures("few_resamples")
+@pytest.mark.parametrize(
+    ("protocol", "changed", "paired"),
+    [
+        ("default", {}, True),
+        ("default", {"reply": "no"}, True),
+        ("default", {"prompt": "Is 3 blue?"}, False),
+        ("short", {"prompt": "Is 3 red?\nAnswer shortly."}, True),
+        ("short", {"target": ["no"]}, False),
+        ("default", {"id": "4"}, False),
+    ],
+)
+def test_only_runs_on_the_same_questions_are_paired(tmp_path, protocol, changed, paired):
+    own_run(tmp_path / "a")
+    own_run(tmp_path / "b", protocol, **changed)
+    (comparison,) = compare([tmp_path / "a", tmp_path / "b"])
+    assert comparison.differences[0]["paired"] is paired
+    assert ("(not paired: different samples)" in markdown(comparison)) is not paired
+
+
+@pytest.mark.usefixtures("few_resamples")
+@pytest.mark.parametrize(("text", "paired"), [("a dog", True), ("a cat", False)])
+def test_matching_runs_are_paired_by_their_texts(tmp_path, text, paired):
+    for name, second in (("a", "a dog"), ("b", text)):
+        (tmp_path / name).mkdir()
+        results = {"benchmark": "winoground", "model": {"id": name}, "metric": "text", "scores": {"text": 100.0}}
+        records = [{"id": "1", "texts": ["a cup", second], "verdicts": {"text": 1.0, "image": 0.0, "group": 0.0}}]
+        results["metric"] = get_matching_benchmark("winoground").metric
+        results["scores"] = {results["metric"]: 0.0}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        (tmp_path / name / "samples.jsonl").write_text(json.dumps(records[0]) + "\n")
+    (comparison,) = compare([tmp_path / "a", tmp_path / "b"])
+    assert comparison.differences[0]["paired"] is paired
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_a_first_run_without_the_score_has_no_differences(tmp_path):
+    """Its reviews cannot be read, and an earlier version gave it a score."""
+    for name, ratings in (("a", (-1.0, -1.0)), ("b", (8.0, 6.0))):
+        (tmp_path / name).mkdir()
+        protocol = {"name": "default", "description": ""}
+        results = {"benchmark": "llava_bench", "protocol": protocol, "model": {"id": name}}
+        results |= {"metric": "all", "scores": {"all": 100.0}}
+        record = {"id": "1", "category": "conv", "ratings": ratings}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        (tmp_path / name / "samples.jsonl").write_text(json.dumps(record) + "\n")
+    (comparison,) = compare([tmp_path / "a", tmp_path / "b"])
+    assert comparison.differences == [{}]
 
 
 @pytest.mark.usefixtures("few_resamples")

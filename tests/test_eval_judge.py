@@ -11,6 +11,8 @@ from fixtures_evaluation import make_image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sdllava.evaluation.benchmarks.llava_bench import LLaVABench
+from sdllava.evaluation.bootstrap import intervals
 from sdllava.evaluation.evaluate import EvaluationOptions, evaluate
 from sdllava.evaluation.judge import EndpointJudge, JudgeRejectionError, make_judge
 from sdllava.evaluation.responder import Responder
@@ -75,6 +77,20 @@ def test_endpoint_judge(loaded, mmvp_folder, tmp_path, endpoint):
     without = evaluate(loaded, "mmvp", tmp_path / "out", options)
     assert without["scores"] == {}
     assert without["judge"] is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("<think>\nHm, 3 or 8?\n</think>\n\n8 6\nGood.", "8 6\nGood."),
+        (" <think></think>8 6", "8 6"),
+        ("8 6\nIt wrote <think>a</think>.", "8 6\nIt wrote <think>a</think>."),
+        ("<think>without an end", "<think>without an end"),
+    ],
+)
+def test_thinking_at_the_beginning_of_a_reply_is_removed(endpoint, answer, expected):
+    endpoint.answer = answer
+    assert judge_at(endpoint)("", "Rate this.") == expected
 
 
 def test_judge_drops_parameters_that_the_endpoint_rejects_and_remembers_them(endpoint):
@@ -158,11 +174,27 @@ def test_llava_bench_with_and_without_a_judge(loaded, tmp_path, endpoint):
     assert "judge" not in results["notes"]
     assert read_records(tmp_path / "out" / "samples.jsonl")[0]["judgment"] == "8 6\nGood."
     assert "reviews" not in results["notes"]
-    endpoint.answer = None  # the judge refuses: counted as published, and noted
+    endpoint.answer = None  # the judge refuses
     judge = EndpointJudge("another", f"http://127.0.0.1:{endpoint.server_port}/v1")
     results = evaluate(loaded, "llava_bench", tmp_path / "out", options, judge=judge)
-    assert results["scores"]["all"] == 100.0
-    assert results["notes"]["reviews"].startswith("3 do not begin with two")
+    assert results["scores"] == results["intervals_95"] == {}
+    assert results["notes"]["reviews"] == "none of 3 begins with two ratings, so there is no score"
+    assert results["notes"]["score"].startswith("absent")
+
+
+def test_llava_bench_counts_unread_reviews_as_published_where_the_reference_has_a_rating():
+    """A bootstrap resample that draws only unread reviews, or ratings of 0, has no score."""
+    benchmark = LLaVABench()
+    ratings = [("conv", (8.0, 6.0)), ("conv", (-1.0, -1.0)), ("detail", (-1.0, -1.0)), ("complex", (0.0, 5.0))]
+    records = [{"id": str(k), "category": group, "ratings": pair} for k, (group, pair) in enumerate(ratings)]
+    summary = benchmark.score(records)
+    assert summary == {"all": 150.0, "conv": 71.4}
+    assert benchmark.notes["reviews"].startswith("2 do not begin with two")
+    benchmark.score(records[:1])
+    assert "reviews" not in benchmark.notes
+    found = intervals(benchmark.units(records), benchmark.scores)
+    assert found.keys() == summary.keys()
+    assert found["all"][0] < 150 < found["all"][1]
 
 
 @pytest.mark.usefixtures("few_resamples")
@@ -225,6 +257,13 @@ def test_local_judge_works_without_a_network_and_reads_only_safetensors(tmp_path
     judge.model.generation_config.max_new_tokens = 8
     assert "local" in judge.name
     assert judge("rate", "this 8") == judge("rate", "this 8")
+    switch = "{{ 'no' if enable_thinking is defined and not enable_thinking else 'yes' }}"
+    judge.tokenizer.chat_template = "rate " + switch
+    generate, prompts = judge.model.generate, []
+    monkeypatch.setattr(judge.model, "generate", lambda **k: prompts.append(k["input_ids"]) or generate(**k))
+    monkeypatch.setattr(judge.tokenizer, "decode", lambda *a, **k: "<think>\n7</think>\n8 7")
+    assert judge("", "this") == "8 7"
+    assert prompts[0].tolist() == tokenizer("rate no", return_tensors="pt").input_ids.tolist()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")
     model = LlamaForCausalLM(config)

@@ -18,6 +18,7 @@ from sdllava.evaluation.match import load_matcher, match, tabulate
 from sdllava.evaluation.matching import READINGS, DiffusionMatcher, MatchingOptions, published_timesteps
 from sdllava.evaluation.matching_scores import attention_taps
 from sdllava.evaluation.plots import plot_parts
+from sdllava.fingerprints import weights_hash
 
 IMAGES = [make_image(1, (40, 30)), make_image(2, (24, 50))]
 TEXTS = ["a red dog", "two cats on a mat"]
@@ -158,6 +159,7 @@ def test_equal_to_a_hand_written_formula(published, kind, options, layers, formu
     is_summed, is_denoising = options.get("pooling") == "maps", options.get("score") == "denoising"
     assert scores.shape == (2, 1 if is_summed else 2, 2, 2)
     assert ours.timesteps == (() if is_summed else (89, 489))
+    assert ours.model is ours.tower
     generator = torch.Generator().manual_seed(1)  # of the second trial
     size = ours.tower.config.image_size // 8
     posterior_noise = torch.randn((4, size, size), generator=generator) * (not is_denoising)
@@ -291,6 +293,7 @@ class RandomMatcher:
     layers = ["some.layer"]
 
     def __init__(self, options):
+        self.model = torch.nn.Linear(1, 1)
         self.options, self.timesteps, self.calls, self.limit = options, options.timesteps, [], None
 
     def score(self, images, texts):
@@ -377,6 +380,30 @@ def test_match_resumes(tmp_path):
     assert (tmp_path / "patterns.png").stat().st_size > 10000
 
 
+@pytest.mark.parametrize("changed", ["weights", "text", "image"])
+def test_match_does_not_resume_with_other_weights_texts_or_images(tmp_path, changed):
+    write_mmvp_vlm(tmp_path / "data")
+    ours = RandomMatcher(MatchingOptions(timesteps=(489,), trials=1))
+    args = ("mmvp_vlm", tmp_path / "out", {"id": "tiny"}, ours.options, str(tmp_path / "data"))
+    match(ours, *args)
+    assert match(ours, *args)["model"].keys() == {"id", "weights"}
+    assert len(ours.calls) == 17
+    messages = {
+        "weights": r"model\.weights is '\w+' there",
+        "text": r"data\.fingerprint is",
+        "image": "images of the sample",
+    }
+    if changed == "weights":
+        torch.nn.init.ones_(ours.model.weight)
+    elif changed == "text":
+        table = tmp_path / "data" / "Questions.csv"
+        table.write_text(table.read_text().replace("dog number 4", "cat number 4"))
+    else:
+        make_image(99, (16, 16)).save(tmp_path / "data" / "MLLM_VLM Images" / "T" / "4.jpg")
+    with pytest.raises(ValueError, match=messages[changed]):
+        match(ours, *args)
+
+
 def test_clip_and_siglip_of_transformers(published, tmp_path):
     from transformers import (
         CLIPConfig,
@@ -409,6 +436,7 @@ def test_clip_and_siglip_of_transformers(published, tmp_path):
     assert results["timesteps"] == {}
     assert results["spread"] is None
     assert results["matching"] is None
+    assert results["model"]["weights"] == weights_hash(model)[:16]
 
 
 def test_open_clip(tmp_path):

@@ -39,7 +39,7 @@ def test_metrics_by_category(own_file):
     assert [record["parsed"] for record in records] == ["red", "it is navy blue", "A", "C"]
     summary = summarise(benchmark, records)
     assert summary["scores"] == {
-        "exact": 50, "contains": 50, "letter": 50, "exact/colour": 50, "contains/colour": 100,
+        "exact": 50, "contains": 75, "letter": 50, "exact/colour": 50, "contains/colour": 100,
     }  # fmt: skip
     assert summary["chance"] == {"letter": pytest.approx((50 + 100 / 3) / 2)}
     low, high = summary["intervals_95"]["exact"]
@@ -51,12 +51,69 @@ def test_the_short_protocol_adds_the_instruction_of_llava(own_file):
     assert first.prompt == "Which colour?\nAnswer the question using a single word or phrase."
 
 
+NUMBERS, COLOURS, ANIMALS, YES_NO = (
+    ["one", "two", "three"], ["red", "green", "dark red"], ["cat", "dog"], ["yes", "no"],
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("reply", "letter"),
-    [("B", "B"), ("(b", None), ("B. two", "B"), ("Two!", "B"), ("I think (C) fits", "C"), ("A dog", None), ("D", None)],
+    ("options", "letter", "replies"),
+    [
+        (NUMBERS, "B", ["B", "b", "B.", "b.", "(b)", "b)", "**B**", "`B`", "**B.** two", "Two!"]),
+        (NUMBERS, "B", ["B. two", "B, two", "B two", "b two", "B, since A is red", "B\nThere are two.", "b\nTwo"]),
+        (
+            NUMBERS,
+            "B",
+            ["Answer: B", "Answer: b", "**Answer:** B", "The answer is B.", "The answer is B because of it"],
+        ),
+        (NUMBERS, "B", ["option B", "I choose option b.", "The correct option is B", "Answer: (b)", "Option B fits"]),
+        (NUMBERS, "B", ["There are two.", "(B) because one is not a cup", "It is (B), not (A)", "not A, B"]),
+        (
+            NUMBERS,
+            "B",
+            ["Not (A), it is (B)", "Option A is wrong. Option B is right.", "option A fits, the answer is B"],
+        ),
+        (NUMBERS, "C", ["I think (C) fits", "The answer is C, not A"]),
+        (
+            NUMBERS,
+            None,
+            ["(b", "A dog", "D", "", "(A) is wrong", "(A) isn't it", "It's not (A).", "The answer is not A."],
+        ),
+        (
+            NUMBERS,
+            None,
+            ["The wrong answer is (A)", "A, B", "A, B and C", "one or two", "It isn\u2019t two", "not two"],
+        ),
+        (
+            NUMBERS,
+            None,
+            ["the answer is a red circle", "Answer: A red circle", "B or not B", "twofold", "two is wrong"],
+        ),
+        (ANIMALS, "A", ["A cat", "a cat", "It is a cat.", "The answer is a cat"]),
+        (ANIMALS, "B", ["A dog", "It is a dog.", "the answer is a dog", "Answer: A dog"]),
+        (COLOURS, "C", ["It is dark red.", "(C) dark red"]),
+        (COLOURS, "A", ["It is red."]),
+        (["3", "4"], "A", ["There are 3.", "3"]),
+        (["3", "4"], None, ["There are 3.5", "13"]),
+        (YES_NO, "A", ["Yes, there is."]),
+        (YES_NO, "B", ["No, there isn't.", "There is no cup."]),
+        (["right", "wrong"], "B", ["B. Wrong", "B wrong", "wrong"]),
+        (["a", "b"], None, ["This is a picture"]),
+        (["...", "b"], None, [""]),
+    ],
 )
-def test_letters(reply, letter):
-    assert parse_letter(reply, ["one", "two", "three"]) == letter
+def test_letters(options, letter, replies):
+    assert {reply: parse_letter(reply, options) for reply in replies} == dict.fromkeys(replies, letter)
+
+
+@pytest.mark.parametrize("reply", ["B", "(b)", "**B**", "Answer: B", "It is 4.", "4"])
+def test_options_may_be_numbers_and_a_right_letter_also_contains_the_answer(own_file, reply):
+    own_file.write_text(json.dumps({"image": "a.png", "question": "How many?", "options": [3, 4], "answer": 4}))
+    benchmark = get_benchmark("own")
+    (sample,) = benchmark.read(own_file)
+    assert sample.target == "B"
+    record = make_record(benchmark, sample, reply, None)
+    assert summarise(benchmark, [record])["scores"] == {"exact": 100, "contains": 100, "letter": 100}
 
 
 def test_normalised_text():
@@ -71,6 +128,9 @@ def test_normalised_text():
         ({"image": "a.png", "question": "?", "answer": "z", "options": ["z"] * 27}, "at most 26 texts"),
         ({"image": "a.png", "question": "?", "answer": "z", "options": {"A": "z"}}, "at most 26 texts"),
         ({"image": "a.png", "question": "?", "options": ["x", "y"], "answer": "z"}, r"'z', which is not one of"),
+        ({"image": "a.png", "question": "?", "options": ["x", "y"], "answer": ["x", "y"]}, "row 1, .* Give one answer"),
+        ({"image": "a.png", "question": "<image> What?", "answer": "z"}, "row 1, has '<image>' in its question"),
+        ({"image": "a.png", "question": "?", "options": ["<image>"], "answer": "A"}, "row 1, has '<image>' in its"),
         ({"image": "../a.png", "question": "?", "answer": "z"}, "leads out of"),
         ({"image": "c.png", "question": "?", "answer": "z"}, "'c.png' is missing"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fixtures_evaluation import make_image, make_llava, write_captions, write_mmvp, write_naturalbench
 
+from sdllava.evaluation import identity
 from sdllava.evaluation.benchmarks import get_benchmark
 from sdllava.evaluation.benchmarks.base import Sample, open_image
 from sdllava.evaluation.evaluate import EvaluationOptions, LoadedModel, evaluate
@@ -193,12 +194,60 @@ def test_unreadable_image_keeps_earlier_replies(loaded, tmp_path):
     folder = write_mmvp(tmp_path / "data")
     options = EvaluationOptions(data=str(folder), batch_size=1)
     (folder / "MMVP Images" / "5.jpg").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"'5\.jpg' cannot be read.* The first \d replies are kept in .*out"):
+    with pytest.raises(
+        ValueError, match=r"the samples '5': .*'5\.jpg' cannot be read.* The first \d replies are kept in .*out"
+    ):
         evaluate(loaded, "mmvp", tmp_path / "out", options)
     kept = read_records(tmp_path / "out" / "samples.partial-0.jsonl")
     assert kept
-    make_image(5).save(folder / "MMVP Images" / "5.jpg")
+    make_image(5).save(folder / "MMVP Images" / "5.jpg")  # what the error advises
     assert evaluate(loaded, "mmvp", tmp_path / "out", options)["samples"] == 6
+
+
+def test_an_error_names_the_samples_of_its_batch(loaded, mmvp_folder, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise UnicodeDecodeError("utf-8", b"x", 0, 1, "bad")  # cannot be built from a message
+
+    monkeypatch.setattr(Responder, "reply", fails)
+    options = EvaluationOptions(data=str(mmvp_folder), batch_size=2)
+    with pytest.raises(ValueError, match=r"the samples '\d', '\d': .*bad.* Changed questions need another --output\."):
+        evaluate(loaded, "mmvp", tmp_path / "out", options)
+
+
+@pytest.mark.usefixtures("few_tokens", "few_resamples")
+def test_replies_to_other_images_are_not_kept(loaded, tmp_path):
+    """Images of the same names and sizes, exchanged after the run."""
+    folder = write_captions(tmp_path / "data")
+    options = EvaluationOptions(data=str(folder), blind=True)
+    evaluate(loaded, "captions", tmp_path / "out", options)
+    file = tmp_path / "out" / "samples.jsonl"
+    before, image = file.read_bytes(), (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes((folder / "2.png").read_bytes().ljust(len(image), b"\0")[: len(image)])
+    with pytest.raises(ValueError, match=r"out' was written with other images of the sample '1\.png'. Choose another"):
+        evaluate(loaded, "captions", tmp_path / "out", options)
+    assert file.read_bytes() == before
+    (folder / "1.png").write_bytes(image)
+    evaluate(loaded, "captions", tmp_path / "out", options)
+    assert file.read_bytes() == before
+    records = [json.loads(line) for line in before.splitlines()]
+    for record in records:
+        del record["image_fingerprint"]  # as an earlier version wrote them
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    evaluate(loaded, "captions", tmp_path / "out", options)
+    assert file.read_bytes() == before
+
+
+def test_each_image_file_is_read_once(tmp_path, monkeypatch):
+    make_image(0).save(tmp_path / "a.png")
+    read = []
+    monkeypatch.setattr(identity, "file_fingerprint", lambda path: read.append(path.name) or "hash")
+    path, pixels, missing = tmp_path / "a.png", make_image(1), tmp_path / "none.png"
+    sources = [(path,), (path, path), (pixels,), (lambda: pixels,), (missing,)]
+    samples = [Sample(str(k), "?", images, image_ids=("x",)) for k, images in enumerate(sources)]
+    found = identity.image_fingerprints(samples)
+    assert sorted(read) == ["a.png", "none.png"]
+    assert len({found["0"], found["1"], found["2"]}) == 3
+    assert found["2"] == found["3"]
 
 
 @pytest.mark.usefixtures("few_tokens", "few_resamples")

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from sdllava import mini_path
 from sdllava.commands.main import app
 from sdllava.hub.card import WIDGET, make_card
+from sdllava.hub.endpoint import EndpointHandler
 from sdllava.hub.push import collect
 
 EARLIER = Path(__file__).parent / "data" / "earlier-version"
@@ -102,6 +103,17 @@ def test_the_pushed_handler_answers_requests_of_an_endpoint(handler, tmp_path):
     postscript = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n").decode()
     with pytest.raises(ValueError, match=r"not an image that Pillow can read\. Give PNG, JPEG or WebP"):
         handler({"inputs": {"image": postscript, "question": question}})
+
+
+@pytest.mark.parametrize("form", ["plain", "lines", "data-url"])
+def test_an_endpoint_decodes_base64_with_line_breaks(form):
+    """The shell's `base64` breaks its output after 76 characters."""
+    lines = base64.encodebytes(bytes(range(200))).decode()
+    assert lines.count("\n") > 1
+    sent = {"plain": lines.replace("\n", ""), "lines": lines, "data-url": f"data:image/png;base64,{lines}"}[form]
+    handler = EndpointHandler.__new__(EndpointHandler)
+    handler.pipeline = lambda image, question: image
+    assert handler({"inputs": {"image": sent, "question": "What?"}}) == bytes(range(200))
 
 
 def test_push_writes_a_space_of_the_model(tmp_path):

@@ -6,9 +6,11 @@ import functools
 import http.server
 import io
 import logging as python_logging
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,8 @@ def cmyk_jpeg() -> Image.Image:
         (np.ones((2, 2), bool), (0, 0), (255, 255, 255)),
         (np.zeros((2, 2, 4), np.uint8), (0, 0), (255, 255, 255)),
         (Image.fromarray(np.full((2, 2), 0.4, np.float32)), (0, 0), (102, 102, 102)),
+        (Image.fromarray(np.full((300, 2), 200, np.int32)), (1, 299), (200, 200, 200)),
+        (Image.fromarray(np.array([[257 * 200, 0]], np.int32)), (0, 0), (200, 200, 200)),
     ],
 )
 def test_every_kind_of_image_becomes_right_rgb(image, pixel, expected):
@@ -318,6 +322,55 @@ def test_bad_input_raises(processor, arguments, error, message):
 def test_what_is_not_a_conversation_raises(processor, conversation):
     with pytest.raises(ValueError, match=r"is not a (conversation|message)\. Give a"):
         processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
+
+
+TEXT = {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize(
+    ("block", "field"),
+    [
+        ({"text": "What?"}, "type"),
+        ({"type": None}, "type"),
+        ({"type": "text", "text": 5}, "text"),
+        ({"type": "text"}, "text"),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant"])
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_a_content_block_without_type_or_text_raises_and_is_named(processor, role, block, field, tokenize):
+    conversation = [user("What?"), {"role": role, "content": [TEXT, block]}]
+    for given in (conversation, [[user("What?")], conversation]):
+        with pytest.raises(
+            ValueError, match=f"The {field} of the content block {re.escape(repr(block))} is missing or"
+        ):
+            processor.apply_chat_template(given, tokenize=tokenize, return_dict=tokenize)
+
+
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({}, {"commit_message": "Upload processor"}),
+        (
+            {"max_shard_size": "5MB", "tags": None, "commit_message": None, "private": True},
+            {"commit_message": "Upload processor", "private": True},
+        ),
+        ({"tags": [], "commit_message": "First"}, {"commit_message": "First"}),
+    ],
+)
+def test_a_push_takes_the_options_of_transformers(processor, monkeypatch, options, sent):
+    pushed = []
+
+    def push(folder, repo_id, **given):
+        assert (Path(folder) / "processor_config.json").is_file()
+        pushed.append((repo_id, given))
+
+    monkeypatch.setattr(type(processor), "push_files", staticmethod(push))
+    processor.push_to_hub("me/x", **options)
+    assert pushed == [("me/x", sent)]
+    with pytest.raises(ValueError, match=r"for the tags \['trial'\]\. Give them to the model's `push_to_hub`"):
+        processor.push_to_hub("me/x", tags=["trial"])
+    assert len(pushed) == 1
 
 
 def test_one_processor_in_8_threads_gives_what_it_gives_alone(processor):

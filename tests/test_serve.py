@@ -128,6 +128,14 @@ def test_only_the_served_model_is_listed(client, checkpoint):
     assert [model.id for model in client.models.list()] == [str(checkpoint)]
 
 
+def test_the_served_model_is_found_by_its_name(client, checkpoint):
+    """The client escapes the slashes of a name."""
+    assert client.models.retrieve(str(checkpoint)) == client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="Model 'me/other' is not served here") as caught:
+        client.models.retrieve("me/other")
+    assert caught.value.type == "not_found_error"
+
+
 def data_url(kind: str, length: int | None = None) -> str:
     """The image as a data URL, whole or cut off."""
     buffer = io.BytesIO()

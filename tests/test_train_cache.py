@@ -239,7 +239,7 @@ def test_an_interrupted_cache_resumes(tmp_path):
         whole.read(image_key("none"))
 
 
-def test_what_a_killed_write_left_is_no_shard(tmp_path):
+def test_what_a_killed_write_left_does_not_count(tmp_path):
     begin_cache(tmp_path, {"kind": "latents", "tensors": ["latents"]}, "checkpoint")
     (tmp_path / ".host-1-0000-a.safetensors").write_bytes(b"half")
     assert len(FeatureCache(tmp_path)) == 0

@@ -13,7 +13,7 @@ from ..data.images import open_image
 from ..data.ordering import natural_key
 from ..data.prompts import PromptOptions, training_prompts
 from ..data.records import RecordError, to_record
-from ..image_loading import load_rgb
+from ..image_loading import file_fingerprint, load_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
@@ -65,10 +65,8 @@ class ImageFiles(Sequence[PromptedImage]):
         return any(prompt is not None for prompt in self.prompts)
 
     def fingerprint(self) -> str:
-        """Hash of the names, the file sizes and the prompts, computed without decoding."""
-        distinct = set(self.prompts)  # one prompt has the hash that earlier versions gave it
-        prompts = distinct.pop() if len(distinct) == 1 else self.prompts
-        return _fingerprint([[name, path.stat().st_size] for name, path in self.files], prompts)
+        """Hash of the names, the files (size and first 64 KiB) and the prompts, computed without decoding."""
+        return _fingerprint([[name, file_fingerprint(path)] for name, path in self.files], self.prompts)
 
 
 class DatasetImages(Sequence[PromptedImage]):
@@ -78,13 +76,15 @@ class DatasetImages(Sequence[PromptedImage]):
         path: Anything that [`~sdllava.data.sources.DataSource`] reads.
         prompt: "question", "caption" or "none".
         image_folder: The folder of the image paths.
+        question: The question about every image, instead of `prompt`.
     """
 
-    def __init__(self, path: str, prompt: DatasetPrompt, image_folder: str | None):
+    def __init__(self, path: str, prompt: DatasetPrompt, image_folder: str | None, question: str | None = None):
         from ..data.sources import DataSource, load_data  # needs the optional package datasets
 
         self.rows = load_data([DataSource(path, image_folder=image_folder)])
         self.options = PromptOptions(source=prompt, question="last")
+        self.question = question
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,16 +95,20 @@ class DatasetImages(Sequence[PromptedImage]):
             raise RecordError(f"Row {index} {row['error'] or 'has no image'}.")
         record = to_record(row)
         image = open_image(record["images"][0], record["folder"])
+        if self.question is not None or not self.has_questions:
+            return PromptedImage(record["name"], image, self.question)
         question = training_prompts(record, self.options, seed=0, epoch=0, sample=index)[0]
-        return PromptedImage(record["name"], image, question if self.has_questions else None)
+        return PromptedImage(record["name"], image, question)
 
     @property
     def has_questions(self) -> bool:
         """Whether the images have a question or a caption."""
-        return self.options.source != "none"
+        return self.question is not None or self.options.source != "none"
 
     def fingerprint(self) -> str:
         """Hash of the dataset and of what the prompt is, computed without reading rows."""
+        if self.question is not None:
+            return _fingerprint(self.rows._fingerprint, "every image", self.question)
         return _fingerprint(self.rows._fingerprint, self.options.source)
 
 
@@ -126,8 +130,8 @@ def open_images(
             folder gives the images in it and in its subfolders, in the
             natural order of their paths: `2.jpg` comes before `10.jpg`. A folder that has data files, and images only
             in subfolders, is a dataset.
-        question: The question about every image of files and folders. None for the empty prompt.
-        prompt: The prompt of a dataset's images: "question", "caption" or "none".
+        question: The question about every image. None for the empty prompt, or the prompts of a dataset.
+        prompt: The prompt of a dataset's images where `question` is None: "question", "caption" or "none".
         image_folder: The folder of a dataset's image paths.
 
     Raises:
@@ -150,7 +154,7 @@ def open_images(
                 "that has."
             )
         elif len(sources) == 1:
-            return DatasetImages(source, prompt, image_folder)
+            return DatasetImages(source, prompt, image_folder, question)
         else:
             raise FileNotFoundError(
                 f"{source!r} is neither an image file ({', '.join(IMAGE_SUFFIXES)}) nor a folder of image files. Give "

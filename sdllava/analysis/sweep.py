@@ -31,11 +31,24 @@ class FeatureSelection:
         taps (`list[str]`): Tap names.
         timesteps (`list[int]`): Noise levels in 0..999.
         guidance_scales (`list[float]`): Guidance scales.
+
+    Raises:
+        ValueError: A tap, timestep or scale is repeated.
     """
 
     taps: list[str]
     timesteps: list[int]
     guidance_scales: list[float]
+
+    def __post_init__(self) -> None:
+        for option, values in (
+            ("--taps", self.taps),
+            ("--timesteps", self.timesteps),
+            ("--guidance-scales", self.guidance_scales),
+        ):
+            for position, value in enumerate(values):
+                if value in values[:position]:
+                    raise ValueError(f"{option} has {value!r} more than once. Give each value once.")
 
     @property
     def keys(self) -> list[FeatureKey]:
@@ -60,7 +73,7 @@ def select_features(
         guidance_scales: Default: the configured ones.
 
     Raises:
-        ValueError: A tap does not exist, or was truncated.
+        ValueError: A tap does not exist, or was truncated, or a value is repeated.
     """
     config = model.tower.config
     scales = guidance_scales or (config.guidance_scales if has_questions else None) or [0.0]

@@ -19,6 +19,7 @@ from .inspect_inputs import (
     TapsOption,
     TimestepsOption,
     check_files,
+    check_sweep_options,
     open_model,
     open_prompted,
     open_source,
@@ -213,6 +214,7 @@ def delta(
 
 @app.command()
 def similarity(
+    context: typer.Context,
     output: OutputOption,
     images: Annotated[
         list[str] | None, typer.Argument(help="Pairs in order: image files, a folder or a dataset.")
@@ -233,6 +235,7 @@ def similarity(
 ) -> None:
     """Compare images 1 and 2, 3 and 4, ... by cosine similarity per tap and timestep (S3, Figure 2c)."""
     check_files(output)
+    check_sweep_options(context)
     selected = Selected(taps, timesteps, guidance_scales)
     if reference and sweep is not None:
         raise ValueError("--reference needs the images themselves. Give images instead of --sweep.")
@@ -269,6 +272,7 @@ def similarity(
 
 @app.command()
 def cka(
+    context: typer.Context,
     output: OutputOption,
     images: Annotated[list[str] | None, typer.Argument(help="Image files, folders of images, or one dataset.")] = None,
     model: InspectedModelOption = "mini",
@@ -287,6 +291,7 @@ def cka(
 ) -> None:
     """Compute linear CKA between taps, and of each guidance scale with s = 0 (S3, Figures 5c and 9)."""
     check_files(output)
+    check_sweep_options(context)
     selected = Selected(taps, timesteps, guidance_scales)
     if method not in ("minibatch", "full"):
         raise ValueError(f"--method is minibatch or full, not {method!r}.")

@@ -20,7 +20,9 @@ InspectedModelOption = Annotated[
     str, typer.Option("--model", help="Folder or repository of a model or of a whole diffusion model, or 'mini'.")
 ]
 ImageArgument = Annotated[list[str], typer.Argument(help="Image files, folders of images, or one dataset.")]
-QuestionOption = Annotated[str | None, typer.Option(help="Question about every image. Default: the empty prompt.")]
+QuestionOption = Annotated[
+    str | None, typer.Option(help="Question about every image. Default: a dataset's own prompts, or the empty prompt.")
+]
 TapsOption = Annotated[
     str | None, typer.Option(help="Comma-separated, see `sdllava taps`, or 'all'. Default: the papers' taps.")
 ]
@@ -33,6 +35,11 @@ PromptOption = Annotated[str, typer.Option(help="Prompt of a dataset's images: q
 ImageFolderOption = Annotated[str | None, typer.Option(help="Folder of the image paths of a dataset.")]
 SweepOption = Annotated[Path | None, typer.Option(help="Folder that `inspect sweep` wrote, instead of images.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+
+UNUSED_WITH_SWEEP = (
+    "model", "question", "taps", "timesteps", "guidance_scales", "prompt", "image_folder", "device"
+)  # fmt: skip
+"""Parameters that say how features are computed. A sweep has its features already."""
 
 OUTPUT_SUFFIXES = (".png", ".svg", ".npz", ".json")
 
@@ -162,6 +169,23 @@ def open_source(
     loaded = open_model(model, device)
     features = ComputedFeatures(loaded, opened, selected.of(loaded, opened.has_questions))
     return FeatureSource(features, loaded.name, opened)
+
+
+def check_sweep_options(context: typer.Context) -> None:
+    """Check that a command with `--sweep` has no option that only applies to images.
+
+    Raises:
+        ValueError: It has one.
+    """
+    if context.params["sweep"] is None:
+        return
+    for name in UNUSED_WITH_SWEEP:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(
+                f"--{name.replace('_', '-')} {context.params[name]!r} does not change the features of --sweep. Remove "
+                "it, or give images instead of --sweep."
+            )
 
 
 def check_files(outputs: list[Path]) -> None:

@@ -30,11 +30,13 @@ def intervals(units: Units, scores: Scores, seed: int = SEED) -> dict[str, list[
     return {name: _percentiles([row[name] for row in drawn if name in row]) for name in _plain(units, scores)}
 
 
-def difference(first: Units, second: Units, scores: Scores, metric: str, seed: int = SEED) -> dict[str, Any]:
+def difference(
+    first: Units, second: Units, scores: Scores, metric: str, seed: int = SEED, same_questions: bool = True
+) -> dict[str, Any]:
     """Second minus first in one score, with its 95% interval.
 
-    If both runs have the same units, they are resampled together (paired), so that shared variation cancels. Otherwise
-    each run is resampled independently. Resamples without a unit of the score are left out.
+    If both runs have the same units of the same questions, they are resampled together (paired), so that shared
+    variation cancels. Otherwise each run is resampled independently. Resamples that lack the score are left out.
 
     Args:
         first: Units of the first run.
@@ -42,11 +44,12 @@ def difference(first: Units, second: Units, scores: Scores, metric: str, seed: i
         scores: Mean of each number over the units -> named scores.
         metric: Name of the score to compare.
         seed: Seed of the resamples.
+        same_questions: Whether units with the same id are about the same question.
 
     Returns:
         `dict`: `difference` (`float`), `interval` (`[low, high]`) and `paired` (`bool`).
     """
-    paired = set(first) == set(second)
+    paired = same_questions and set(first) == set(second)
     if paired:
         second = {name: second[name] for name in first}
     weights = _weights(len(first), seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmarks import BENCHMARKS, get_benchmark, get_matching_benchmark
-from .benchmarks.base import Benchmark
+from .benchmarks.base import Benchmark, unit_means
 from .benchmarks.matching_base import MatchingBenchmark
 from .bootstrap import difference
 from .published import PublishedRow, published_rows
@@ -108,9 +108,29 @@ def _differences(runs: list[Run], metric: str) -> list[dict]:
         second = other.units(run.records)
         # caption scores have their tokeniser in their names, and Java may be installed now but not then, or vice versa
         comparable = metric == scorer.metric == other.metric and metric in run.results["scores"]
-        usable = first and second and comparable
-        found.append(difference(first, second, scorer.scores, metric) if usable else {})
+        scored = all(units and metric in scorer.scores(unit_means(units)) for units in (first, second))
+        same = _same_questions(runs[0], run)
+        usable = comparable and scored
+        found.append(difference(first, second, scorer.scores, metric, same_questions=same) if usable else {})
     return found
+
+
+def _same_questions(first: Run, second: Run) -> bool:
+    """Whether records with the same id are about the same question.
+
+    They have the same target and texts and, in the same protocol, the same prompt. Fields that a record lacks are not
+    compared.
+    """
+    names = [(run.results.get("protocol") or {}).get("name") for run in (first, second)]
+    fields = ("target", "texts", "prompt") if names[0] == names[1] else ("target", "texts")
+    others = {record["id"]: record for record in second.records}
+    return all(
+        record[field] == others[record["id"]][field]
+        for record in first.records
+        if record["id"] in others
+        for field in fields
+        if field in record and field in others[record["id"]]
+    )
 
 
 def markdown(comparison: Comparison) -> str:

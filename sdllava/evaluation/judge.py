@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -120,7 +121,8 @@ class EndpointJudge:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         with self._open(request, timeout=300) as response:
-            return json.load(response)["choices"][0]["message"]["content"] or ""  # null if the model refuses
+            content = json.load(response)["choices"][0]["message"]["content"]
+            return without_thinking(content or "")  # null if the model refuses
 
 
 def _without_rejected(settings: dict[str, float], error: str) -> dict[str, float] | None:
@@ -169,14 +171,24 @@ class LocalJudge:
     def __call__(self, system: str, user: str) -> str:
         """The judge's reply."""
         inputs = self.tokenizer.apply_chat_template(
-            _messages(system, user), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            _messages(system, user),
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            enable_thinking=False,  # templates without this switch ignore it
         ).to(self.model.device)
         torch.manual_seed(0)
         with torch.inference_mode():
             output = self.model.generate(
                 **inputs, do_sample=True, temperature=TEMPERATURE, top_k=0, max_new_tokens=MAX_TOKENS
             )
-        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        reply = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return without_thinking(reply).strip()
+
+
+def without_thinking(reply: str) -> str:
+    """A reply without the block `<think>...</think>` at its beginning."""
+    return re.sub(r"\A\s*<think>.*?</think>\s*", "", reply, flags=re.DOTALL)
 
 
 def make_judge(model: str | None, url: str | None = None) -> Judge | None:

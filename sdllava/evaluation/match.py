@@ -7,9 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from .. import mini_path, register
 from ..configuration import SDLlavaConfig
+from ..fingerprints import weights_hash
 from ..image_loading import ImageLike
 from ..repositories import as_dtype, is_gated, missing, read_json, split_revision
 from ..run_records import locked
@@ -20,6 +22,7 @@ from .benchmarks.base import locate, open_image
 from .benchmarks.matching_base import MatchingBenchmark, MatchingItem
 from .bootstrap import intervals
 from .clip_matching import ClipMatcher, OpenClipMatcher
+from .identity import IMAGES, check_images, image_fingerprints, items_fingerprint
 from .matching import DEFAULT_MATCHING, DiffusionMatcher, MatchingOptions, published_timesteps
 from .processes import default_device, gather_records, process_state
 from .results import RunFolder
@@ -30,6 +33,10 @@ PAPERS_ENSEMBLE = frozenset(published_timesteps(5))
 
 class Matcher(Protocol):
     """A model that scores images against texts."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module whose weights identify the model."""
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -102,7 +109,7 @@ def match(
         matcher: The model.
         name: Name of the benchmark.
         output: Folder of the run.
-        model: The model's identity, recorded in the results.
+        model: The model's identity, recorded in the results with a hash of the matcher's weights.
         options: The matcher's options, recorded in the results.
         data: Local folder in the published layout, or a Hub data set id. None uses the published id.
         revision: Branch, tag or commit of the data on the Hub.
@@ -114,7 +121,8 @@ def match(
         `dict`: The contents of `results.json` (see `tabulate`), empty on other processes than the main one.
 
     Raises:
-        FileNotFoundError, ValueError: Data is missing or invalid, or the folder contains another run.
+        FileNotFoundError, ValueError: Data is missing or invalid, or the folder contains another run or scores of
+            other images.
     """
     benchmark = get_matching_benchmark(name)
     if data and (Path(data) / name).is_dir():
@@ -130,8 +138,8 @@ def match(
     layers = getattr(matcher, "layers", None)  # CLIP-style models have none
     settings = {
         "benchmark": name,
-        "model": model,
-        "data": {**source, "samples": len(items)},
+        "model": {**model, "weights": weights_hash(matcher.model)[:16]},
+        "data": {**source, "fingerprint": items_fingerprint(items), "samples": len(items)},
         "prefix": benchmark.prefix if prefix is None else prefix,
         "matching": None if layers is None else {**asdict(options), "layers_read": layers},
     }
@@ -158,12 +166,15 @@ def _score_items(
         folder = RunFolder(path, settings, state.process_index)
     state.wait_for_everyone()
     done = {record["id"]: record for record in folder.finished()}
+    fingerprints = image_fingerprints(items)
+    check_images(done.values(), fingerprints, path)
     mine = items[state.process_index :: state.num_processes]
     for number, item in enumerate(mine, 1):
         if item.id not in done:
             images = [open_image(source, f"{item.id}, image {k}") for k, source in enumerate(item.images, 1)]
             scores = matcher.score(images, [settings["prefix"] + text for text in item.texts])
             done[item.id] = {"id": item.id, "texts": list(item.texts), **item.info, "scores": scores.tolist()}
+            done[item.id][IMAGES] = fingerprints[item.id]
             folder.append([done[item.id]])
         if progress and state.is_main_process:
             progress(number, len(mine))

@@ -141,6 +141,11 @@ class DiffusionMatcher:
             self._score = (SummedMaps if options.pooling == "maps" else PooledLogits)(tower, taps)
 
     @property
+    def model(self) -> SDLlavaDiffusionModel:
+        """The tower, whose weights identify the model."""
+        return self.tower
+
+    @property
     def timesteps(self) -> tuple[int, ...]:
         """Timesteps of the scores; empty if the score has none of its own, because maps are summed over them."""
         return self.options.timesteps if self._score.per_timestep else ()

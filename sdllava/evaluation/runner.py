@@ -18,6 +18,7 @@ import torch
 
 from .benchmarks.base import Benchmark, Sample, fingerprint, unit_means
 from .bootstrap import intervals
+from .identity import IMAGES, check_images, image_fingerprints
 from .responder import Responder
 from .results import RunFolder
 
@@ -77,10 +78,13 @@ def answer_samples(
         progress: Called with the number of answered samples and their total.
 
     Raises:
-        FileNotFoundError, ValueError: An image is missing or cannot be read. Earlier replies are kept.
+        FileNotFoundError, ValueError: An image is missing, cannot be read, or is not that of a kept reply. Earlier
+            replies are kept.
     """
     mine = [sample for number, sample in enumerate(samples) if number % processes == folder.rank]
     done = {record["id"]: record for record in folder.finished()}
+    images = image_fingerprints(samples)
+    check_images(done.values(), images, folder.path)
     todo = [sample for sample in mine if sample.id not in done]
     todo.sort(key=_batching_order(todo))
     sampled = benchmark.generation.get("do_sample", False)
@@ -90,6 +94,9 @@ def answer_samples(
     def prompts(batch: list[Sample]) -> list[list[str]] | None:
         return [questions[sample.id] for sample in batch] if questions else None
 
+    def record_of(sample: Sample, reply: str) -> dict[str, Any]:
+        return {**make_record(benchmark, sample, reply, questions), IMAGES: images[sample.id]}
+
     answered = len(mine) - len(todo)
     ahead = one_ahead(lambda batch: responder.prepare(batch, prompts(batch), blind), batches)
     for batch in batches:
@@ -98,20 +105,20 @@ def answer_samples(
         try:
             replies = responder.reply(batch, benchmark.generation, prompts(batch), blind, next(ahead))
         except (FileNotFoundError, ValueError) as error:
-            raise type(error)(
-                f"{error} The first {len(done)} replies are kept in {str(folder.path)!r}. Correct the data, then run "
-                "the same command again."
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(
+                f"In the batch of the samples {', '.join(repr(sample.id) for sample in batch)}: {error} The first "
+                f"{len(done)} replies are kept in {str(folder.path)!r}. If images are missing or damaged, complete "
+                "them and run the same command again. Changed questions need another --output."
             ) from error
-        records = [
-            make_record(benchmark, sample, reply, questions) for sample, reply in zip(batch, replies, strict=True)
-        ]
+        records = [record_of(sample, reply) for sample, reply in zip(batch, replies, strict=True)]
         folder.append(records)
         done.update({record["id"]: record for record in records})
         answered += len(batch)
         if progress:
             progress(answered, len(mine))
     # parsed again, so that a judgement of an earlier run does not replace the parser's verdict
-    return [make_record(benchmark, sample, done[sample.id]["reply"], questions) for sample in mine]
+    return [record_of(sample, done[sample.id]["reply"]) for sample in mine]
 
 
 def one_ahead(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:

@@ -33,8 +33,9 @@ class EndpointHandler:
         """Answer one request.
 
         Args:
-            data: `{"inputs": {"image": ..., "question": ...}, "parameters": {...}}`. The image is base64, also as a
-                data URL, or a `PIL.Image.Image`. The parameters are those of the pipeline, such as `max_new_tokens`.
+            data: `{"inputs": {"image": ..., "question": ...}, "parameters": {...}}`. The image is base64, also with
+                line breaks or as a data URL, or a `PIL.Image.Image`. The parameters are those of the pipeline, such as
+                `max_new_tokens`.
 
         Returns:
             `list[dict]`: `[{"answer": ..., "score": ...}]`.
@@ -55,6 +56,6 @@ class EndpointHandler:
 def _decoded(image: str) -> bytes:
     """The bytes of a base64 string or a data URL. Paths and other URLs raise, so that a request reads no file."""
     try:
-        return base64.b64decode(image.rpartition(",")[2], validate=True)
+        return base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
     except ValueError as error:
         raise ValueError(f"Image {image!r:.60} is not base64 ({error}). Encode the bytes of its file.") from error

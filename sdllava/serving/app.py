@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from .answering import ModelWorker
-from .chat import ChatRequest, read_chat_request
+from .chat import ChatRequest, check_model, read_chat_request
 from .jobs import Answer, Job, timeout_error
 from .limits import Limits, RequestError
 from .media import decode, fetch, read_data_url
@@ -67,6 +67,8 @@ class ChatApp:
         routes = [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/models/", self.models),
+            Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
         ]
@@ -97,8 +99,16 @@ class ChatApp:
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: the served model."""
         self._check_token(request)
-        entry = {"id": self.names[0], "object": "model", "created": 0, "owned_by": "sdllava"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse({"object": "list", "data": [self._model_entry()]})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/{name}`: the served model by one of its names, which may contain slashes."""
+        self._check_token(request)
+        check_model(request.path_params["name"], self.names)
+        return JSONResponse(self._model_entry())
+
+    def _model_entry(self) -> dict[str, Any]:
+        return {"id": self.names[0], "object": "model", "created": 0, "owned_by": "sdllava"}
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""

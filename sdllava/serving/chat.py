@@ -12,9 +12,18 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 64
 DEFAULT_NEW_TOKENS = 256
 """Tokens of an answer where the request does not give their number."""
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")
+"""`developer` is OpenAI's present name of `system`."""
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Fields of OpenAI's clients without an effect on the answer."""
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True,),
+    "response_format": ({"type": "text"},),
+    "stop": ("",),
+    "tool_choice": ("none", "auto"),
+}
+"""Values that mean the same as no value, in addition to null, false and what is empty."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +72,18 @@ def read_chat_request(body: bytes, names: Sequence[str], limits: Limits) -> Chat
         raise RequestError("The body is not valid JSON in UTF-8. Send a JSON object.") from error
     if not isinstance(given, dict):
         raise RequestError(f"The body is a {type(given).__name__}. Send a JSON object.")
-    fields = {name: value for name, value in given.items() if name not in IGNORED and not _is_off(value)}
+    fields = {name: value for name, value in given.items() if name not in IGNORED and not _is_off(name, value)}
     model = fields.pop("model", None)
     if not isinstance(model, str):
         raise RequestError(f"Field 'model' is missing. Use {names[0]!r}.")
-    if model not in names:
-        raise RequestError(f"Model {model[:80]!r} is not served here. Use {names[0]!r}.", 404)
+    check_model(model, names)
     messages, image_urls = _messages(fields.pop("messages", None), limits)
     tokens = [fields.pop(name, None) for name in ("max_completion_tokens", "max_tokens")]
     new_tokens = next((count for count in tokens if count is not None), min(DEFAULT_NEW_TOKENS, limits.max_new_tokens))
     stop, seed = fields.pop("stop", ()), fields.pop("seed", None)
     options = fields.pop("stream_options", {})
+    if fields.get("temperature") == 0 and fields.get("top_p") == 0:
+        del fields["top_p"]  # greedy, as without it
     request = ChatRequest(
         messages,
         image_urls,
@@ -96,8 +106,22 @@ def read_chat_request(body: bytes, names: Sequence[str], limits: Limits) -> Chat
     return request
 
 
-def _is_off(value: Any) -> bool:
-    return value is None or value is False or value == [] or value == {}
+def check_model(model: str, names: Sequence[str]) -> None:
+    """Check the name of a model.
+
+    Args:
+        model: As the request names it.
+        names: The names that the served model has.
+
+    Raises:
+        RequestError: It is another model (HTTP 404).
+    """
+    if model not in names:
+        raise RequestError(f"Model {model[:80]!r} is not served here. Use {names[0]!r}.", 404)
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return value is None or value is False or value == [] or value == {} or value in DEFAULTS.get(name, ())
 
 
 def _not_a_number(text: str) -> None:
@@ -146,17 +170,19 @@ def _messages(given: Any, limits: Limits) -> tuple[list[dict[str, Any]], list[st
     urls: list[str] = []
     for position, message in enumerate(given):
         where = f"Message {position}"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise RequestError(f"{where} has no known role. Use one of {', '.join(ROLES)}.")
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in ROLES:
+            has = "no role" if role is None else f"the role {_short(role)}"
+            raise RequestError(f"{where} has {has}. Use one of {', '.join(ROLES)}.")
         parts, found = _content(message.get("content"), where)
-        if found and message["role"] != "user":
-            raise RequestError(f"{where} has an image and the role {message['role']!r}. Send images as the user.")
-        if message["role"] == "system":
+        if found and role != "user":
+            raise RequestError(f"{where} has an image and the role {role!r}. Send images as the user.")
+        if role in ("system", "developer"):
             if position:
-                raise RequestError(f"{where} has the role 'system'. Only the first message can have it.")
+                raise RequestError(f"{where} has the role {role!r}. Only the first message can have it.")
             messages.append({"role": "system", "content": "\n".join(part["text"] for part in parts)})
         else:
-            messages.append({"role": message["role"], "content": parts})
+            messages.append({"role": role, "content": parts})
         urls += found
     if messages[-1]["role"] != "user":
         raise RequestError("The last message is not the user's. End with a question.")

@@ -124,18 +124,19 @@ def _too_large(max_bytes: int) -> RequestError:
 
 
 def read_data_url(url: str, max_bytes: int) -> bytes:
-    """The bytes of a data URL in base64.
+    """The bytes of a data URL in base64, which may have parameters (`;name=value`) and line breaks.
 
     Raises:
         RequestError: It is malformed (HTTP 400) or too large (HTTP 413).
     """
-    found = re.match(r"data:image/[\w.+-]{1,40};base64,", url)
+    found = re.match(r"data:image/[\w.+-]{1,40}(?:;[\w.+-]{1,40}=[^;,]{1,80}){0,4};base64,", url)
     if found is None:
         raise RequestError(f"{url[:80]!r} is neither a URL nor a data URL of an image. Send the image as one.")
-    if (len(url) - found.end()) * 3 // 4 > max_bytes + 2:
+    encoded = re.sub(r"\s+", "", url[found.end() :])
+    if len(encoded) * 3 // 4 > max_bytes + 2:
         raise _too_large(max_bytes)
     try:
-        return base64.b64decode(url[found.end() :], validate=True)
+        return base64.b64decode(encoded, validate=True)
     except ValueError as error:
         raise RequestError("An image's data URL is not valid base64. Send the whole image.") from error
 

@@ -60,7 +60,7 @@ def removed_on_failure(unfinished: Path) -> Iterator[None]:
 
 
 class EpochSampler(LengthGroupedSampler):
-    """LengthGroupedSampler whose order depends on seed and epoch alone, so that a resumed epoch has the same order.
+    """LengthGroupedSampler whose order depends only on seed and epoch, so that a resumed epoch has the same order.
 
     Args:
         batch_size: Samples that are grouped by length.

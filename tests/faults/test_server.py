@@ -125,9 +125,13 @@ MALFORMED = {
     "no-messages": ({"model": "model"}, 400, "Field 'messages' is missing or empty"),
     "empty-messages": ({"model": "model", "messages": []}, 400, "Field 'messages' is missing or empty"),
     "messages-text": ({"model": "model", "messages": "hi"}, 400, "Field 'messages' is missing or empty"),
-    "message-number": ({"model": "model", "messages": [7]}, 400, "Message 0 has no known role"),
-    "role": ({"model": "model", "messages": [{"role": "root", "content": "x"}]}, 400, "has no known role"),
-    "role-list": ({"model": "model", "messages": [{"role": [], "content": "x"}]}, 400, "has no known role"),
+    "message-number": ({"model": "model", "messages": [7]}, 400, "Message 0 has no role. Use one of system, developer"),
+    "role": ({"model": "model", "messages": [{"role": "root", "content": "x"}]}, 400, "has the role 'root'. Use one"),
+    "role-list": ({"model": "model", "messages": [{"role": [], "content": "x"}]}, 400, "the role of type list. Use"),
+    "late-system": (
+        {"model": "model", "messages": [{"role": "user", "content": "x"}, {"role": "developer", "content": "x"}]}, 400,
+        "Message 1 has the role 'developer'. Only the first message can have it"
+    ),
     "content-number": ({"model": "model", "messages": [{"role": "user", "content": 5}]}, 400, "has no content"),
     "content-none": ({"model": "model", "messages": [{"role": "user", "content": None}]}, 400, "has no content"),
     "part-number": ({"model": "model", "messages": [{"role": "user", "content": [5]}]}, 400, "neither a text nor"),
@@ -143,6 +147,11 @@ MALFORMED = {
     "path": (body(image("/etc/passwd")), 400, "'/etc/passwd' is neither a URL nor a data URL"),
     "file": (body(image("file:///etc/passwd")), 400, "is neither a URL nor a data URL"),
     "base64": (body(image("data:image/png;base64,@@@@")), 400, "is not valid base64"),
+    "parameters": (body(image("data:image/png" + ";a=b" * 9 + ";base64,")), 400, "is neither a URL nor a data URL"),
+    "json": (body(response_format={"type": "json_object"}), 400, "Field 'response_format' is not supported"),
+    "tool": (body(tool_choice="required"), 400, "Field 'tool_choice' is not supported"),
+    "tools": (body(tools=[{"type": "function"}], tool_choice="auto"), 400, "Field 'tools' is not supported"),
+    "no-nucleus": (body(top_p=0), 400, "Field 'top_p' is 0. Use a number in 1e-06..1"),
     "not-an-image": (body(image(data_url(b"rubbish"))), 400, "is not an image that Pillow can read"),
     "truncated": (body(image(data_url(encoded(Image.effect_noise((50, 50), 90), "PNG")[:500]))), 400, "truncated"),
     "thin": (body(image(data_url(png(1, 9000, bytes(18_000))))), 400, "is too thin"),
@@ -196,6 +205,54 @@ def test_a_good_request_returns_the_answer(client, app):
     checked = app.worker.jobs[-1].request
     assert (checked.temperature, checked.max_new_tokens, checked.stop, checked.seed) == (0, 5, ("?",), 0)
     assert checked.messages[0] == system
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"response_format": {"type": "text"}},
+        {"tool_choice": "none"},
+        {"tool_choice": "auto"},
+        {"parallel_tool_calls": True},
+        {"modalities": ["text"]},
+        {"top_p": 0},
+        {"stop": ""},
+    ],
+)
+def test_a_value_that_means_the_default_changes_nothing(client, app, field):
+    checked = []
+    for fields in ({}, field):
+        assert post(client, body("What?", temperature=0, **fields)).status_code == 200
+        checked.append(app.worker.jobs[-1].request)
+    assert checked[0] == checked[1]
+
+
+def test_the_role_developer_is_that_of_the_system(client, app):
+    request = body("What is it?")
+    request["messages"].insert(0, {"role": "developer", "content": "Be brief."})
+    assert post(client, request).status_code == 200
+    assert app.worker.jobs[-1].request.messages[0] == {"role": "system", "content": "Be brief."}
+
+
+LINES = base64.encodebytes(encoded(Image.effect_noise((20, 10), 80), "PNG")).decode()
+
+
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "data:image/png;charset=utf-8;base64,"])
+@pytest.mark.parametrize(
+    "data", [LINES, LINES.replace("\n", "\r\n"), LINES.replace("\n", "")], ids=["lf", "crlf", "one"]
+)
+def test_a_data_url_has_line_breaks_and_parameters(client, app, head, data):
+    assert LINES.count("\n") > 1
+    assert post(client, body(image(head + data), "What is it?")).status_code == 200
+    assert [x.size for x in app.worker.images[-1]] == [(20, 10)]
+
+
+def test_line_breaks_do_not_count_as_bytes_of_an_image():
+    data = bytes(1000)
+    url = "data:image/png;base64," + base64.encodebytes(data).decode()
+    assert media.read_data_url(url, 1000) == data
+    with pytest.raises(RequestError, match="An image has more than 997 bytes"):
+        media.read_data_url(url, 997)
 
 
 def test_a_body_of_unknown_length_has_the_same_limit(client):

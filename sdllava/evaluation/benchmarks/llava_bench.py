@@ -150,7 +150,11 @@ class LLaVABench(Benchmark):
         record["ratings"] = parse_ratings(judgment)
 
     def units(self, records: Sequence[dict]) -> dict[str, dict[str, float]]:
-        """The two ratings of each judged question, -1 if the review could not be read. Empty without a judge."""
+        """The two ratings of each judged question, -1 if the review could not be read.
+
+        Empty without a judge, and if no review could be read.
+        """
+        self.notes.pop("reviews", None)
         units, unread = {}, 0
         for record in records:
             if "ratings" in record:
@@ -158,15 +162,22 @@ class LLaVABench(Benchmark):
                 unread += (reference, candidate) == (-1.0, -1.0)
                 groups = ("all", record["category"])
                 units[record["id"]] = in_groups(groups, reference=reference, candidate=candidate)
+        if unread == len(units):
+            if units:
+                self.notes["reviews"] = f"none of {unread} begins with two ratings, so there is no score"
+            return {}
         if unread:
             self.notes["reviews"] = f"{unread} do not begin with two ratings; each counts as -1 and -1, as published"
         return units
 
     def scores(self, means: dict[str, float]) -> dict[str, float]:
-        """The relative score over all questions and in each category."""
+        """The relative score over all questions and in each category.
+
+        Left out where the mean rating of the reference is not above 0, because too many reviews could not be read.
+        """
         references, candidates = group_means(means, "reference"), group_means(means, "candidate")
         return {
             group: score([(references[group], candidates[group])])
             for group in ("all", *CATEGORIES)
-            if group in references
+            if round(references.get(group, 0.0), 3) > 0
         }

@@ -1,52 +1,29 @@
 """Your own questions, from a JSON Lines file: exact matches, contained answers, and letters of options.
 
 A row has `image` (a path, or a list of paths), `question`, and either `answer` (a text, or a list of accepted texts) or
-`options` (a list of texts) with `answer` as a letter or a text of the list. `category` and `id` are optional.
+`options` (a list of texts or numbers) with `answer` as a letter or a text of the list. `category` and `id` are
+optional. `letters.py` lists the forms in which a reply may name an option.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data.records import IMAGE_MARKER
 from .base import Benchmark, Sample, inside, read_json_lines
 from .groups import group_means, in_groups
+from .letters import LETTERS, contains, normalise, parse_letter
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NEEDED = ("image", "question", "answer")
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, and without punctuation at the end."""
-    return " ".join(text.lower().split()).rstrip(".!,;: ")
-
-
-def parse_letter(reply: str, options: Sequence[str]) -> str | None:
-    """The letter of the option that a reply names, or None.
-
-    Accepts a letter at the beginning ("B", "(B)", "B. red"), the text of an option, or a single letter in parentheses.
-
-    Args:
-        reply: The model's reply.
-        options: The texts of the options, in the order of their letters.
-    """
-    letters = LETTERS[: len(options)]
-    if begin := re.match(rf"\(([{letters}])\)|([{letters}])(?=[.:)]|\s*$)", reply.strip()):
-        return begin.group(1) or begin.group(2)
-    texts = [normalise(option) for option in options]
-    if normalise(reply) in texts:
-        return letters[texts.index(normalise(reply))]
-    found = set(re.findall(rf"\(([{letters}])\)", reply))
-    return found.pop() if len(found) == 1 else None
 
 
 class Own(Benchmark):
     """Your own questions. Scores overall and by category, in percent.
 
     `exact`: the reply equals an accepted answer, ignoring case and final punctuation; with options, the reply names the
-    letter or is the text. `contains`: an accepted answer occurs in the reply as whole words. `letter`: of the questions
-    with options, the reply names the right letter or text.
+    letter or the text. `contains`: an accepted answer occurs in the reply as whole words, or the reply is `exact`.
+    `letter`: of the questions with options, the reply names the right letter or text.
     """
 
     name = "own"
@@ -86,16 +63,23 @@ class Own(Benchmark):
         options = row.get("options") or []
         if not isinstance(options, list) or len(options) > len(LETTERS):
             raise ValueError(f"{where} has the options {options!r:.80}. Give a list of at most {len(LETTERS)} texts.")
+        options = [str(option) for option in options]
         answers = [str(answer) for answer in (row["answer"] if isinstance(row["answer"], list) else [row["answer"]])]
         target: Any = answers
         prompt = str(row["question"])
+        if options and len(answers) > 1:
+            raise ValueError(f"{where} has the answers {answers} to a question with options. Give one answer.")
         if options:
             target = self._letter(answers[0], options, where)
-            answers = [str(options[LETTERS.index(target)])]
+            answers = [options[LETTERS.index(target)]]
             lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
             prompt = "\n".join([prompt, *lines, "Answer with the option's letter from the given choices directly."])
         elif self.protocol == "short":
             prompt += "\nAnswer the question using a single word or phrase."
+        if IMAGE_MARKER in prompt:
+            raise ValueError(
+                f"{where} has {IMAGE_MARKER!r} in its question or options. Leave it out: images come first."
+            )
         names = row["image"] if isinstance(row["image"], list) else [row["image"]]
         return Sample(
             id=str(row.get("id", number)),
@@ -107,13 +91,12 @@ class Own(Benchmark):
             info={"answers": answers, "options": options, "category": str(row.get("category") or "")},
         )
 
-    def _letter(self, answer: str, options: Sequence[Any], where: str) -> str:
-        texts = [str(option) for option in options]
-        if answer in texts:
-            return LETTERS[texts.index(answer)]
+    def _letter(self, answer: str, options: Sequence[str], where: str) -> str:
+        if answer in options:
+            return LETTERS[options.index(answer)]
         if len(answer.strip("()")) == 1 and answer.strip("()") in LETTERS[: len(options)]:
             return answer.strip("()")
-        raise ValueError(f"{where} has the answer {answer!r}, which is not one of its options {texts}. Correct it.")
+        raise ValueError(f"{where} has the answer {answer!r}, which is not one of its options {options}. Correct it.")
 
     def parse(self, sample: Sample, reply: str) -> str | None:
         """The letter, or without options the normalised reply; None if there is none."""
@@ -132,9 +115,8 @@ class Own(Benchmark):
 
     def _verdicts(self, record: dict) -> dict[str, float]:
         reply = normalise(record["reply"])
-        answers = [re.escape(normalise(answer)) for answer in record["answers"]]
-        contains = any(re.search(rf"(?<!\w){answer}(?!\w)", reply) for answer in answers)
-        verdicts = {"exact": record["correct"], "contains": contains}
+        found = any(contains(reply, normalise(answer)) for answer in record["answers"])
+        verdicts = {"exact": record["correct"], "contains": record["correct"] or found}
         if record["options"]:
             verdicts["letter"] = record["correct"]
         numbers: dict[str, float] = {}
