@@ -59,7 +59,9 @@ def _load_llava(llava: str, dtype: torch.dtype) -> Any:
     require_safetensors(llava)
     with part_reported(llava, "the LLaVA checkpoint's weights"):
         try:
-            return LlavaForConditionalGeneration.from_pretrained(dtype=dtype, **split_revision(llava))
+            return LlavaForConditionalGeneration.from_pretrained(
+                dtype=dtype, use_safetensors=True, **split_revision(llava)
+            )
         except OSError as error:
             raise missing(llava, "LLaVA checkpoint's weights", error) from error
 
@@ -70,7 +72,7 @@ def _load_language_model(language_model: str, vocab_size: int, dtype: torch.dtyp
     where = {**split_revision(language_model), "trust_remote_code": False}
     with part_reported(language_model, "the language model's weights"):
         try:
-            causal_lm = AutoModelForCausalLM.from_pretrained(dtype=dtype, **where)
+            causal_lm = AutoModelForCausalLM.from_pretrained(dtype=dtype, use_safetensors=True, **where)
         except OSError as error:
             raise missing(language_model, "language model's weights", error) from error
     old = causal_lm.get_input_embeddings().weight.shape[0]

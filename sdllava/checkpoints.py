@@ -131,7 +131,8 @@ def _require_frozen(source: Any, model: PreTrainedModel, missing_keys: Any) -> N
     if lacking and not getattr(model.config, "left_out", None):
         raise ValueError(
             f"{str(source)!r} lacks {len(lacking)} frozen weights that this configuration needs, {lacking[0]!r} first. "
-            "It was saved with other taps, or cut after them. Compose it again with these taps, or with truncate=False."
+            "It was saved with other taps, or cut after them; or without frozen parts, which only the whole model "
+            "loads. Compose it again with these taps, or with truncate=False."
         )
 
 

@@ -115,11 +115,13 @@ class SDLlavaDiffusionModel(FrozenDiffusionModel):
 
     @torch.no_grad()
     def encode_prompts(self, *input_ids: Any) -> Prompts:
-        """Conditioning of n prompts, from token ids `(n, tokens)` of each tokenizer.
+        """Conditioning of n prompts, from token ids `(n, tokens)` of each tokenizer, without autocast.
 
-        See `DiffusionBackbone.encode_prompts`.
+        Guidance amplifies any difference in precision between them and the empty prompt. See
+        `DiffusionBackbone.encode_prompts`.
         """
-        return self.backbone.encode_prompts(*input_ids)
+        with without_autocast(input_ids[0].device):
+            return self.backbone.encode_prompts(*input_ids)
 
     @torch.compiler.disable
     def null_prompt(self, device: torch.device | str | None = None) -> Prompts:
@@ -137,7 +139,7 @@ class SDLlavaDiffusionModel(FrozenDiffusionModel):
         if self._null_prompt is None or self._null_prompt[0] != key or hasattr(weight, "ds_id"):
             device = torch.device(device or weight.device)
             tensors = [torch.tensor([row], device=device) for row in self.config.null_prompt_ids]
-            with torch.inference_mode(False), without_autocast(device):
+            with torch.inference_mode(False):
                 self._null_prompt = (key, self.encode_prompts(*tensors))
         return self._null_prompt[1]
 

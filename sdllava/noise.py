@@ -28,7 +28,15 @@ def ddpm_rates(scheduler_config: dict[str, Any]) -> list[tuple[float, float]]:
 
     Args:
         scheduler_config: The published configuration of the scheduler.
+
+    Raises:
+        ValueError: It has no schedule of betas, as those of EDM and of flow matching.
     """
+    if not {"beta_schedule", "trained_betas"} & scheduler_config.keys():
+        raise ValueError(
+            f"The scheduler's configuration has no schedule of betas; it has {', '.join(sorted(scheduler_config))}. "
+            "Use a diffusion model of this architecture that was trained as a DDPM."
+        )
     with torch.device("cpu"):
         alphas_cumprod = DDPMScheduler.from_config(dict(scheduler_config)).alphas_cumprod
     return list(zip((alphas_cumprod**0.5).tolist(), ((1 - alphas_cumprod) ** 0.5).tolist(), strict=True))

@@ -119,7 +119,9 @@ def _pickle_in_folder(source: str) -> str | None:
 
 
 def _pickle_in_repository(source: str, options: dict[str, Any]) -> str | None:
-    for name in ("pytorch_model.bin", "adapter_model.bin"):
+    whole = [f"{folder}pytorch_model.bin" for folder in ("", "text_encoder/", "text_encoder_2/")]
+    whole += [f"{folder}/diffusion_pytorch_model.bin" for folder in ("unet", "transformer", "vae")]
+    for name in [*whole, *(f"{name}.index.json" for name in whole), "adapter_model.bin"]:
         try:
             if has_file(source, name, **hub_options(options)):
                 return name

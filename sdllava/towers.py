@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from .backbones import read_whole
 from .configuration import SDLlavaConfig
 from .diffusion import SDLlavaDiffusionModel
+from .modeling_sdllava import SDLlavaForConditionalGeneration
 from .parts import diffusion_image_processor
 from .processors import SDLlavaProcessor
 from .repositories import find_file, missing, split_revision
@@ -61,5 +62,8 @@ def _load_saved(
             f"{model!r} is a {config.model_type!r} without a diffusion tower. Give an SDLlava model that has one, or a "
             "published diffusion model."
         )
-    tower = SDLlavaDiffusionModel.from_pretrained(**where, config=config.diffusion_config, dtype=dtype or "auto")
+    if "diffusion" in (config.left_out or {}):  # only the whole model knows where the weights are
+        tower = SDLlavaForConditionalGeneration.from_pretrained(**where, dtype=dtype or "auto").model.diffusion_tower
+    else:
+        tower = SDLlavaDiffusionModel.from_pretrained(**where, config=config.diffusion_config, dtype=dtype or "auto")
     return tower.eval(), SDLlavaProcessor.from_pretrained(**where)

@@ -79,6 +79,8 @@ def load_vision(vision: str, config: PreTrainedConfig, dtype: torch.dtype) -> Pr
     require_safetensors(vision)
     with part_reported(vision, "the vision encoder's weights", "vision_config"):
         try:
-            return VISION_MODELS[config.model_type].from_pretrained(dtype=dtype, **split_revision(vision))
+            return VISION_MODELS[config.model_type].from_pretrained(
+                dtype=dtype, use_safetensors=True, **split_revision(vision)
+            )
         except OSError as error:
             raise missing(vision, "vision encoder's weights", error) from error

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from conftest import TOWER
-from diffusers import UNet2DConditionModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
@@ -194,6 +194,13 @@ def test_pickled_weights_are_not_read(published, tmp_path):
     shutil.copytree(published["sd2"], copy)
     (copy / "unet" / "diffusion_pytorch_model.safetensors").rename(copy / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises((OSError, ValueError), match="safetensors"):
+        SDLlavaDiffusionModel.from_component_pretrained(copy, **TOWER)
+
+
+def test_a_schedule_without_betas_raises(published, tmp_path):
+    copy = shutil.copytree(published["sd2"], tmp_path / "flow")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(copy / "scheduler")
+    with pytest.raises(ValueError, match=r"has no schedule of betas; it has .*num_train_timesteps"):
         SDLlavaDiffusionModel.from_component_pretrained(copy, **TOWER)
 
 

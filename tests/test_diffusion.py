@@ -398,5 +398,7 @@ def test_noise_and_empty_prompt_do_not_depend_on_the_surroundings():
         torch.set_default_dtype(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         other = model.null_prompt()["encoder_hidden_states"]
+        ids = torch.tensor(model.config.null_prompt_ids[:1])
+        assert torch.equal(model.encode_prompts(ids)["encoder_hidden_states"], other)
     assert other.dtype == null.dtype == torch.float32
     assert torch.equal(other, model.null_prompt()["encoder_hidden_states"])

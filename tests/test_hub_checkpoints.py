@@ -23,6 +23,7 @@ from transformers import (
 import sdllava
 from sdllava import SDLlavaConfig, SDLlavaDiffusionModel, SDLlavaForConditionalGeneration, SDLlavaProcessor
 from sdllava.checkpoint_files import CheckpointError
+from sdllava.towers import load_tower
 from sdllava.train.adapters import load_merged
 from sdllava.version import CONFIGURATION_VERSION, __version__
 
@@ -184,7 +185,7 @@ def with_sources(loaded, published):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-def test_frozen_parts_that_were_left_out_come_back_bitwise(with_sources, tmp_path, dtype):
+def test_frozen_parts_that_were_left_out_come_back_bitwise(with_sources, composed, tmp_path, dtype):
     with_sources.save_pretrained(tmp_path / "whole")
     with_sources.save_pretrained(tmp_path / "small", bundle_frozen=False)
     sizes = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "small")}
@@ -192,6 +193,9 @@ def test_frozen_parts_that_were_left_out_come_back_bitwise(with_sources, tmp_pat
     whole, small = (SDLlavaForConditionalGeneration.from_pretrained(tmp_path / n, dtype=dtype) for n in sizes)
     assert_same(tensors(whole), tensors(small))
     assert not any(p.requires_grad for p in small.model.diffusion_tower.backbone.parameters())
+    SDLlavaProcessor.from_pretrained(composed).save_pretrained(tmp_path / "small")
+    tower, _ = load_tower(str(tmp_path / "small"), dtype)
+    assert_same(tensors(whole.model.diffusion_tower), tensors(tower))
     small.save_pretrained(tmp_path / "again")  # bundled again by default
     assert read(tmp_path / "again").get("left_out") is None
     assert_same(

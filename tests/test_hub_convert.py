@@ -139,8 +139,11 @@ def test_parts_with_pickles_only_raise_with_the_converter(published, tmp_path, p
         load[part]()
 
 
-def test_a_repository_with_pickles_only_raises(monkeypatch):
-    held = {"pytorch_model.bin"}
+@pytest.mark.parametrize(
+    "pickle", ["pytorch_model.bin", "pytorch_model.bin.index.json", "unet/diffusion_pytorch_model.bin"]
+)
+def test_a_repository_with_pickles_only_raises(monkeypatch, pickle):
+    held = {pickle}
     monkeypatch.setattr("sdllava.repositories.has_file", lambda source, name, **_: name in held)
     with pytest.raises(ValueError, match=r"Run `sdllava convert lmsys/vicuna-7b-v1\.5 FOLDER`"):
         require_safetensors("lmsys/vicuna-7b-v1.5")

@@ -217,7 +217,7 @@ def copy_without_frozen(folder: str | os.PathLike, target: str | os.PathLike) ->
         )
     model = SDLlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
     for path in Path(folder).iterdir():
-        if path.is_dir() and path.name.startswith("diffusion_tokenizer"):
+        if path.is_dir() and path.name.startswith(("diffusion_tokenizer", EVAL_RESULTS)):
             shutil.copytree(path, Path(target, path.name))
         elif path.is_file() and ".safetensors" not in path.name:
             shutil.copy(path, target)
