@@ -142,6 +142,22 @@ def test_captions_layouts(tmp_path):
     assert benchmark.read(hub)[0].target == ["A dog.", "Dog"]
 
 
+def test_captions_reads_one_annotation_file_of_coco(tmp_path):
+    for name in ("train2017", "val2017", "test2017"):
+        make_image(0).save(tmp_path / f"{name}.jpg")
+        contents = {
+            "images": [{"id": 1, "file_name": f"{name}.jpg"}],
+            "annotations": [{"image_id": 1, "caption": "A dog."}],
+        }
+        (tmp_path / f"captions_{name}.json").write_text(json.dumps(contents))
+    (sample,) = get_benchmark("captions").read(tmp_path)
+    assert sample.id == "val2017.jpg"
+    (tmp_path / "captions_val2017.json").unlink()
+    names = r"\['captions_test2017\.json', 'captions_train2017\.json'\]"
+    with pytest.raises(ValueError, match=rf"has several annotation files: {names}\. Keep one of them\."):
+        get_benchmark("captions").read(tmp_path)
+
+
 @pytest.mark.slow
 def test_mini_has_its_published_size():
     samples = get_benchmark("mini").read(None)

@@ -204,8 +204,12 @@ def test_blink_judges_only_replies_that_its_parser_cannot_read(loaded, blink_fol
     options = EvaluationOptions(protocol="official", data=str(blink_folder))
     endpoint.answer = "(A)"
     results = evaluate(loaded, "blink", tmp_path / "out", options, judge=judge_at(endpoint))
-    assert len(endpoint.requests) == 1
-    assert "Answer: the first one" in endpoint.requests[0][2]["messages"][0]["content"]
+    ((_, _, request),) = endpoint.requests
+    content = request["messages"][0]["content"]
+    assert "\nSelect from the following choices?\nOptions: (A) " in content
+    assert "Answer: the first one" in content
+    assert request["temperature"] == 0.0
+    assert results["judge"].endswith(", temperature 0.0")
     assert results["scores"]["Jigsaw"] == 100
     assert results["scores"]["Counting"] == 50
     without = evaluate(loaded, "blink", tmp_path / "other", options)
@@ -257,6 +261,14 @@ def test_local_judge_works_without_a_network_and_reads_only_safetensors(tmp_path
     judge.model.generation_config.max_new_tokens = 8
     assert "local" in judge.name
     assert judge("rate", "this 8") == judge("rate", "this 8")
+    used = []
+    sampled = judge.model.generate
+    monkeypatch.setattr(judge.model, "generate", lambda **k: used.append(k) or sampled(**k))
+    greedy = judge.with_temperature(0.0)
+    assert greedy.name == f"{tmp_path} (local), temperature 0.0"
+    for each in (judge, greedy):
+        each("rate", "this 8")
+    assert [(k["do_sample"], k.get("temperature")) for k in used] == [(True, 0.2), (False, None)]
     switch = "{{ 'no' if enable_thinking is defined and not enable_thinking else 'yes' }}"
     judge.tokenizer.chat_template = "rate " + switch
     generate, prompts = judge.model.generate, []

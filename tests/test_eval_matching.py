@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import sys
 from itertools import product
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fixtures_evaluation import make_image, write_winoground
 from PIL import Image
+from safetensors.torch import save_model
 
 from sdllava.evaluation.benchmarks.matching_base import MatchingItem
 from sdllava.evaluation.compare import compare
@@ -440,7 +442,7 @@ def test_clip_and_siglip_of_transformers(published, tmp_path):
 
 
 def test_open_clip(tmp_path):
-    """A tiny architecture with random weights: scores are cosine similarities of open_clip's own features."""
+    """Scores of a tiny architecture with stored weights are cosine similarities of open_clip's own features."""
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     config = {
         "embed_dim": 16,
@@ -449,7 +451,9 @@ def test_open_clip(tmp_path):
     }
     (tmp_path / "tiny-test.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path)
-    ours = load_matcher("open_clip:tiny-test", MatchingOptions())
+    weights = tmp_path / "weights.safetensors"
+    save_model(open_clip.create_model("tiny-test"), weights)
+    ours = load_matcher(f"open_clip:tiny-test/{weights}", MatchingOptions())
     scores = ours.score(IMAGES, TEXTS)
     assert scores.shape == (1, 1, 2, 2)
     with torch.no_grad():
@@ -459,6 +463,13 @@ def test_open_clip(tmp_path):
     np.testing.assert_allclose(scores[0, 0], expected.numpy(), atol=1e-5)
     with pytest.raises(ValueError, match=r"Unknown open_clip model 'open_clip:nothing'\. Use the form open_clip:ARCH"):
         load_matcher("open_clip:nothing", MatchingOptions())
+
+
+@pytest.mark.parametrize("name", ["open_clip:tiny-test", "open_clip:tiny-test/"])
+def test_open_clip_without_a_pretrained_tag_raises(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "open_clip", SimpleNamespace(list_models=lambda: ["tiny-test"]))
+    with pytest.raises(ValueError, match=rf"'{name}'\. Use the form open_clip:ARCHITECTURE/PRETRAINED\."):
+        load_matcher(name, MatchingOptions())
 
 
 def test_no_model(tmp_path):

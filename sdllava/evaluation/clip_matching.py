@@ -59,7 +59,7 @@ class OpenClipMatcher:
 
     Raises:
         ImportError: open_clip is not installed.
-        ValueError: The architecture does not exist.
+        ValueError: The architecture does not exist, or the name has no pretrained tag.
     """
 
     timesteps: tuple[int, ...] = ()
@@ -70,11 +70,11 @@ class OpenClipMatcher:
         except ImportError:
             raise ImportError('open_clip is not installed. Run `pip install "sdllava[open_clip]"`.') from None
         architecture, _, pretrained = name.removeprefix("open_clip:").partition("/")
-        if architecture not in open_clip.list_models():
+        if architecture not in open_clip.list_models() or not pretrained:
             raise ValueError(f"Unknown open_clip model {name!r}. Use the form open_clip:ARCHITECTURE/PRETRAINED.")
         self.device = device or default_device()
         self.model, _, self.preprocess = open_clip.create_model_and_transforms(
-            architecture, pretrained=pretrained or None, device=self.device
+            architecture, pretrained=pretrained, device=self.device
         )
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(architecture)

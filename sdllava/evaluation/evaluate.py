@@ -305,6 +305,7 @@ def _judge(benchmark: Benchmark, records: list[dict], path: Path, judge: Judge |
         benchmark.notes["judge"] = f"absent: {len(wanted)} replies are written and not judged (name one with --judge)"
         return None
     benchmark.notes.pop("judge", None)
+    judge = judge.with_temperature(benchmark.judge_temperature)
     kept = RunFolder(path / f"judgments-{run_name(judge.name)}", {"judge": judge.name})
     done = {record["id"]: record for record in kept.finished()}
     for record, (system, user) in wanted:

@@ -1,5 +1,6 @@
-"""Judges: an OpenAI-compatible endpoint or a local model of transformers, at temperature 0.2 as in the papers."""
+"""Judges: an OpenAI-compatible endpoint or a local model of transformers, at the temperature of the benchmark."""
 
+import copy
 import http.client
 import json
 import os
@@ -17,6 +18,7 @@ from ..repositories import require_safetensors
 from .processes import default_device
 
 TEMPERATURE = 0.2
+"""As in LLaVA-Bench and MMVP. A benchmark can choose another one."""
 MAX_TOKENS = 1024
 MAX_COMPLETION_TOKENS = 8192
 """For models that require `max_completion_tokens`. Their reasoning counts towards it."""
@@ -40,6 +42,9 @@ class Judge(Protocol):
 
     def __call__(self, system: str, user: str) -> str:
         """The judge's reply to a system message (possibly empty) and a user message."""
+
+    def with_temperature(self, temperature: float) -> "Judge":
+        """The same judge at this temperature, which its name contains. At 0 it is greedy."""
 
 
 class JudgeRejectionError(ConnectionError):
@@ -73,6 +78,13 @@ class EndpointJudge:
         self.settings: dict[str, float] = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
         local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         self._open = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else [])).open
+
+    def with_temperature(self, temperature: float) -> "EndpointJudge":
+        """The same judge at this temperature."""
+        other = copy.copy(self)
+        other.name = f"{self.model} at {self.url}, temperature {temperature}"
+        other.settings = {**self.settings, "temperature": temperature}
+        return other
 
     @property
     def temperature(self) -> float | None:
@@ -166,7 +178,14 @@ class LocalJudge:
             raise ValueError(f"The judge {model!r} has no chat template. Choose an instruction-tuned model.")
         self.model = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto", use_safetensors=True)
         self.model.to(device or default_device()).eval()
+        self._source = model
         self.name = f"{model} (local), temperature {TEMPERATURE}"
+
+    def with_temperature(self, temperature: float) -> "LocalJudge":
+        """The same judge at this temperature, with the same weights in memory."""
+        other = copy.copy(self)
+        other.name, other.temperature = f"{self._source} (local), temperature {temperature}", temperature
+        return other
 
     def __call__(self, system: str, user: str) -> str:
         """The judge's reply."""
@@ -177,11 +196,12 @@ class LocalJudge:
             return_tensors="pt",
             enable_thinking=False,  # templates without this switch ignore it
         ).to(self.model.device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
         torch.manual_seed(0)
         with torch.inference_mode():
-            output = self.model.generate(
-                **inputs, do_sample=True, temperature=TEMPERATURE, top_k=0, max_new_tokens=MAX_TOKENS
-            )
+            output = self.model.generate(**inputs, **sampling, max_new_tokens=MAX_TOKENS)
         reply = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return without_thinking(reply).strip()
 

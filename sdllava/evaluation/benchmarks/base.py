@@ -69,6 +69,7 @@ class Benchmark:
     protocols: dict[str, str] = {}  # name -> description
     files: tuple[str, ...] = ("*",)  # patterns of the files to download from the Hub
     data_file: bool = False  # `--data` is a file, which `read` takes in place of a folder
+    judge_temperature: float = 0.2
     template: str = "chat"  # "plain": image tokens and prompt, without the chat template
     image_folder: Path | None = None  # the images' folder, if it is not the annotations' folder
 

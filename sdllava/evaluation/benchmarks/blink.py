@@ -140,13 +140,14 @@ class BLINK(Benchmark):
     split = "val"
     metric = "macro"
     max_new_tokens = 128
+    judge_temperature = 0.0
     files = ("*/val-*.parquet",)
     protocols = {
         "default": "greedy, the data set's prompt, separate images, the authors' parser; replies that it cannot parse "
         "count as wrong",
         "official": "greedy, the authors' disclaimer before three tasks, the images joined into one strip by their "
         "helper for single-image models, their parser; replies that it cannot parse go to the judge, if there is one, "
-        "with their instruction but without its four worked examples",
+        "with their instruction but without its three worked examples",
     }
 
     def read(self, folder: Path) -> list[Sample]:
@@ -224,8 +225,8 @@ class BLINK(Benchmark):
             "option is most similar to the answer. If the answer says things like refuse to answer, I'm sorry cannot "
             "help, etc., output (Z). If the meaning of all options are significantly different from the answer, or "
             "the answer does not select any option, output (Z). You should output one of the choices, "
-            f"{','.join(LETTERS)} (if they are valid options), or (Z)\nQuestion: {record['question']}\nOptions: "
-            f"{options}\n(Z) Failed\nAnswer: {record['reply']}\nYour output: "
+            f"{','.join(LETTERS)} (if they are valid options), or (Z)\nQuestion: {record['question']}\n"
+            f"Select from the following choices?\nOptions: {options}\n(Z) Failed\nAnswer: {record['reply']}\nYour output: "
         )
 
     def apply_judgment(self, record: dict, judgment: str) -> None:

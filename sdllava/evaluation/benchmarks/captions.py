@@ -51,8 +51,11 @@ class CocoCaptions(Benchmark):
                 name = str(folder / "dataset_coco.json")
                 raise ValueError(f"{name!r} has no images with sentences and split. Use Karpathy's file.")
             rows = [row for row in found if row["split"] == self.split]
-        elif files := sorted(folder.glob("captions_*.json")):
-            rows = [row for file in files for row in coco_rows(file) or []]
+        elif files := sorted(folder.glob("captions_val*.json")) or sorted(folder.glob("captions_*.json")):
+            if len(files) > 1:
+                names = [file.name for file in files]
+                raise ValueError(f"{str(folder)!r} has several annotation files: {names}. Keep one of them.")
+            rows = coco_rows(files[0]) or []
         elif files := sorted(folder.glob("*.jsonl")):
             rows = [row for file in files for row in read_json_lines(file)]
             rows = [{"filename": row.get("image"), "sentences": row.get("captions"), **row} for row in rows]
