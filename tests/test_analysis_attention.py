@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from sdllava import SDLlavaDiffusionModel, SDLlavaForConditionalGeneration, SDLlavaProcessor
-from sdllava.analysis.attention import map_onto_image, model_attention, question_attention, question_heatmap
+from sdllava.analysis.attention import drawn_part, map_onto_image, model_attention, question_attention, question_heatmap
 from sdllava.analysis.attention import words_in_prompt as words
 from sdllava.analysis.loading import load_analysis_model
 from sdllava.image_loading import pad_to_square
@@ -236,6 +236,12 @@ def test_a_map_is_only_cropped_where_pixels_are_cells():
     grid = np.arange(64, dtype=np.float32).reshape(8, 8)
     assert np.array_equal(map_onto_image(grid, (8, 4)), grid[2:6])
     assert np.array_equal(map_onto_image(grid, (3, 8)), grid[:, 2:5])
+
+
+def test_the_drawn_part_of_a_map_has_no_padding():
+    grid = np.arange(64, dtype=np.float32).reshape(8, 8)
+    assert np.array_equal(drawn_part(grid, (8, 4)), grid[2:6])
+    assert drawn_part(grid, (100, 100)) is grid
 
 
 @pytest.fixture(scope="module")

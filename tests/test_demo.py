@@ -14,7 +14,8 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the demo page needs gradio")
 
 from sdllava import SDLlavaForConditionalGeneration, SDLlavaProcessor
-from sdllava.analysis.attention import Word, question_heatmap
+from sdllava.analysis.attention import QuestionAttention, Word, question_heatmap
+from sdllava.analysis.features import DeltaMap
 from sdllava.demo.drawing import VEIL, Answer, answers_html, maps_html, veiled
 from sdllava.demo.engine import Engine, check_length, open_uploads
 from sdllava.demo.guard import contains_url_file
@@ -218,16 +219,35 @@ def test_the_events_of_a_session(page, engine):
     moved = page.move_slider(current, 2.0)
     assert "guidance scale 2:" in moved
     assert moved.split("</span>")[-1] != effect.split("</span>")[-1]
-    *_, (html, history) = page.answers(opened, current, 2.0, [["earlier"]])
+    first, *_, (html, history, _) = page.answers(opened, current, 2.0, [["earlier"]])
+    assert first == (gr.skip(), gr.skip(), moved)  # the slider may have moved since `ask`
     fused = list(engine.answer(opened.encoded[0], "Is it red or blue?", 2.0))[-1]
     vision_only = list(engine.answer_without_diffusion(opened.encoded[0], "Is it red or blue?"))[-1]
     assert history == [["Is it red or blue?", "2", fused, vision_only], ["earlier"]]
-    assert [*page.answers(opened, current, 2.0, [])] == [(gr.skip(), gr.skip())]  # it has these answers
+    assert [*page.answers(opened, current, 2.0, [])] == [(gr.skip(),) * 3]  # it has these answers
     assert html.index("Diffusion model + CLIP") < html.index("CLIP only")
 
     example = page.choose_example(gr.SelectData(None, {"index": 1, "value": None}))
     assert example[1] == page.examples[1].question
     assert example[0].encoded[0].images == [page.examples[1].image]
+
+
+def test_the_padding_of_an_image_does_not_count(page):
+    from sdllava.demo.events import WHOLE, CurrentQuestion
+
+    grid = np.ones((8, 8), np.float32)
+    grid[:, 4:] = 3
+    grid[[0, -1]] = 100  # the padding of an image that is twice as wide as high
+    delta = DeltaMap("U-L0-R0-B0-Out", 50, np.zeros((1, 8, 8, 3), np.float32), grid[None] / 100)
+    attention = QuestionAttention([Word("red", (0,), False)], grid[None] / 1000, noise(64, 32), "a place")
+    current = CurrentQuestion("red", 0, [attention], delta)
+    assert current.brightest() == pytest.approx(1.5)
+    html = page.choose_word(current, WHOLE)
+    assert "up to 1.5 times its average" in html
+    assert "(0.2% here)" in html
+    assert "by up to 12% of their length" in page.move_slider(current, 4.0)
+    current.attention[0].image = noise(64, 64)
+    assert current.brightest() == pytest.approx(100 / grid.mean())
 
 
 def test_a_missing_image_or_question_is_marked_at_its_field(page):
@@ -286,7 +306,7 @@ def test_two_checkpoints_are_compared(engine, published):
     assert page.headers == ["question", "s", *names]
     opened = page.upload([png(noise())])[0]
     current = page.ask(opened, "Is it red?", 4.0, 0)[0]
-    *_, (html, ((_, _, *said),)) = page.answers(opened, current, 4.0, [])
+    *_, (html, ((_, _, *said),), _) = page.answers(opened, current, 4.0, [])
     assert said[0] == generated_answer(engine, [noise()], "Is it red?")
     assert said[2] == generated_answer(other, [noise()], "Is it red?")
     assert html.index(names[0]) < html.index(names[1]) < html.index(names[2])

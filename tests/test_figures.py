@@ -4,8 +4,20 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from sdllava.analysis.features import PCA, PCAMap
-from sdllava.analysis.plots import LABEL_HEIGHT, PAGE, draw_colours, few_samples, layout, new_figure, pca_figure
+from sdllava.analysis.attention import HeatMap, QuestionAttention, Word
+from sdllava.analysis.features import PCA, DeltaMap, PCAMap
+from sdllava.analysis.plots import (
+    LABEL_HEIGHT,
+    PAGE,
+    attention_figure,
+    delta_figure,
+    draw_colours,
+    few_samples,
+    heatmap_figure,
+    layout,
+    new_figure,
+    pca_figure,
+)
 from sdllava.analysis.similarity import CKAResult, SimilarityGrid
 from sdllava.analysis.similarity_plots import cka_figure, similarity_figure
 from sdllava.evaluation.benchmarks.groups import group_counts, in_groups
@@ -36,6 +48,24 @@ def test_a_map_of_the_padded_square_is_cropped_to_the_image():
     draw_colours(axes, np.zeros((4, 4, 3)), WIDE)
     assert (axes.get_xlim(), axes.get_ylim()) == ((0, 200), (100, 0))
     assert axes.images[0].get_extent() == [0, 200, 150, -50]
+
+
+@pytest.mark.parametrize(("image", "highest"), [(WIDE, 2.0), (WIDE.resize((100, 100)), 100.0)])
+def test_the_padding_of_an_image_does_not_change_the_colours(image, highest):
+    """Values of 1 and 2 over the image, and of 100 over its padding. A square image has no padding."""
+    grid = np.ones((8, 8), np.float32)
+    grid[:, 4:] = 2
+    grid[[0, -1]] = 100
+    attention = QuestionAttention([Word("red", (0,), False)], grid[None] / 100, image, "a place")
+    heat = HeatMap(grid, grid, image, "a word", "a unit", "a place")
+    delta = DeltaMap("U-L0-R0-B0-Out", 50, np.random.default_rng(0).normal(size=(1, 8, 8, 3)), grid[None])
+    figures = [heatmap_figure(heat), delta_figure([image], ["red"], [delta], "title")]
+    for figure in figures:
+        assert [i.get_clim() for axes in figure.axes for i in axes.images if i.get_alpha()] == [(1.0, highest)]
+    axes = attention_figure([("a layer", attention)], "title").axes[1]
+    mean = 1.5 if highest == 2 else grid.mean()
+    assert axes.get_title() == f"red\n{mean / 100:.1%}"
+    assert axes.images[-1].get_clim() == pytest.approx((1 / mean, highest / mean), rel=1e-3)
 
 
 def test_many_maps_become_a_grid():

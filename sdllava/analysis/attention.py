@@ -192,6 +192,12 @@ def map_onto_image(grid: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     return square[top : top + height, left : left + width].numpy()
 
 
+def drawn_part(grid: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """The values of a map without the padding: the map itself for a square image, else [`map_onto_image`]."""
+    width, height = image_size
+    return grid if width == height else map_onto_image(grid, image_size)
+
+
 def attention_by_word(
     maps: AttentionMaps,
     tokenizers: Sequence[PreTrainedTokenizerBase],

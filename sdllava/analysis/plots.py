@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..atomic_files import atomic_path
-from .attention import HeatMap, QuestionAttention, map_onto_image
+from .attention import HeatMap, QuestionAttention, drawn_part, map_onto_image
 from .features import DeltaMap, PCAMap, RegisterReport
 
 if TYPE_CHECKING:
@@ -189,6 +189,10 @@ def overlay(axes: "Axes", image: Image.Image, grid: np.ndarray, low: float, high
     return axes.imshow(map_onto_image(grid, small.size), cmap=HEAT, alpha=0.65, vmin=low, vmax=high)
 
 
+def _range(parts: Sequence[np.ndarray]) -> tuple[float, float]:
+    return min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
+
+
 def colour_bar(figure: "Figure", drawn: Any, axes: Any, unit: str) -> None:
     """Draw a colour bar with its unit next to `axes`."""
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
@@ -201,7 +205,8 @@ def heatmap_figure(heat: HeatMap, title: str = "") -> "Figure":
     figure = new_figure(7.5, 3.6, title or f"{heat.label}: {heat.description}")
     plain, over = figure.subplots(1, 2)
     _bare(plain).imshow(_small(heat.image))
-    drawn = overlay(over, heat.image, heat.grid, float(heat.grid.min()), float(heat.grid.max()))
+    low, high = _range([drawn_part(heat.grid, _small(heat.image).size)])
+    drawn = overlay(over, heat.image, heat.grid, low, high)
     colour_bar(figure, drawn, [plain, over], heat.unit)
     return figure
 
@@ -234,13 +239,15 @@ def attention_figure(rows: Sequence[tuple[str, QuestionAttention]], title: str) 
     else:
         figure, lines = _rows(len(rows), len(words) + 1, title, aspect)
     for line, (label, attention) in zip(lines, rows, strict=True):
-        _bare(line[0]).imshow(_small(attention.image))
+        small = _small(attention.image)
+        _bare(line[0]).imshow(small)
         line[0].set_ylabel(label, fontsize=7)
-        means = attention.maps.mean(axis=(1, 2), keepdims=True)
-        relative = (attention.maps / np.maximum(means, np.finfo(np.float32).tiny))[words]
-        for axis, i, grid in zip(line[1:], words, relative, strict=True):
-            label = f"{attention.words[i].text}\n{means[i].item():.1%}"
-            drawn = overlay(axis, attention.image, grid, float(relative.min()), float(relative.max()), label)
+        parts = [drawn_part(attention.maps[i], small.size) for i in words]
+        means = [max(float(part.mean()), float(np.finfo(np.float32).tiny)) for part in parts]
+        low, high = _range([part / mean for part, mean in zip(parts, means, strict=True)])
+        for axis, i, mean in zip(line[1:], words, means, strict=True):
+            label = f"{attention.words[i].text}\n{mean:.1%}"
+            drawn = overlay(axis, attention.image, attention.maps[i] / mean, low, high, label)
         colour_bar(figure, drawn, line, "")
     figure.supxlabel(f"{rows[0][1].unit}, relative to its mean (the percentage above each map)", fontsize=7)
     return figure
@@ -315,7 +322,8 @@ def delta_figure(
         blocks[0][2 * i].set_title(question, fontsize=7, loc="left", wrap=True)
         blocks[0][2 * i + 1].set_visible(False)
     for block, delta in zip(blocks[1:], deltas, strict=True):
-        low, high = float(delta.heat.min()), float(delta.heat.max())
+        sizes = [_small(image).size for image in images]
+        low, high = _range([drawn_part(grid, size) for grid, size in zip(delta.heat, sizes, strict=True)])
         _label_block(block[0], f"{_label(delta.tap, delta.timestep, None)}, {low:.2f} to {high:.2f}")
         pca = delta.pca()
         for i, image in enumerate(images):

@@ -8,7 +8,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ..analysis.attention import QuestionAttention
+from ..analysis.attention import QuestionAttention, drawn_part
 from ..analysis.features import DeltaMap
 from ..commands.reporting import PHOTOGRAPH
 from ..scenes.language import sample_question
@@ -77,11 +77,20 @@ class CurrentQuestion:
 
     def relative(self, word: str) -> list[np.ndarray]:
         """The map of a word over each image, relative to its mean over that image."""
-        return [grid / max(float(grid.mean()), float(np.finfo(np.float32).tiny)) for grid in self.shares(word)]
+        shares, tiny = self.shares(word), float(np.finfo(np.float32).tiny)
+        return [grid / max(float(part.mean()), tiny) for grid, part in zip(shares, self.drawn(shares), strict=True)]
 
     def brightest(self) -> float:
         """The largest relative value of all words: the maps of a question have one scale."""
-        return max(float(grid.max()) for word in self.words() for grid in self.relative(word))
+        return max(self.largest(self.relative(word)) for word in self.words())
+
+    def drawn(self, grids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The values of a map over each image, without the padding."""
+        return [drawn_part(grid, a.image.size) for grid, a in zip(grids, self.attention, strict=True)]
+
+    def largest(self, grids: Sequence[np.ndarray]) -> float:
+        """The largest value of a map over the images, without the padding."""
+        return max(float(part.max()) for part in self.drawn(grids))
 
 
 @dataclass
@@ -221,10 +230,14 @@ class Page:
     def answers(
         self, opened: OpenImages | None, current: CurrentQuestion | None, scale: float, history: list
     ) -> Iterator[tuple]:
-        """Stream the answers, then add them to the history. Nothing happens if the question has them already."""
+        """Show the effect at the scale of the answers, stream them, then add them to the history.
+
+        Nothing happens if the question has these answers already.
+        """
         if opened is None or current is None or current.answered_at == scale:
-            yield (gr.skip(),) * 2
+            yield (gr.skip(),) * 3
             return
+        yield gr.skip(), gr.skip(), self._effect(current, scale)
         example = opened.example
         expected = example.answer if example and example.question == current.text else None
         said: list[str] = []
@@ -232,10 +245,10 @@ class Page:
             said.append("…")
             for text in stream:
                 said[-1] = text
-                yield answers_html(self._answers(said), expected), gr.skip()
+                yield answers_html(self._answers(said), expected), gr.skip(), gr.skip()
         current.answered_at = scale
         html = answers_html(self._answers(said, expected), expected)
-        yield html, [[current.text, f"{scale:g}", *said], *history]
+        yield html, [[current.text, f"{scale:g}", *said], *history], gr.skip()
 
     def _answers(self, said: list[str], expected: str | None = None) -> list[Answer]:
         """Answers with who gave them, judged if the right answer is given."""
@@ -258,8 +271,8 @@ class Page:
             return ""
         text = "the question" if word == WHOLE else f"“{word}”"
         grids, high = current.relative(word), current.brightest()
-        here = max(float(grid.max()) for grid in grids)
-        share = float(current.shares(word)[0].mean())
+        here = current.largest(grids)
+        share = float(current.drawn(current.shares(word))[0].mean())
         return maps_html(
             [attention.image for attention in current.attention], grids, high,
             f"Where the diffusion model reads for {text}: up to {here:.1f} times its average.",
@@ -277,11 +290,12 @@ class Page:
         configured = self.engines[current.shown].guidance_scale or 1.0
         scale = scale if current.shown == 0 else configured
         delta = current.delta
-        high = float(delta.heat.max()) * configured
+        largest = current.largest(list(delta.heat))
+        high = largest * configured
         return maps_html(
             [attention.image for attention in current.attention], list(delta.heat * scale), high,
             f"Where the question changes the features at guidance scale {scale:g}: by up to "
-            f"{float(delta.heat.max()) * scale:.0%} of their length.",
+            f"{largest * scale:.0%} of their length.",
             f"{high:.0%}",
             f"|s (X_c - X_u)| relative to the mean |X_u|, at tap {delta.tap}, t = {delta.timestep}. The picture's "
             "scale is that of the configured guidance.",

@@ -110,20 +110,21 @@ def _connect(page: Page, c: SimpleNamespace) -> None:
         c.upload_problem, c.image_problem,
     ]  # fmt: skip
     outputs = [c.current, c.words, c.attention, c.effect, c.question, c.question_problem, c.image_problem]
-    answered = [c.answers, c.history]
+    answered = [c.answers, c.history, c.effect]
+    streamed = {**model, "show_progress_on": [c.answers, c.history]}  # the effect is complete before the answers
     ask = (page.ask, [c.images, c.question, c.scale, c.shown], outputs)
     answers = (page.answers, [c.images, c.current, c.scale, c.history], answered)
 
     c.upload.upload(page.upload, c.upload, opened, **model)
     chosen = c.gallery.select(page.choose_example, None, opened, **model)
     for event in (chosen.success, c.ask.click, c.question.submit):
-        event(*ask, **model).success(*answers, **model)
+        event(*ask, **model).success(*answers, **streamed)
     c.shown.input(*ask, **model)
     c.words.input(page.choose_word, [c.current, c.words], c.attention, api_visibility="private")
     moved = c.scale.input(
         page.move_slider, [c.current, c.scale], c.effect, trigger_mode="always_last", api_visibility="private"
     )
-    moved.success(*answers, trigger_mode="always_last", **model)
+    moved.success(*answers, trigger_mode="always_last", **streamed)
 
 
 def launch(*engines: Engine, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:

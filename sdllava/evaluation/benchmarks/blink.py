@@ -226,7 +226,8 @@ class BLINK(Benchmark):
             "help, etc., output (Z). If the meaning of all options are significantly different from the answer, or "
             "the answer does not select any option, output (Z). You should output one of the choices, "
             f"{','.join(LETTERS)} (if they are valid options), or (Z)\nQuestion: {record['question']}\n"
-            f"Select from the following choices?\nOptions: {options}\n(Z) Failed\nAnswer: {record['reply']}\nYour output: "
+            f"Select from the following choices?\nOptions: {options}\n(Z) Failed\nAnswer: {record['reply']}\n"
+            "Your output: "
         )
 
     def apply_judgment(self, record: dict, judgment: str) -> None:
