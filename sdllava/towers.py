@@ -4,12 +4,11 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from .backbones import read_whole
 from .configuration import SDLlavaConfig
 from .diffusion import SDLlavaDiffusionModel
-from .modeling_sdllava import SDLlavaForConditionalGeneration
 from .parts import diffusion_image_processor
 from .processors import SDLlavaProcessor
 from .repositories import find_file, missing, split_revision
@@ -63,7 +62,10 @@ def _load_saved(
             "published diffusion model."
         )
     if "diffusion" in (config.left_out or {}):  # only the whole model knows where the weights are
-        tower = SDLlavaForConditionalGeneration.from_pretrained(**where, dtype=dtype or "auto").model.diffusion_tower
+        whole: Any = AutoModelForImageTextToText.from_pretrained(
+            **where, dtype=dtype or "auto", trust_remote_code=False
+        )
+        tower = whole.model.diffusion_tower
     else:
         tower = SDLlavaDiffusionModel.from_pretrained(**where, config=config.diffusion_config, dtype=dtype or "auto")
     return tower.eval(), SDLlavaProcessor.from_pretrained(**where)
