@@ -84,7 +84,7 @@ async def visit(address: str, visitors: int, images: list[bytes], questions: lis
             answered = await visitor.call("answers", None, None, 4.0, history)
             if not (opened["success"] and reply["success"] and answered["success"]):
                 return f"failed: {answered if reply['success'] else reply}"[:300], visitor.position
-            _, history = answered["output"]["data"]
+            _, history, _ = answered["output"]["data"]
             is_right = history["data"] == [[questions[scene], "4", *expected[scene]]]
             return ("answered, right" if is_right else f"wrong: {answered['output']}"[:300]), visitor.position
 
