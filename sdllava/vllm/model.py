@@ -136,8 +136,11 @@ class SDLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP)
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The language model's logits."""
-        return self.language_model.compute_logits(hidden_states)
+        """The language model's logits, minus infinity for the image token, which `generate` never writes either."""
+        logits = self.language_model.compute_logits(hidden_states)
+        if logits is not None:
+            logits[:, self.config.image_token_id] = float("-inf")
+        return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's weights; frozen parts that it leaves out come from their own repositories."""
