@@ -250,7 +250,7 @@ class SDLlavaDiffusionConfig(VersionedConfig):
 
     @property
     def needs_unconditional(self) -> bool:
-        """Whether the features of the empty prompt are read: a guidance scale is not 1, or there is no question."""
+        """Whether the features of the empty prompt are read: a guidance scale is not 1, or questions are not read."""
         return any(scale != 1 for scale in self.guidance_scales) or self.conditioning == "none"
 
     @property

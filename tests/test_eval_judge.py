@@ -178,7 +178,7 @@ def test_llava_bench_with_and_without_a_judge(loaded, tmp_path, endpoint):
     judge = EndpointJudge("another", f"http://127.0.0.1:{endpoint.server_port}/v1")
     results = evaluate(loaded, "llava_bench", tmp_path / "out", options, judge=judge)
     assert results["scores"] == results["intervals_95"] == {}
-    assert results["notes"]["reviews"] == "none of 3 begins with two ratings, so there is no score"
+    assert results["notes"]["reviews"] == "none of 3 begins with two ratings, so the score is absent"
     assert results["notes"]["score"].startswith("absent")
 
 

@@ -164,6 +164,17 @@ def test_the_limit_of_bad_samples_may_change_and_earlier_records_may_lack_a_sett
         checkpoint_to_resume(parse_run(command(work, "limit", **flags, lr_scheduler_type="cosine")))
 
 
+def test_only_the_first_process_reads_the_record_of_a_run_without_a_checkpoint(work, monkeypatch):
+    run = parse_run(command(work, "fresh"))
+    (work / "fresh").mkdir()
+    (work / "fresh" / "run.json").write_text(json.dumps(run_settings(run) | {"learning_rate": 1.0}))
+    monkeypatch.setattr(type(run.training), "should_save", False)
+    assert checkpoint_to_resume(run) is None
+    monkeypatch.setattr(type(run.training), "should_save", True)
+    assert checkpoint_to_resume(run) is None
+    assert json.loads((work / "fresh" / "run.json").read_text())["learning_rate"] == 5e-3
+
+
 def test_batches_grouped_by_length_depend_on_seed_and_epoch():
     lengths = [i % 7 for i in range(32)]
     orders = {}

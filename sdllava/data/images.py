@@ -87,7 +87,7 @@ def _open_file(name: str, folder: str | None) -> IO[bytes]:
 
 
 def local_size(image: Any, folder: str | None) -> int | None:
-    """The number of bytes of an image file on this machine. None for other images, and where there is no such file.
+    """The number of bytes of an image file on this machine. None for other images and missing files.
 
     Args:
         image: The image of a record.

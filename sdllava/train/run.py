@@ -348,7 +348,9 @@ def checkpoint_to_resume(run: RunArguments) -> str | None:
         return named
     record = folder / RUN_FILE
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last is None and run.training.should_save:
+    if last is None and not run.training.should_save:
+        return None  # the first process replaces the record
+    if last is None:
         record.unlink(missing_ok=True)  # of a run without a checkpoint
     wanted = run_settings(run)
     if found := read_run(record):

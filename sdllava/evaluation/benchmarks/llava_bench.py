@@ -164,7 +164,7 @@ class LLaVABench(Benchmark):
                 units[record["id"]] = in_groups(groups, reference=reference, candidate=candidate)
         if unread == len(units):
             if units:
-                self.notes["reviews"] = f"none of {unread} begins with two ratings, so there is no score"
+                self.notes["reviews"] = f"none of {unread} begins with two ratings, so the score is absent"
             return {}
         if unread:
             self.notes["reviews"] = f"{unread} do not begin with two ratings; each counts as -1 and -1, as published"
